@@ -1,0 +1,70 @@
+"""environment.json: where, with what and by which commands a run was made."""
+
+import os
+import platform
+import shlex
+import sys
+from datetime import UTC, datetime
+from importlib.metadata import version
+from typing import Any
+
+from labelwise import rundir
+from labelwise.rundir import RunDirectory
+
+_PACKAGES = ("torch", "torchvision", "timm", "datasets", "scikit-learn", "numpy", "pillow")
+
+
+def start(run: RunDirectory, **facts: Any) -> None:
+    """Write the environment of a run that is about to start, with whatever else must be remembered."""
+    rundir.write_json(
+        run.environment,
+        {
+            "labelwise": version("labelwise"),
+            "python": platform.python_version(),
+            **{name: version(name) for name in _PACKAGES},
+            "platform": platform.platform(),
+            "cpu": _cpu_name(),
+            "cores": os.cpu_count(),
+            "started": now(),
+            "finished": None,
+            "seconds": 0.0,
+            "commands": [],
+            **facts,
+        },
+    )
+
+
+def finish(run: RunDirectory, seconds: float) -> None:
+    """Note that the command that is running has done its work on this run.
+
+    Args:
+        seconds: How long it took.
+    """
+    record = rundir.read_json(run.environment)
+    command = {"command": command_line(), "finished": now(), "seconds": round(seconds, 1)}
+    record["commands"].append(command)
+    record["finished"] = command["finished"]
+    record["seconds"] = round(record["seconds"] + seconds, 1)
+    rundir.write_json(run.environment, record)
+
+
+def command_line() -> str:
+    """The command the user typed, or how we were called from Python."""
+    name = os.path.basename(sys.argv[0])
+    return shlex.join(["labelwise", *sys.argv[1:]]) if name in ("labelwise", "__main__.py") else "Python"
+
+
+def now() -> str:
+    """The time in UTC, ISO 8601, to the second."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def _cpu_name() -> str:
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            for line in file:
+                if line.startswith("model name"):
+                    return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()

@@ -1,0 +1,122 @@
+"""Resume state on disk: tensors in safetensors, the rest in JSON, a manifest of SHA-256 written last.
+
+A checkpoint is the folder `step-00000240`. It is filled under another name, flushed and renamed, so a
+folder of that name is whole; its manifest says whether the bytes in it are still the ones written.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from labelwise import terminal
+
+KEPT = 2
+
+
+@dataclass(frozen=True)
+class Position:
+    """Where a run is: `step` steps are done, the next one is `batch` of `epoch` (all from 0)."""
+
+    step: int
+    epoch: int
+    batch: int
+
+
+def save_checkpoint(folder: Path, position: Position, modules: dict[str, nn.Module], optimizer: torch.optim.Optimizer) -> None:
+    """Write the resume state of a run, then delete all but the newest two."""
+    name = f"step-{position.step:08d}"
+    fresh, final = folder / f".{name}-{os.getpid()}", folder / name
+    if final.exists():
+        return
+    fresh.mkdir(parents=True)
+    tensors, rest = _flatten(modules, optimizer)
+    save_file(tensors, fresh / "state.safetensors")
+    (fresh / "state.json").write_text(json.dumps({"position": vars(position), "optimizer": rest}), encoding="utf-8")
+    hashes = {file.name: _sha256(file) for file in sorted(fresh.iterdir())}
+    (fresh / "manifest.json").write_text(json.dumps({"version": 1, "sha256": hashes}), encoding="utf-8")
+    for file in fresh.iterdir():
+        _flush(file)
+    fresh.rename(final)
+    _flush(folder)
+    for old in _checkpoints(folder)[:-KEPT]:
+        shutil.rmtree(old)
+
+
+def load_checkpoint(folder: Path, modules: dict[str, nn.Module], optimizer: torch.optim.Optimizer) -> Position | None:
+    """Restore the newest checkpoint that is whole; set a damaged one aside and take the one before.
+
+    Returns:
+        Where to go on, or None when there is nothing to go on from.
+    """
+    for candidate in reversed(_checkpoints(folder)):
+        if not _is_whole(candidate):
+            terminal.warn(f"{candidate}: damaged; set aside, going on from the one before.")
+            candidate.rename(candidate.with_name(f"damaged-{candidate.name}"))
+            continue
+        tensors = load_file(candidate / "state.safetensors")
+        state = json.loads((candidate / "state.json").read_text(encoding="utf-8"))
+        _unflatten(tensors, state["optimizer"], modules, optimizer)
+        return Position(**state["position"])
+    return None
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    return sorted(folder.glob("step-*"))
+
+
+def _flatten(modules: dict[str, nn.Module], optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], Any]:
+    tensors: dict[str, Tensor] = {}
+    for name, module in modules.items():
+        for key, value in module.state_dict().items():
+            tensors[f"{name}/{key}"] = value.detach().cpu().contiguous().clone()
+    state = optimizer.state_dict()
+    plain: dict[str, dict[str, Any]] = {}
+    for index, values in state["state"].items():
+        plain[str(index)] = {}
+        for key, value in values.items():
+            if isinstance(value, Tensor):
+                tensors[f"optimizer/{index}/{key}"] = value.detach().cpu().contiguous().clone()
+            else:
+                plain[str(index)][key] = value
+    return tensors, {"state": plain, "groups": state["param_groups"]}
+
+
+def _unflatten(tensors: dict[str, Tensor], rest: Any, modules: dict[str, nn.Module], optimizer: torch.optim.Optimizer) -> None:
+    for name, module in modules.items():
+        prefix = f"{name}/"
+        module.load_state_dict({key[len(prefix) :]: value for key, value in tensors.items() if key.startswith(prefix)})
+    state: dict[int, dict[str, Any]] = {int(index): dict(values) for index, values in rest["state"].items()}
+    for key, value in tensors.items():
+        if key.startswith("optimizer/"):
+            _, index, name = key.split("/", 2)
+            state.setdefault(int(index), {})[name] = value
+    optimizer.load_state_dict({"state": state, "param_groups": rest["groups"]})
+
+
+def _is_whole(checkpoint: Path) -> bool:
+    try:
+        manifest = json.loads((checkpoint / "manifest.json").read_text(encoding="utf-8"))
+        return all(_sha256(checkpoint / name) == digest for name, digest in manifest["sha256"].items())
+    except (OSError, ValueError, KeyError, AttributeError):
+        return False
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

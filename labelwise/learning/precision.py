@@ -1,0 +1,133 @@
+"""Which number type and memory layout are fastest here: measured, never assumed.
+
+bfloat16 made a narrow ResNet four times faster on one processor and is tens of times slower on others
+(recipes/LOG.md), so `calibrate` times a few real steps and keeps the fastest whose loss agrees.
+"""
+
+import platform
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from labelwise.errors import UsageError
+
+LAYOUTS = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_format}
+AGREEMENT = 0.05  # largest relative difference of the loss from float32's, in one step
+_TIMED_STEPS = 3
+
+
+@dataclass(frozen=True)
+class Precision:
+    """How the encoder computes.
+
+    Attributes:
+        number: "fp32" or "bf16" (autocast; weights stay float32).
+        layout: "channels_last" or "contiguous".
+        reason: Why, in words.
+    """
+
+    number: str
+    layout: str
+    reason: str
+
+    def autocast(self, device: torch.device) -> AbstractContextManager[None]:
+        """Context in which the forward pass runs."""
+        return torch.autocast(device.type, torch.bfloat16, enabled=self.number == "bf16")
+
+    def arrange(self, module: nn.Module) -> nn.Module:
+        """Put a module's weights into the layout."""
+        return module.to(memory_format=LAYOUTS[self.layout])  # type: ignore[call-overload, no-any-return]
+
+    def to_json(self) -> dict[str, str]:
+        """Encode for environment.json."""
+        return asdict(self)
+
+
+def choose_device(wish: str) -> torch.device:
+    """Pick the device to train on.
+
+    Raises:
+        UsageError: The wished device is not there.
+    """
+    there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if wish == "auto":
+        return torch.device(next(name for name in ("cuda", "mps", "cpu") if there[name]))
+    if not there.get(wish.split(":")[0], False):
+        names = ", ".join(name for name, is_there in there.items() if is_there)
+        raise UsageError(f"--device {wish}: not available on this machine; available: {names}.")
+    return torch.device(wish)
+
+
+def calibrate(
+    step: Callable[[Precision], float], device: torch.device, wish: str
+) -> tuple[Precision, dict[str, float]]:
+    """Time the candidates on real steps and keep the fastest whose loss agrees with float32.
+
+    Args:
+        step: Runs one training step on throw-away weights and returns its loss.
+        device: Where.
+        wish: "auto", or "fp32" / "bf16" to fix the number type; the layout is then channels last.
+
+    Returns:
+        The verdict, and seconds per step of each candidate that was timed.
+    """
+    if wish != "auto":
+        return Precision(wish, "channels_last", f"--precision {wish}"), {}
+    candidates = [("fp32", "channels_last"), ("fp32", "contiguous")]
+    has_bf16 = has_fast_bf16(device)
+    if has_bf16:
+        candidates.append(("bf16", "channels_last"))
+    seconds: dict[str, float] = {}
+    losses: dict[str, float] = {}
+    for number, layout in candidates:
+        name = f"{number} {layout}"
+        trial = Precision(number, layout, "")
+        losses[name] = step(trial)  # also warms up
+        seconds[name] = min(_timed(step, trial, device) for _ in range(_TIMED_STEPS))
+    reference = losses["fp32 channels_last"]
+    agreeing = [name for name in seconds if abs(losses[name] - reference) <= AGREEMENT * abs(reference)]
+    best = min(agreeing, key=lambda name: seconds[name])
+    number, layout = best.split()
+    others = ", ".join(f"{name} {value * 1e3:.0f} ms" for name, value in seconds.items() if name != best)
+    skipped = "" if has_bf16 else "; bf16 not tried: this processor has no bf16 arithmetic"
+    reason = f"fastest: {seconds[best] * 1e3:.0f} ms a step against {others}{skipped}"
+    return Precision(number, layout, reason), seconds
+
+
+def has_fast_bf16(device: torch.device) -> bool:
+    """Whether the hardware computes in bfloat16; emulated bfloat16 is not worth a trial step."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type == "mps":
+        return False
+    flags = Path("/proc/cpuinfo")
+    if platform.system() != "Linux" or not flags.exists():
+        return False
+    words = flags.read_text(encoding="utf-8", errors="replace").split()
+    return any(word in words for word in ("avx512_bf16", "amx_bf16", "bf16"))
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has done what was asked of it."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
+
+
+def _timed(step: Callable[[Precision], float], trial: Precision, device: torch.device) -> float:
+    synchronize(device)
+    start = time.perf_counter()
+    step(trial)
+    synchronize(device)
+    return time.perf_counter() - start
+
+
+def arrange_images(images: Tensor, precision: Precision) -> Tensor:
+    """Put a batch of images into the layout, (B, 3, H, W)."""
+    return images.contiguous(memory_format=LAYOUTS[precision.layout])

@@ -1,0 +1,45 @@
+"""Signs that pretraining is or is not learning; none of them needs a label."""
+
+import math
+
+import torch
+from torch import Tensor
+
+STUCK = 0.05  # a loss within 5 % of chance after a third of the run has learned nothing
+COLLAPSED = 0.02  # effective rank below 2 % of the feature width
+
+
+def effective_rank(features: Tensor) -> float:
+    """Number of directions the features really use: exp of the entropy of their singular values.
+
+    Args:
+        features: (N, F).
+
+    Returns:
+        From 1 (collapsed to a line) to min(N, F).
+
+    Source: Roy and Vetterli 2007 (EUSIPCO); used on SSL features by Garrido et al. 2023 (RankMe,
+    arXiv 2210.02885), Eq. 1.
+    """
+    values = torch.linalg.svdvals(features.float() - features.float().mean(dim=0))
+    share = values / values.sum().clamp(min=1e-12) + 1e-7
+    return float(torch.exp(-(share * share.log()).sum()))
+
+
+def diagnose(loss: float, chance: float, rank: float, width: int, progress: float) -> str | None:
+    """Say in words what looks wrong, or nothing.
+
+    Args:
+        loss: Mean loss of the epoch.
+        chance: ln(2B - 1).
+        rank: Effective rank of the features.
+        width: Their width, F.
+        progress: Share of the run that is done.
+    """
+    if not math.isfinite(loss):
+        return "the loss is not a number; lower --learning-rate"
+    if progress > 1 / 3 and loss > (1 - STUCK) * chance:
+        return f"the loss ({loss:.2f}) is at chance ({chance:.2f}): nothing is learned; try another --learning-rate"
+    if rank < max(2.0, COLLAPSED * width):
+        return f"the features use only {rank:.1f} of {width} directions: collapse; lower --learning-rate"
+    return None

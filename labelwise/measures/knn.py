@@ -1,0 +1,51 @@
+"""Accuracy of the nearest neighbours: what the features are worth, without training anything."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+NEIGHBOURS = 20
+_TEMPERATURE = 0.1  # weight of a vote: exp(similarity / 0.1); Wu et al. 2018 (arXiv 1805.01978) use 0.07
+_CHUNK = 1024
+
+
+def knn_accuracy(
+    bank: Tensor, bank_labels: Tensor, queries: Tensor | None = None, query_labels: Tensor | None = None
+) -> float:
+    """Share of queries whose label wins the vote of their 20 nearest neighbours by cosine similarity.
+
+    Args:
+        bank: Features, (N, F).
+        bank_labels: Class indices, (N,).
+        queries: Features, (M, F); without them the bank is asked about itself, leaving out the image
+            that asks.
+        query_labels: Class indices, (M,).
+
+    Source: Wu et al. 2018 (arXiv 1805.01978), Sec. 3.4: votes weighted by similarity.
+    """
+    leave_one_out = queries is None
+    asked = bank if queries is None else queries
+    truth = bank_labels if query_labels is None else query_labels
+    bank, asked = F.normalize(bank, dim=1), F.normalize(asked, dim=1)
+    classes = int(bank_labels.max()) + 1
+    neighbours = min(NEIGHBOURS, len(bank) - leave_one_out)
+    right = 0
+    for start in range(0, len(asked), _CHUNK):
+        similarity = asked[start : start + _CHUNK] @ bank.T  # (chunk, N)
+        if leave_one_out:
+            rows = torch.arange(len(similarity))
+            similarity[rows, start + rows] = -torch.inf
+        near = similarity.topk(neighbours, dim=1)
+        votes = torch.zeros(len(similarity), classes)
+        votes.scatter_add_(1, bank_labels[near.indices], (near.values / _TEMPERATURE).exp())
+        right += int((votes.argmax(dim=1) == truth[start : start + _CHUNK]).sum())
+    return right / len(asked)
+
+
+def nearest(features: Tensor, row: int, count: int) -> list[tuple[int, float]]:
+    """Rows most similar to one row, itself left out, with their cosine similarities."""
+    unit = F.normalize(features, dim=1)
+    similarity = unit @ unit[row]  # (N,)
+    similarity[row] = -torch.inf
+    near = similarity.topk(min(count, len(features) - 1))
+    return list(zip(near.indices.tolist(), near.values.tolist(), strict=True))

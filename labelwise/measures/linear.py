@@ -1,0 +1,81 @@
+"""Logistic regression on frozen features: the linear probe. The door of scikit-learn."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+from sklearn.linear_model import LogisticRegression
+from sklearn.model_selection import StratifiedKFold
+
+Floats = npt.NDArray[np.float32]
+Indices = npt.NDArray[np.int64]
+
+_ITERATIONS = 500
+
+
+@dataclass(frozen=True)
+class Probe:
+    """A linear classifier: logits = (features - mean) / scale @ weight.T + bias.
+
+    Attributes:
+        mean, scale: Of each feature, (F,).
+        weight: (C, F).
+        bias: (C,).
+    """
+
+    mean: Floats
+    scale: Floats
+    weight: Floats
+    bias: Floats
+
+    def logits(self, features: Floats) -> Floats:
+        """Score features, (M, F) -> (M, C)."""
+        return ((features - self.mean) / self.scale) @ self.weight.T + self.bias
+
+    def folded(self) -> tuple[Floats, Floats]:
+        """The same classifier as weight (C, F) and bias (C,) on features as they come."""
+        weight = self.weight / self.scale
+        return weight, self.bias - weight @ self.mean
+
+
+def fit_probe(features: Floats, labels: Indices, classes: int, strength: float, *, balanced: bool, reference: Floats) -> Probe:
+    """Fit an L2-regularised multinomial logistic regression on standardised features.
+
+    Args:
+        features: Of the labeled images, (n, F).
+        labels: Class indices, (n,); every class occurs.
+        classes: Number of classes, C.
+        strength: scikit-learn's C: larger regularises less.
+        balanced: Weigh each class by the inverse of its size.
+        reference: Features whose mean and spread standardise all others, (N, F); unlabeled images do.
+
+    Source: the protocol of Chen et al. 2020 (arXiv 2002.05709), App. B.8: L-BFGS, no augmentation.
+    """
+    mean = reference.mean(axis=0)
+    scale = reference.std(axis=0) + 1e-6 + 0.01 * float(reference.std(axis=0).mean())
+    model = LogisticRegression(C=strength, max_iter=_ITERATIONS, class_weight="balanced" if balanced else None)
+    model.fit((features - mean) / scale, labels)
+    weight, bias = model.coef_, model.intercept_
+    if classes == 2:  # scikit-learn keeps one row for two classes
+        weight, bias = np.concatenate([-weight, weight]) / 2, np.concatenate([-bias, bias]) / 2
+    return Probe(mean, scale, weight.astype(np.float32), bias.astype(np.float32))
+
+
+def stratified_folds(labels: Indices, folds: int, seed: int) -> list[tuple[Indices, Indices]]:
+    """Split labeled images into folds: rows to train on and rows to score, per fold.
+
+    Args:
+        labels: Class indices, (n,); each class at least `folds` times.
+    """
+    splitter = StratifiedKFold(folds, shuffle=True, random_state=seed)
+    return [(train, held) for train, held in splitter.split(np.zeros(len(labels)), labels)]
+
+
+def accuracy(predicted: Indices, truth: Indices) -> float:
+    """Share of predictions that are right."""
+    return float((predicted == truth).mean())
+
+
+def macro_accuracy(predicted: Indices, truth: Indices) -> float:
+    """Mean over the classes that occur of the share that is right in each."""
+    return float(np.mean([(predicted[truth == index] == index).mean() for index in np.unique(truth)]))

@@ -1,0 +1,43 @@
+"""Frozen features of images, computed in evaluation mode."""
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+
+from labelwise.views.pipeline import Normalization, normalize
+
+_CHUNK = 256
+
+
+@torch.inference_mode()
+def extract_features(
+    encoder: nn.Module,
+    pixels: npt.NDArray[np.uint8],
+    rows: npt.NDArray[np.int64],
+    normalization: Normalization,
+    device: torch.device,
+) -> Tensor:
+    """Run images through a network and collect what comes out.
+
+    Batch norm uses its running statistics, and the network is left in the mode it came in.
+
+    Args:
+        encoder: (B, 3, E, E) -> (B, F).
+        pixels: uint8 evaluation images, (N, E, E, 3).
+        rows: Which of them, (M,).
+        normalization: Mean and standard deviation per channel.
+        device: Where the network is.
+
+    Returns:
+        float32 on the CPU, (M, F).
+    """
+    was_training = encoder.training
+    encoder.eval()
+    collected = []
+    for start in range(0, len(rows), _CHUNK):
+        chunk = torch.from_numpy(pixels[rows[start : start + _CHUNK]]).to(device)  # (B, E, E, 3)
+        images = normalize(chunk.permute(0, 3, 1, 2).float() / 255, normalization)
+        collected.append(encoder(images).float().cpu())
+    encoder.train(was_training)
+    return torch.cat(collected)

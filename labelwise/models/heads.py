@@ -1,0 +1,34 @@
+"""The projection head g(.) that the loss sees and fine-tuning throws away."""
+
+from torch import nn
+
+
+def create_head(kind: str, features: int, layers: int = 2, width: int | None = None, output: int = 128) -> nn.Sequential:
+    """Build a projection head.
+
+    Args:
+        kind: "none" (the loss sees the features), "linear" or "nonlinear".
+        features: Width of the encoder's output, F.
+        layers: Layers of a nonlinear head, 2 or 3.
+        width: Hidden width; default F.
+        output: Projection width, D.
+
+    Returns:
+        (B, F) -> (B, D); one child per layer, so that the first can be kept when fine-tuning.
+
+    Source: Chen et al. 2020 (arXiv 2002.05709), Sec. 4.2; each dense layer is without bias and followed
+    by batch norm, the last without ReLU, as in the official code (`projection_head`).
+    """
+    if kind == "none":
+        return nn.Sequential()
+    if kind == "linear":
+        return nn.Sequential(nn.Linear(features, output, bias=False))
+    widths = [features, *[width or features] * (layers - 1), output]
+    return nn.Sequential(*(_layer(a, b, last=b_index == layers) for b_index, (a, b) in enumerate(zip(widths, widths[1:], strict=False), 1)))
+
+
+def _layer(inputs: int, outputs: int, *, last: bool) -> nn.Sequential:
+    parts: list[nn.Module] = [nn.Linear(inputs, outputs, bias=False), nn.BatchNorm1d(outputs)]
+    if not last:
+        parts.append(nn.ReLU(inplace=True))
+    return nn.Sequential(*parts)

@@ -1,0 +1,212 @@
+"""The run folder: every path and file format of a run, in one place.
+
+    config.toml           resolved settings, itself a recipe
+    environment.json      versions, device, command, calibration verdict, times (UTC)
+    data.json             where the images are, fingerprint, counts, quarantine
+    splits/               test.json (locked) and draws-*.json (label draws)
+    metrics.jsonl         a line per logged step and per epoch
+    views.png             what the augmentations do to the first images
+    neighbours.json       nearest images of a few, with thumbnails
+    checkpoints/          resume state; manifest with SHA-256 written last
+    encoder.safetensors   backbone; head.safetensors: projection head
+    classifier.safetensors, classifier.json
+    finetune/             results.jsonl, predictions.parquet
+    report.html, report.md, report.json
+"""
+
+import json
+import os
+import tempfile
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from labelwise.errors import CheckpointError, DataError, UsageError
+
+DEFAULT_RUNS = Path("runs")
+LATEST = DEFAULT_RUNS / "latest"
+
+
+@dataclass(frozen=True)
+class RunDirectory:
+    """Name every file of one run. Creating one touches nothing on disk."""
+
+    path: Path
+
+    @property
+    def config(self) -> Path:
+        return self.path / "config.toml"
+
+    @property
+    def environment(self) -> Path:
+        return self.path / "environment.json"
+
+    @property
+    def data(self) -> Path:
+        return self.path / "data.json"
+
+    @property
+    def test_lock(self) -> Path:
+        return self.path / "splits" / "test.json"
+
+    @property
+    def splits(self) -> Path:
+        return self.path / "splits"
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def views(self) -> Path:
+        return self.path / "views.png"
+
+    @property
+    def neighbours(self) -> Path:
+        return self.path / "neighbours.json"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def encoder(self) -> Path:
+        return self.path / "encoder.safetensors"
+
+    @property
+    def head(self) -> Path:
+        return self.path / "head.safetensors"
+
+    @property
+    def classifier(self) -> Path:
+        return self.path / "classifier.safetensors"
+
+    @property
+    def classifier_json(self) -> Path:
+        return self.path / "classifier.json"
+
+    @property
+    def results(self) -> Path:
+        return self.path / "finetune" / "results.jsonl"
+
+    @property
+    def predictions(self) -> Path:
+        return self.path / "finetune" / "predictions.parquet"
+
+    @property
+    def report_json(self) -> Path:
+        return self.path / "report.json"
+
+    @property
+    def report_md(self) -> Path:
+        return self.path / "report.md"
+
+    @property
+    def report_html(self) -> Path:
+        return self.path / "report.html"
+
+
+def open_run(path: Path) -> RunDirectory:
+    """Open a finished or interrupted run.
+
+    Raises:
+        UsageError: No run is there.
+    """
+    if not path.exists():
+        hint = "start one with `labelwise pretrain IMAGES`, or name one with --run DIR"
+        raise UsageError(f"{path}: no run found here; {hint}.")
+    run = RunDirectory(path.resolve())
+    if not run.config.exists():
+        raise UsageError(f"{path}: not a run folder (no config.toml in it); name one with --run DIR.")
+    return run
+
+
+def point_latest(run: RunDirectory) -> None:
+    """Let `runs/latest` name this run, when the run lies in `runs/`."""
+    runs = DEFAULT_RUNS.resolve()
+    if run.path.resolve().parent != runs:
+        return
+    link = runs / "latest"
+    fresh = runs / f".latest-{os.getpid()}"
+    fresh.symlink_to(run.path.name)
+    os.replace(fresh, link)
+
+
+def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
+    """Let `write` fill a file beside `path`, then move it into place, so `path` is never half written."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
+    os.close(handle)
+    fresh = Path(name)
+    try:
+        write(fresh)
+        with fresh.open("rb+") as file:
+            os.fsync(file.fileno())
+        fresh.chmod(0o644)
+        os.replace(fresh, path)
+    finally:
+        fresh.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace a text file in one step."""
+    write_atomically(path, lambda fresh: fresh.write_text(text, encoding="utf-8") and None)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Replace a JSON file in one step."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file of a run.
+
+    Raises:
+        CheckpointError: It is missing or damaged.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: missing; the run is incomplete. Run `labelwise pretrain` again.") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{path}: damaged ({error}); delete the run and start it again.") from None
+
+
+def append_jsonl(path: Path, row: dict[str, Any]) -> None:
+    """Add one line to a JSON-lines file and flush it to disk."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """Read a JSON-lines file; a last line torn by a power cut is dropped, any other is an error."""
+    if not path.exists():
+        return []
+    lines = path.read_text(encoding="utf-8").splitlines()
+    rows: list[dict[str, Any]] = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            if number < len(lines):
+                raise CheckpointError(f"{path}, line {number}: damaged; delete that line.") from None
+    return rows
+
+
+def rewrite_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+    """Replace a JSON-lines file in one step."""
+    write_text(path, "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows))
+
+
+def check_output_folder(path: Path, images: Path) -> None:
+    """Refuse an output folder inside the user's images.
+
+    Raises:
+        DataError: `path` lies in `images`; a user's folder is never written to.
+    """
+    if path.resolve().is_relative_to(images.resolve()):
+        raise DataError(f"{path}: lies inside the image folder {images}, which is never written to; choose another --out.")
