@@ -1,0 +1,47 @@
+"""Label-efficient image classification: pretrain on your images, compare honestly on few labels.
+
+Names are imported on first use, so that `import labelwise` does not wait for torch.
+"""
+
+from importlib import import_module
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from labelwise.config import FinetuneSettings, PretrainSettings
+    from labelwise.errors import LabelwiseError
+    from labelwise.models.weights import load_encoder
+    from labelwise.stages.comparing import finetune
+    from labelwise.stages.pretraining import pretrain
+    from labelwise.stages.reporting import report
+    from labelwise.stages.scanning import scan
+
+_HOMES = {
+    "FinetuneSettings": "labelwise.config",
+    "LabelwiseError": "labelwise.errors",
+    "PretrainSettings": "labelwise.config",
+    "finetune": "labelwise.stages.comparing",
+    "load_encoder": "labelwise.models.weights",
+    "pretrain": "labelwise.stages.pretraining",
+    "report": "labelwise.stages.reporting",
+    "scan": "labelwise.stages.scanning",
+}
+
+__version__ = version("labelwise")
+__all__ = [
+    "FinetuneSettings",
+    "LabelwiseError",
+    "PretrainSettings",
+    "__version__",
+    "finetune",
+    "load_encoder",
+    "pretrain",
+    "report",
+    "scan",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(import_module(_HOMES[name]), name)
+    raise AttributeError(f"module 'labelwise' has no attribute '{name}'")

@@ -12,7 +12,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from labelwise.errors import UsageError
+from labelwise.errors import CheckpointError, UsageError
 
 Method = Literal["simclr_probe", "simclr", "supervised", "random_probe", "pixels"]
 METHODS: tuple[Method, ...] = ("simclr_probe", "simclr", "supervised", "random_probe", "pixels")
@@ -55,7 +55,7 @@ class PretrainSettings(Settings):
 
     backbone: str = Field("resnet18", description="any timm model", json_schema_extra={"panel": "Model"})
     backbone_args: dict[str, Any] = Field(default_factory=dict, description="arguments passed to timm, as JSON", json_schema_extra={"panel": "Model"})
-    stem: Literal["auto", "small", "stock"] = Field("auto", description="small: stride-1 stem for images below 96 px", json_schema_extra={"panel": "Model"})
+    stem: Literal["auto", "small", "half", "stock"] = Field("auto", description="small: no stride, no pooling (images below 96 px); half: no pooling", json_schema_extra={"panel": "Model"})
     init: str | None = Field(None, description="'pretrained' (timm weights) or a run folder to go on from", json_schema_extra={"panel": "Model"})
     head: Literal["none", "linear", "nonlinear"] = Field("nonlinear", description="projection head", json_schema_extra={"panel": "Model"})
     head_layers: Literal[2, 3] = Field(2, description="layers of a nonlinear head", json_schema_extra={"panel": "Model"})
@@ -163,3 +163,16 @@ def _toml_value(value: Any) -> str:
     if isinstance(value, list | tuple):
         return "[" + ", ".join(_toml_value(item) for item in value) + "]"
     return json.dumps(value, ensure_ascii=False)
+
+
+def read_run_config(path: Path) -> dict[str, Any]:
+    """Read the [pretrain] table of a run's own config.toml.
+
+    Raises:
+        CheckpointError: It is damaged.
+    """
+    try:
+        table: dict[str, Any] = tomllib.loads(path.read_text(encoding="utf-8"))["pretrain"]
+    except (OSError, KeyError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise CheckpointError(f"{path}: damaged ({error}); the run cannot be used.") from None
+    return table

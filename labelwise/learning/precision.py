@@ -18,7 +18,7 @@ from labelwise.errors import UsageError
 
 LAYOUTS = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_format}
 AGREEMENT = 0.05  # largest relative difference of the loss from float32's, in one step
-_TIMED_STEPS = 3
+_TIMED_STEPS = 2
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ class EncoderSpec:
     Attributes:
         backbone: A timm model name.
         backbone_args: Arguments passed to timm.
-        stem: "small" or "stock".
+        stem: "small", "half" or "stock".
         image_size: Side of the images it takes, pixels.
         mean, std: Normalisation per channel, images in 0-1.
     """
@@ -80,6 +80,8 @@ def create_encoder(spec: EncoderSpec, *, pretrained: bool = False) -> Encoder:
         raise DataError(f"backbone '{spec.backbone}': timm's weights could not be loaded: {error}") from None
     if spec.stem == "small":
         _make_stem_small(backbone)
+    elif spec.stem == "half":
+        backbone.maxpool = nn.Identity()
     return Encoder(backbone, _feature_width(backbone, spec.image_size))
 
 
@@ -87,11 +89,13 @@ def choose_stem(backbone: str, backbone_args: dict[str, Any], image_size: int, w
     """Decide between the small-image stem and the stock one.
 
     Returns:
-        "small" or "stock", and the reason in words; empty when there is nothing to say.
+        "small", "half" or "stock", and the reason in words; empty when there is nothing to say.
 
     Raises:
-        UsageError: The small stem was asked for and is not known for this backbone.
+        UsageError: The small or half stem was asked for and is not known for this backbone.
     """
+    if wish == "half" and not _has_pooling(backbone, backbone_args):
+        raise UsageError(f"--stem half: {backbone} has no pooling in its stem to leave out; use --stem small or stock.")
     known = _has_known_stem(backbone, backbone_args)
     if wish == "small" and not known:
         raise UsageError(f"--stem small: no small-image stem is known for {backbone}; use --stem stock.")
@@ -112,9 +116,27 @@ def _has_known_stem(backbone: str, backbone_args: dict[str, Any]) -> bool:
         return True  # create_encoder says what is wrong
     if _takes_patch_size(backbone):
         return "patch_size" not in backbone_args
-    with torch.device("meta"):
-        model = timm.create_model(backbone, num_classes=0, **backbone_args)
-    return _stem_convolution(model) is not None
+    return _stem_convolution(_outline(backbone, backbone_args)) is not None
+
+
+def _has_pooling(backbone: str, backbone_args: dict[str, Any]) -> bool:
+    if not timm.is_model(backbone.split(".")[0]):
+        return True  # create_encoder says what is wrong
+    return isinstance(getattr(_outline(backbone, backbone_args), "maxpool", None), nn.Module)
+
+
+def _outline(backbone: str, backbone_args: dict[str, Any]) -> nn.Module:
+    """The model without memory for its weights.
+
+    Raises:
+        UsageError: timm refuses the arguments.
+    """
+    try:
+        with torch.device("meta"):
+            model: nn.Module = timm.create_model(backbone, num_classes=0, **backbone_args)
+    except (TypeError, ValueError, AssertionError) as error:
+        raise UsageError(f"backbone '{backbone}' with {backbone_args}: timm refuses this: {error}") from None
+    return model
 
 
 def _takes_patch_size(backbone: str) -> bool:

@@ -1,6 +1,11 @@
 """The projection head g(.) that the loss sees and fine-tuning throws away."""
 
+from pathlib import Path
+
 from torch import nn
+
+from labelwise.models.encoder import Encoder
+from labelwise.models.weights import load_module
 
 
 def create_head(kind: str, features: int, layers: int = 2, width: int | None = None, output: int = 128) -> nn.Sequential:
@@ -32,3 +37,24 @@ def _layer(inputs: int, outputs: int, *, last: bool) -> nn.Sequential:
     if not last:
         parts.append(nn.ReLU(inplace=True))
     return nn.Sequential(*parts)
+
+
+def keep_first_layer(encoder: Encoder, head: Path, metadata: dict[str, str]) -> tuple[nn.Module, int]:
+    """Put the first layer of a three-layer head on top of its encoder; leave any other encoder alone.
+
+    Args:
+        encoder: With its pretrained weights.
+        head: The head's file.
+        metadata: Its header.
+
+    Returns:
+        The network to fine-tune, and its feature width.
+
+    Source: Chen et al. 2020 (arXiv 2006.10029), SimCLRv2: fine-tune from the first layer of the head.
+    """
+    if metadata["kind"] != "nonlinear" or metadata["layers"] != "3":
+        return encoder, encoder.features
+    width = int(metadata["width"] or encoder.features)
+    full = create_head("nonlinear", encoder.features, 3, width, int(metadata["output"]))
+    load_module(head, full)
+    return nn.Sequential(encoder, full[0]).eval(), width

@@ -1,0 +1,194 @@
+"""The commands. Each builds its settings, calls its stage and prints what comes back.
+
+Stages are imported inside the commands: `labelwise --help` must not wait for torch.
+"""
+
+import os
+import signal
+import sys
+import traceback
+from importlib.metadata import version
+from pathlib import Path
+from types import FrameType
+from typing import Annotated, Any, NoReturn, TypeVar
+
+import typer
+
+from labelwise import terminal
+from labelwise.config import FinetuneSettings, PretrainSettings, Settings, read_recipe
+from labelwise.errors import LabelwiseError
+from labelwise.options import parameters, parse, with_parameters
+from labelwise.recipes import find_recipe, list_recipes
+
+app = typer.Typer(name="labelwise", no_args_is_help=True, add_completion=True, pretty_exceptions_enable=False)
+runs_app = typer.Typer(help="List, compare and remove runs.", no_args_is_help=True)
+app.add_typer(runs_app, name="runs")
+
+S = TypeVar("S", bound=Settings)
+Json = Annotated[bool, typer.Option("--json", help="print one JSON document on stdout")]
+Recipe = Annotated[str | None, typer.Option("--recipe", help="recipe name or TOML file", rich_help_panel="Data", show_default=False)]
+Run = Annotated[Path, typer.Option("--run", help="run folder")]
+
+
+def main() -> NoReturn:
+    """Run the command line; every error a user can cause ends in one block and an exit code."""
+    debug = "--debug" in sys.argv
+    sys.argv = [word for word in sys.argv if word != "--debug"]
+    signal.signal(signal.SIGTERM, _terminated)
+    try:
+        app()
+    except LabelwiseError as error:
+        if debug:
+            traceback.print_exc()
+        terminal.fail(str(error))
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        terminal.say("interrupted; the same command goes on from the last save.")
+        sys.exit(130)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    sys.exit(0)
+
+
+@app.callback(invoke_without_command=True)
+def root(show_version: Annotated[bool, typer.Option("--version", help="print versions and exit")] = False) -> None:
+    """How far a few labels go: pretrain on your own images, fine-tune on 1 % of the labels, compare honestly.
+
+    Add --debug to any command for a traceback.
+    """
+    if show_version:
+        names = ("labelwise", "torch", "timm", "datasets")
+        terminal.emit(", ".join(f"{name} {version(name)}" for name in names))
+        raise typer.Exit
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option("--out", help="folder to create")] = Path("labelwise-demo"),
+    quick: Annotated[bool, typer.Option("--quick", help="a minute instead of five; numbers mean less")] = False,
+) -> None:
+    """The whole path on handwritten digits: no network, no GPU."""
+    from labelwise.stages.demo import demo as run_demo
+
+    run_demo(out, quick=quick)
+
+
+@app.command()
+def scan(
+    images: Annotated[Path, typer.Argument(help="folder of images")],
+    labels: Annotated[Path | None, typer.Option("--labels", help="label file or folder of class folders")] = None,
+    labels_root: Annotated[Path | None, typer.Option("--labels-root", help="folder the label file's paths start from")] = None,
+    json: Json = False,
+) -> None:
+    """Read every image once and say what is there."""
+    from labelwise.stages.scanning import scan as run_scan
+    from labelwise.stages.scanning import show
+
+    document = run_scan(images, labels=labels, labels_root=labels_root)
+    terminal.emit_json(document) if json else show(document)
+
+
+def _pretrain(recipe: Recipe = None, json: Json = False, **given: Any) -> None:
+    """Train an encoder on a folder of unlabeled images (SimCLR). The same command again goes on."""
+    from labelwise.stages.pretraining import pretrain
+
+    run = pretrain(_resolve(PretrainSettings, recipe, given))
+    if json:
+        terminal.emit_json({"run": str(run.path), "encoder": str(run.encoder)})
+    else:
+        terminal.emit(f"next: labelwise finetune --run {_shown(run.path)} --fraction 0.01")
+
+
+def _finetune(recipe: Recipe = None, json: Json = False, **given: Any) -> None:
+    """Fine-tune on few labels, compare with training from scratch, and say who wins."""
+    from labelwise.stages.comparing import finetune
+    from labelwise.stages.reporting import report, show
+
+    document = report(finetune(_resolve(FinetuneSettings, recipe, given)))
+    terminal.emit_json(document) if json else show(document)
+
+
+app.command("pretrain")(with_parameters(_pretrain, parameters(PretrainSettings, arguments=("images",))))
+app.command("finetune")(with_parameters(_finetune, parameters(FinetuneSettings)))
+
+
+@app.command()
+def report(run: Run = Path("runs/latest"), json: Json = False) -> None:
+    """Write report.html, report.md and report.json of a run, and print the table."""
+    from labelwise.rundir import open_run
+    from labelwise.stages.reporting import report as run_report
+    from labelwise.stages.reporting import show
+
+    document = run_report(open_run(run))
+    terminal.emit_json(document) if json else show(document)
+
+
+@app.command()
+def recipes(json: Json = False) -> None:
+    """List the recipes that ship."""
+    found = list_recipes()
+    if json:
+        terminal.emit_json([{"name": name, "file": str(path), "about": about} for name, path, about in found])
+    else:
+        for name, _, about in found:
+            terminal.emit(f"{name:<16} {about}")
+
+
+@app.command()
+def doctor(json: Json = False) -> None:
+    """Say what this machine can do, and what to fix."""
+    from labelwise.stages.doctoring import doctor as run_doctor
+
+    checks = run_doctor()
+    if json:
+        terminal.emit_json(checks)
+        return
+    for check in checks["checks"]:
+        terminal.emit(f"{'ok ' if check['ok'] else 'FIX'} {check['name']:<14} {check['value']}")
+        if check["fix"]:
+            terminal.emit(f"                   {check['fix']}")
+
+
+@runs_app.command("list")
+def runs_list(folder: Annotated[Path, typer.Argument(help="folder of runs")] = Path("runs"), json: Json = False) -> None:
+    """List runs and image caches, with their size on disk."""
+    from labelwise.stages.running import list_runs, show_runs
+
+    found = list_runs(folder)
+    terminal.emit_json(found) if json else show_runs(found)
+
+
+@runs_app.command("compare")
+def runs_compare(
+    first: Annotated[Path, typer.Argument(help="run folder")], second: Annotated[Path, typer.Argument(help="run folder")], json: Json = False
+) -> None:
+    """Say in which settings and results two runs differ."""
+    from labelwise.stages.running import compare_runs, show_comparison
+
+    document = compare_runs(first, second)
+    terminal.emit_json(document) if json else show_comparison(document)
+
+
+@runs_app.command("remove")
+def runs_remove(run: Annotated[Path, typer.Argument(help="run folder")]) -> None:
+    """Delete a run folder."""
+    from labelwise.stages.running import remove_run
+
+    remove_run(run)
+    terminal.emit(f"removed {run}")
+
+
+def _resolve(settings: type[S], recipe: str | None, given: dict[str, Any]) -> S:
+    """Merge defaults, recipe and options into settings."""
+    table = read_recipe(find_recipe(recipe), settings) if recipe else {}
+    return settings.resolve(parse(settings, given), table)
+
+
+def _shown(path: Path) -> str:
+    """A path as short as it can be typed from here."""
+    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
+
+
+def _terminated(number: int, frame: FrameType | None) -> NoReturn:
+    sys.exit(128 + number)

@@ -1,0 +1,226 @@
+"""Decode once: every image as a square to cut views from and as an evaluation image, in memory maps.
+
+The cache lies in `LABELWISE_CACHE`, or `labelwise` in `XDG_CACHE_HOME` or `~/.cache`. Its name is a hash
+of the files (name, size, time) and the settings, so runs on the same images share it.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from labelwise.errors import DataError, ResourceError
+from labelwise.images import decoding
+from labelwise.images.decoding import Pixels, Range, UnreadableImage
+from labelwise.images.source import ImageSet
+
+_VERSION = 1  # of what the files in a cache mean
+_SAMPLED = 10_000  # images whose mean and spread stand for the set's
+_CHUNK = 512
+
+
+@dataclass(frozen=True)
+class ImageCache:
+    """Decoded images; row i is image i of the set, zeros where it could not be read.
+
+    Attributes:
+        folder: Where it lies.
+        squares: The whole image squeezed to a square, uint8, (N, S, S, 3).
+        evaluations: The centre, undistorted, uint8, (N, E, E, 3).
+        sizes: True height and width after EXIF rotation, (N, 2).
+        keys: Content key, equal for equal pixels; 0 where unreadable, (N,).
+        readable: (N,).
+        quarantined: Unreadable files with a reason each.
+        intensity_range: Range that images deeper than 8 bits were scaled by, if there are any.
+        mean, std: Per channel over the readable squares, in 0-1.
+    """
+
+    folder: Path
+    squares: Pixels
+    evaluations: Pixels
+    sizes: npt.NDArray[np.int32]
+    keys: npt.NDArray[np.uint64]
+    readable: npt.NDArray[np.bool_]
+    quarantined: list[dict[str, str]]
+    intensity_range: Range | None
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+
+
+def cache_root() -> Path:
+    """Folder that holds all caches."""
+    if "LABELWISE_CACHE" in os.environ:
+        return Path(os.environ["LABELWISE_CACHE"])
+    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "labelwise"
+
+
+def list_caches() -> list[tuple[Path, int, int]]:
+    """Folder, bytes and number of images of each cache."""
+    found = []
+    for facts in sorted(cache_root().glob("*/facts.json")):
+        size = sum(file.stat().st_size for file in facts.parent.iterdir())
+        found.append((facts.parent, size, int(json.loads(facts.read_text(encoding="utf-8"))["images"])))
+    return found
+
+
+def build_cache(
+    images: ImageSet, *, side: int, evaluation_size: int, progress: Callable[[int], None] = lambda count: None
+) -> ImageCache:
+    """Decode every image once, or open the cache that already holds them.
+
+    Args:
+        images: What to decode.
+        side: Side of the squares, S.
+        evaluation_size: Side of the evaluation images, E.
+        progress: Called with the number of images just done.
+
+    Raises:
+        DataError: No image can be read.
+        ResourceError: The disk is full.
+    """
+    folder = cache_root() / _fingerprint(images, side, evaluation_size)
+    if not (folder / "facts.json").exists():
+        _check_space(folder, len(images.names) * 3 * (side**2 + evaluation_size**2))
+        fresh = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".building-"))
+        try:
+            _fill(fresh, images, side, evaluation_size, progress)
+            if not folder.exists():  # another run may have been faster
+                fresh.rename(folder)
+        finally:
+            shutil.rmtree(fresh, ignore_errors=True)
+    else:
+        progress(len(images.names))
+    return _open_cache(folder)
+
+
+def sample_sizes(images: ImageSet, count: int = 200) -> npt.NDArray[np.int64]:
+    """Height and width of some images spread over the set, from their headers, (M, 2).
+
+    Raises:
+        DataError: None of them can be read.
+    """
+    sizes = []
+    for row in np.unique(np.linspace(0, len(images.names) - 1, count).astype(int)):
+        try:
+            sizes.append(decoding.header_size(images.read(int(row))))
+        except (UnreadableImage, OSError):
+            continue
+    if not sizes:
+        raise DataError(f"{images.root}: none of its images can be read; `labelwise scan {images.root}` says why.")
+    return np.array(sizes)
+
+
+def _fill(folder: Path, images: ImageSet, side: int, evaluation_size: int, progress: Callable[[int], None]) -> None:
+    count = len(images.names)
+    squares = np.lib.format.open_memmap(folder / "squares.npy", "w+", np.uint8, (count, side, side, 3))
+    evaluations = np.lib.format.open_memmap(folder / "evaluations.npy", "w+", np.uint8, (count, evaluation_size, evaluation_size, 3))
+    sizes, keys = np.ones((count, 2), np.int32), np.zeros(count, np.uint64)
+    quarantined: list[dict[str, str]] = []
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        intensity_range = _set_range(images, pool)
+
+        def decode(row: int) -> tuple[Pixels, Pixels, tuple[int, int], int] | str:
+            try:
+                image = decoding.decode_image(images.read(row), intensity_range)
+                key = decoding.content_key(np.asarray(image))
+                shape = (image.height, image.width)
+                return decoding.square_pixels(image, side), decoding.evaluation_pixels(image, evaluation_size), shape, key
+            except UnreadableImage as error:
+                return str(error)
+            except OSError as error:
+                return f"cannot be read ({error.strerror or error})"
+
+        for start in range(0, count, _CHUNK):
+            rows = range(start, min(start + _CHUNK, count))
+            for row, result in zip(rows, pool.map(decode, rows), strict=True):
+                if isinstance(result, str):
+                    quarantined.append({"file": images.names[row], "reason": result})
+                else:
+                    squares[row], evaluations[row], sizes[row], keys[row] = result
+                progress(1)
+    if len(quarantined) == count:
+        raise DataError(f"{images.root}: none of its {count} images can be read, e.g. {quarantined[0]['file']}: {quarantined[0]['reason']}.")
+    squares.flush()
+    evaluations.flush()
+    np.save(folder / "sizes.npy", sizes)
+    np.save(folder / "keys.npy", keys)
+    mean, std = _channel_statistics(squares, keys != 0)
+    facts = {"images": count, "quarantined": quarantined, "intensity_range": intensity_range, "mean": mean, "std": std}
+    (folder / "facts.json").write_text(json.dumps(facts), encoding="utf-8")
+
+
+def _open_cache(folder: Path) -> ImageCache:
+    facts: dict[str, Any] = json.loads((folder / "facts.json").read_text(encoding="utf-8"))
+    keys = np.load(folder / "keys.npy")
+    return ImageCache(
+        folder=folder,
+        squares=np.load(folder / "squares.npy", mmap_mode="r"),
+        evaluations=np.load(folder / "evaluations.npy", mmap_mode="r"),
+        sizes=np.load(folder / "sizes.npy"),
+        keys=keys,
+        readable=keys != 0,
+        quarantined=facts["quarantined"],
+        intensity_range=tuple(facts["intensity_range"]) if facts["intensity_range"] else None,
+        mean=tuple(facts["mean"]),
+        std=tuple(facts["std"]),
+    )
+
+
+def _fingerprint(images: ImageSet, side: int, evaluation_size: int) -> str:
+    """Hash of what the files are and what is made of them."""
+    digest = hashlib.sha256(f"{_VERSION} {decoding.HAS_HEIF} {side} {evaluation_size} {images.table._fingerprint if images.layout == 'dataset' else ''}".encode())
+    digest.update(str(images.root.resolve()).encode("utf-8", "surrogateescape"))
+    for row, name in enumerate(images.names):
+        path = None if images.layout == "dataset" else images.table[row]["image"]["path"]
+        stat = os.stat(path) if path and os.path.exists(path) else None
+        digest.update(f"\0{name}\0{stat.st_size if stat else 0}\0{stat.st_mtime_ns if stat else 0}".encode())
+    return digest.hexdigest()[:24]
+
+
+def _check_space(folder: Path, needed: int) -> None:
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ResourceError(f"{folder.parent}: cannot hold the image cache ({error.strerror}); name another place in LABELWISE_CACHE.") from None
+    free = shutil.disk_usage(folder.parent).free
+    if needed > free:
+        raise ResourceError(
+            f"{folder.parent}: the image cache needs {needed / 2**30:.1f} GiB and {free / 2**30:.1f} GiB are free; "
+            f"free some, name another place in LABELWISE_CACHE, or use a smaller --image-size."
+        )
+
+
+def _set_range(images: ImageSet, pool: ThreadPoolExecutor) -> Range | None:
+    """Range of intensities over all images deeper than 8 bits; None when there are none."""
+
+    def measure(row: int) -> Range | None:
+        try:
+            return decoding.deep_range(images.read(row))
+        except (UnreadableImage, OSError):
+            return None
+
+    deep_suffixes = (".png", ".tif", ".tiff", ".pgm", ".ppm", ".jp2")
+    rows = [row for row, name in enumerate(images.names) if name.lower().endswith(deep_suffixes) or images.layout == "dataset"]
+    ranges = [found for found in pool.map(measure, rows) if found is not None]
+    return (min(low for low, _ in ranges), max(high for _, high in ranges)) if ranges else None
+
+
+def _channel_statistics(squares: Pixels, readable: npt.NDArray[np.bool_]) -> tuple[list[float], list[float]]:
+    rows = np.flatnonzero(readable)
+    rows = rows[np.linspace(0, len(rows) - 1, min(_SAMPLED, len(rows))).astype(int)]
+    total, squared, pixels = np.zeros(3), np.zeros(3), 0
+    for start in range(0, len(rows), _CHUNK):
+        values = squares[rows[start : start + _CHUNK]].reshape(-1, 3) / 255.0
+        total, squared, pixels = total + values.sum(0), squared + (values**2).sum(0), pixels + len(values)
+    mean = total / pixels
+    std = np.sqrt(np.maximum(squared / pixels - mean**2, 1e-4))
+    return mean.tolist(), std.tolist()

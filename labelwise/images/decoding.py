@@ -1,0 +1,196 @@
+"""From the bytes of a file to RGB pixels, the same way everywhere.
+
+Pillow's own `convert("RGB")` turns 16-bit images white and float images black; here they are scaled by
+a range that belongs to the whole set. Transparency is laid on white. EXIF orientation is obeyed.
+"""
+
+import hashlib
+import io
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, ImageFile, ImageOps
+
+# Pillow opens 40 more, some of which run other programs (EPS) or parse rare formats.
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "JPEG2000", "AVIF")
+LARGEST_PIXELS = 64_000_000
+_DEEP_MODES = ("I", "I;16", "I;16B", "I;16L", "I;16N", "F")
+
+Pixels = npt.NDArray[np.uint8]
+Range = tuple[float, float]
+
+ImageFile.LOAD_TRUNCATED_IMAGES = False  # half-gray images must not train silently
+
+
+def _register_heif() -> bool:
+    """Teach Pillow HEIC, when the extra `labelwise[heic]` is installed."""
+    try:
+        import pillow_heif  # noqa: PLC0415
+    except ImportError:
+        return False
+    pillow_heif.register_heif_opener()
+    return True
+
+
+HAS_HEIF = _register_heif()
+
+
+class UnreadableImage(Exception):
+    """The bytes are not an image we can use; the message is the reason, in a few words."""
+
+
+def decode_image(data: bytes, intensity_range: Range | None = None) -> Image.Image:
+    """Decode a file into an upright RGB image.
+
+    Args:
+        data: The whole file.
+        intensity_range: Lowest and highest intensity of the set, for images deeper than 8 bits.
+
+    Raises:
+        UnreadableImage: It cannot be decoded whole.
+    """
+    with _reasons(data):
+        image = _open(data)
+        image.load()
+        if image.mode in _DEEP_MODES:
+            image = _shallow(image, intensity_range or _own_range(image))
+        image = _upright(image)
+        return _on_white(image) if _has_alpha(image) else image.convert("RGB")
+
+
+def deep_range(data: bytes) -> Range | None:
+    """Lowest and highest intensity of an image deeper than 8 bits; None for any other.
+
+    Raises:
+        UnreadableImage: It cannot be decoded whole.
+    """
+    with _reasons(data):
+        image = _open(data)
+        if image.mode not in _DEEP_MODES:
+            return None
+        image.load()
+        return _own_range(image)
+
+
+def header_size(data: bytes) -> tuple[int, int]:
+    """Height and width after EXIF rotation, from the header alone.
+
+    Raises:
+        UnreadableImage: There is no image header.
+    """
+    with _reasons(data):
+        image = _open(data)
+        turned = image.getexif().get(0x0112, 1) in (5, 6, 7, 8)
+        width, height = image.size
+        return (width, height) if turned else (height, width)
+
+
+def square_pixels(image: Image.Image, side: int) -> Pixels:
+    """Squeeze the whole image into a square, antialiased: what views are cut from, (S, S, 3)."""
+    if image.size != (side, side):
+        image = image.resize((side, side), Image.Resampling.BICUBIC)
+    return np.asarray(image)
+
+
+def evaluation_pixels(image: Image.Image, size: int) -> Pixels:
+    """Show the middle of the image undistorted: what features and predictions are made from, (E, E, 3).
+
+    Short side to `size` (up to 64 px) or `size` / 0.875, then the centre square.
+
+    Source: official SimCLR code, data.py `get_preprocess_fn` (0.875; no crop margin for small images).
+    """
+    short = size if size <= 64 else round(size / 0.875)
+    width, height = image.size
+    scale = short / min(width, height)
+    target = (max(short, round(width * scale)), max(short, round(height * scale)))
+    if target != image.size:
+        image = image.resize(target, Image.Resampling.BICUBIC)
+    left, top = (target[0] - size) // 2, (target[1] - size) // 2
+    return np.asarray(image.crop((left, top, left + size, top + size)))
+
+
+def content_key(pixels: Pixels) -> int:
+    """First 8 bytes of the SHA-256 of an image's shape and pixels; never 0."""
+    digest = hashlib.sha256(str(pixels.shape).encode())
+    digest.update(np.ascontiguousarray(pixels))
+    return int.from_bytes(digest.digest()[:8], "little") or 1
+
+
+def _open(data: bytes) -> Image.Image:
+    if not data:
+        raise UnreadableImage("empty file")
+    formats = (*FORMATS, "HEIF") if HAS_HEIF else FORMATS
+    image = Image.open(io.BytesIO(data), formats=formats)
+    if image.width * image.height > LARGEST_PIXELS:
+        raise UnreadableImage(f"too large: {image.width} x {image.height} pixels; the limit is {LARGEST_PIXELS:,}")
+    return image
+
+
+@contextmanager
+def _reasons(data: bytes) -> Iterator[None]:
+    """Turn whatever Pillow raises into a reason; it raises ValueError, SyntaxError, struct.error and more."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    except UnreadableImage:
+        raise
+    except MemoryError:
+        raise UnreadableImage("too large for the memory") from None
+    except Exception as error:  # noqa: BLE001 - one bad file must never stop a run
+        raise UnreadableImage(_reason(data, error)) from None
+
+
+def _reason(data: bytes, error: Exception) -> str:
+    start = data[:512].lstrip().lower()
+    if start.startswith((b"<!doctype", b"<html", b"<?xml", b"<svg")):
+        return "not an image (HTML or XML)"
+    if b"ftypheic" in data[:64] or b"ftypmif1" in data[:64]:
+        return "HEIC: pip install 'labelwise[heic]' reads it"
+    if isinstance(error, Image.DecompressionBombError):
+        return "too large: a decompression bomb by its header"
+    if isinstance(error, Image.UnidentifiedImageError):
+        return "not an image we can read"
+    if "truncated" in str(error).lower() or "incomplete" in str(error).lower():
+        return "truncated"
+    return f"damaged ({type(error).__name__}: {str(error)[:80]})"
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    try:
+        return ImageOps.exif_transpose(image)
+    except Exception:  # noqa: BLE001 - a damaged EXIF block does not make the pixels wrong
+        return image
+
+
+def _has_alpha(image: Image.Image) -> bool:
+    return image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info
+
+
+def _on_white(image: Image.Image) -> Image.Image:
+    image = image.convert("RGBA")
+    canvas = Image.new("RGBA", image.size, "white")
+    return Image.alpha_composite(canvas, image).convert("RGB")
+
+
+def _own_range(image: Image.Image) -> Range:
+    values = np.asarray(image)
+    finite = values[np.isfinite(values)]
+    if not finite.size:
+        raise UnreadableImage("no finite pixel")
+    return float(finite.min()), float(finite.max())
+
+
+def _shallow(image: Image.Image, intensity_range: Range) -> Image.Image:
+    """Scale a deep image to 8 bits by a range, clipping what lies outside it."""
+    low, high = intensity_range
+    values = np.nan_to_num(np.asarray(image, dtype=np.float64), nan=low, posinf=high, neginf=low)
+    scaled = np.clip((values - low) / max(high - low, 1e-12), 0, 1)
+    orientation = image.getexif().get(0x0112)
+    result = Image.fromarray((scaled * 255).round().astype(np.uint8))
+    if orientation:
+        result.getexif()[0x0112] = orientation
+    return result

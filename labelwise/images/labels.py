@@ -1,0 +1,147 @@
+"""Label files: read as text, matched to images by path or by unique base name."""
+
+import os
+import unicodedata
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+
+import datasets
+
+from labelwise.errors import DataError
+
+PATH_COLUMNS = ("file_name", "image_path", "image", "path", "filename", "file")
+LABEL_COLUMNS = ("label", "class", "choice", "category", "tag")
+_LISTED = 5
+
+
+@dataclass(frozen=True)
+class LabelRow:
+    """One row of a label file, and the line it stands on."""
+
+    line: int
+    path: str
+    label: str
+    split: str | None
+
+
+def read_label_table(file: Path) -> list[LabelRow]:
+    """Read a CSV, TSV or JSONL file; every cell is text, so `001` and `NA` stay what they are.
+
+    Raises:
+        DataError: The file cannot be read, lacks a column, or holds several labels in one cell.
+    """
+    if not file.exists():
+        raise DataError(f"--labels {file}: no such file.")
+    rows = _read_jsonl(file) if file.suffix.lower() in (".jsonl", ".ndjson") else _read_delimited(file)
+    columns = list(rows[0]) if rows else []
+    path_column = _column(file, columns, PATH_COLUMNS, "path")
+    label_column = _column(file, columns, LABEL_COLUMNS, "label")
+    result = []
+    for line, row in enumerate(rows, start=2 if file.suffix.lower() not in (".jsonl", ".ndjson") else 1):
+        path, label = row.get(path_column), row.get(label_column)
+        if isinstance(label, list) or _holds_several(label):
+            raise DataError(f"{file}, line {line}: several labels in one cell ({label}); Labelwise classifies with one label per image.")
+        if path and label is not None and str(label).strip():
+            result.append(LabelRow(line, str(path), str(label).strip(), str(row["split"]).strip().lower() if row.get("split") else None))
+    if not result:
+        raise DataError(f"{file}: no labeled rows in it.")
+    return result
+
+
+def match_labels(
+    rows: list[LabelRow], file: Path, names: list[str], root: Path, labels_root: Path | None
+) -> tuple[dict[str, str], dict[str, str], list[str]]:
+    """Find the image of each row: by its path relative to the label file, to `labels_root` or the
+    images, then by base name where that is unique.
+
+    Returns:
+        Label by image name, split by image name, and notes that say the outcome.
+
+    Raises:
+        DataError: Nothing matches, or rows of one image disagree.
+    """
+    by_path = {_normal(os.path.normpath(root.resolve() / name)): name for name in names if ":" not in name}
+    by_base: dict[str, list[str]] = defaultdict(list)
+    for name in names:
+        by_base[_normal(os.path.basename(name))].append(name)
+    starts = [file.resolve().parent, *([labels_root.resolve()] if labels_root else []), root.resolve()]
+    labels: dict[str, str] = {}
+    splits: dict[str, str] = {}
+    unknown: list[LabelRow] = []
+    for row in rows:
+        name = _find(row.path, starts, by_path, by_base)
+        if name is None:
+            unknown.append(row)
+            continue
+        if labels.get(name, row.label) != row.label:
+            raise DataError(f"{file}, line {row.line}: {row.path} is labeled {row.label!r} here and {labels[name]!r} before; keep one.")
+        labels[name] = row.label
+        if row.split in ("train", "val", "test"):
+            splits[name] = row.split
+    if not labels:
+        raise DataError(f"{file}: none of its {len(rows)} paths matches an image in {root}, e.g. {rows[0].path}; name their folder with --labels-root.")
+    listed = ", ".join(f"{row.path} (line {row.line})" for row in unknown[:_LISTED])
+    more = f" and {len(unknown) - _LISTED} more" if len(unknown) > _LISTED else ""
+    outcome = f"{len(rows)} rows: {len(rows) - len(unknown)} matched, {len(unknown)} unknown"
+    return labels, splits, [outcome + (f": {listed}{more}" if unknown else "")]
+
+
+def _find(path: str, starts: list[Path], by_path: dict[str, str], by_base: dict[str, list[str]]) -> str | None:
+    clean = path.replace("\\", "/")
+    for start in starts:
+        name = by_path.get(_normal(os.path.normpath(start / clean)))
+        if name is not None:
+            return name
+    same_base = by_base.get(_normal(os.path.basename(clean)), [])
+    return same_base[0] if len(same_base) == 1 else None
+
+
+def _normal(path: str) -> str:
+    return unicodedata.normalize("NFC", path)
+
+
+def _read_delimited(file: Path) -> list[dict[str, str]]:
+    data = file.read_bytes()
+    encoding = "utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
+    try:
+        header = data.decode(encoding).splitlines()[0]
+    except (UnicodeDecodeError, IndexError):
+        raise DataError(f"{file}: empty, or not text in UTF-8 or UTF-16.") from None
+    delimiter = max(",;\t", key=header.count)
+    try:
+        table = datasets.Dataset.from_csv(
+            str(file), sep=delimiter, dtype=str, keep_default_na=False, encoding=encoding, cache_dir=None, keep_in_memory=True
+        )
+    except Exception as error:  # noqa: BLE001 - whatever pandas says of a user's file is the user's error
+        raise DataError(f"{file}: not a table: {_root_cause(error)}.") from None
+    return [{key.strip(): value for key, value in row.items()} for row in table.to_list()]
+
+
+def _read_jsonl(file: Path) -> list[dict[str, object]]:
+    try:
+        table = datasets.Dataset.from_json(str(file), keep_in_memory=True)
+    except Exception as error:  # noqa: BLE001 - whatever pyarrow says of a user's file is the user's error
+        raise DataError(f"{file}: not JSON lines: {_root_cause(error)}.") from None
+    return list(table.to_list())
+
+
+def _root_cause(error: BaseException) -> str:
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+
+
+def _column(file: Path, columns: list[str], known: tuple[str, ...], what: str) -> str:
+    found = next((name for name in known if name in columns), None)
+    if found is None:
+        raise DataError(f"{file}: no {what} column; looked for {', '.join(known)}, found {', '.join(columns) or 'nothing'}.")
+    return found
+
+
+def _holds_several(label: object) -> bool:
+    """Whether a cell looks like a list: `cat,dog`, `cat;dog`, `cat|dog` or `["cat", "dog"]`."""
+    if not isinstance(label, str):
+        return False
+    text = label.strip()
+    return (text.startswith("[") and text.endswith("]")) or any(mark in text for mark in (",", ";", "|"))

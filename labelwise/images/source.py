@@ -1,0 +1,229 @@
+"""Which images there are, and what is known of each. With `labels`, the door of `datasets`."""
+
+import os
+from collections import Counter
+from dataclasses import dataclass, field, replace
+from pathlib import Path, PurePosixPath
+
+import datasets
+
+from labelwise.errors import DataError
+from labelwise.images.labels import match_labels, read_label_table
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".jp2", ".avif", ".heic", ".heif")
+SPLITS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
+_IGNORED_FOLDERS = ("__MACOSX",)
+_IMAGE_COLUMNS = ("image", "img", "jpg", "png")
+_LABEL_COLUMNS = ("label", "labels", "class", "fine_label")
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """Images by name, not yet decoded. Rows agree across all lists.
+
+    Attributes:
+        root: The folder the user gave.
+        names: Unique; the path relative to `root`, with forward slashes.
+        labels: Text, or None where unknown.
+        splits: "train", "val", "test", or None where the user made no split.
+        layout: How labels and splits were found, in words.
+        ignored: Files that are not images, counted by suffix.
+        notes: What a person should know.
+        table: Column `image`, not decoded.
+    """
+
+    root: Path
+    names: list[str]
+    labels: list[str | None]
+    splits: list[str | None]
+    layout: str
+    ignored: dict[str, int]
+    notes: list[str]
+    table: datasets.Dataset = field(repr=False)
+
+    def read(self, row: int) -> bytes:
+        """Bytes of one image.
+
+        Raises:
+            OSError: The file is gone or may not be read.
+        """
+        image = self.table[row]["image"]
+        return image["bytes"] if image["bytes"] is not None else Path(image["path"]).read_bytes()
+
+
+def open_images(
+    root: Path, *, labels: Path | None = None, labels_root: Path | None = None, test: Path | None = None
+) -> ImageSet:
+    """Find the images of a folder, with the labels and splits that its layout or a label file tells.
+
+    Args:
+        root: A folder of images at any depth, a folder of class folders, of `train/ val/ test/` folders,
+            of Parquet files, or one written by `datasets`' `save_to_disk`.
+        labels: A CSV, TSV or JSONL file, or a folder of class folders.
+        labels_root: Folder the label file's paths start from.
+        test: Folder of test images, inside `root` or elsewhere.
+
+    Raises:
+        DataError: There are no images, or the labels cannot be matched to them.
+    """
+    images = _open_folder(root)
+    if test is not None:
+        images = _add_test(images, test)
+    if labels is not None and labels.is_dir():
+        images = _add_labeled_folder(images, labels)
+    elif labels is not None:
+        known, splits, notes = match_labels(read_label_table(labels), labels, images.names, images.root, labels_root)
+        images = replace(
+            images,
+            labels=[known.get(name, label if name.startswith("test:") else None) for name, label in zip(images.names, images.labels, strict=True)],
+            splits=[splits.get(name, split) for name, split in zip(images.names, images.splits, strict=True)],
+            layout=f"{images.layout}, labels from {labels.name}",
+            notes=images.notes + notes,
+        )
+    return images
+
+
+def _open_folder(root: Path) -> ImageSet:
+    if not root.exists():
+        raise DataError(f"{root}: no such folder.")
+    if not root.is_dir():
+        raise DataError(f"{root}: a file, not a folder of images.")
+    if (root / "dataset_info.json").exists() or (root / "dataset_dict.json").exists():
+        return _from_datasets(root, datasets.load_from_disk(str(root)))
+    paths, ignored, notes = _walk(root)
+    if not paths:
+        parquet = sorted(str(path) for path in root.rglob("*.parquet"))
+        if parquet:
+            return _from_datasets(root, datasets.load_dataset("parquet", data_files=parquet, split="train"))
+        found = ", ".join(f"{count} {suffix or 'without suffix'}" for suffix, count in Counter(ignored).most_common(5))
+        raise DataError(
+            f"{root}: no images found; looked for {' '.join(SUFFIXES[:6])} ... in it and its folders, "
+            f"found {found or 'nothing'}."
+        )
+    names = [path.as_posix() for path in paths]
+    labels, splits, layout, layout_notes = _read_layout(paths)
+    table = _table([str(root / path) for path in paths])
+    return ImageSet(root, names, labels, splits, layout, ignored, notes + layout_notes, table)
+
+
+def _table(paths: list[str]) -> datasets.Dataset:
+    return datasets.Dataset.from_dict({"image": paths}).cast_column("image", datasets.Image(decode=False))
+
+
+def _walk(root: Path) -> tuple[list[PurePosixPath], dict[str, int], list[str]]:
+    """List image files below a folder, sorted; links to folders, hidden and system folders are left out."""
+    found: list[PurePosixPath] = []
+    ignored: Counter[str] = Counter()
+    odd_names = linked = 0
+    for folder, folders, files in os.walk(root, followlinks=False):
+        linked += sum(os.path.islink(os.path.join(folder, name)) for name in folders)
+        folders[:] = sorted(name for name in folders if not name.startswith(".") and name not in _IGNORED_FOLDERS)
+        for name in files:
+            path = os.path.join(folder, name)
+            suffix = os.path.splitext(name)[1].lower()
+            if name.startswith(".") or suffix not in SUFFIXES or not os.path.isfile(path):
+                ignored[suffix] += 1
+            elif not _is_text(path):
+                odd_names += 1
+            else:
+                found.append(PurePosixPath(os.path.relpath(path, root)))
+    notes = []
+    if odd_names:
+        notes.append(f"{odd_names} files left out because their names are not UTF-8; rename them")
+    if linked:
+        notes.append(f"{linked} linked folders not followed")
+    return sorted(found), dict(ignored), notes
+
+
+def _is_text(name: str) -> bool:
+    try:
+        name.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _read_layout(paths: list[PurePosixPath]) -> tuple[list[str | None], list[str | None], str, list[str]]:
+    """Read labels and splits off the folders: the class is the first folder below root or split."""
+    parts = [path.parts for path in paths]
+    tops = {part[0] for part in parts if len(part) > 1}
+    is_split = bool(tops) and all(top.lower() in SPLITS for top in tops) and all(len(part) > 1 for part in parts)
+    skip = 1 if is_split else 0
+    splits: list[str | None] = [SPLITS[part[0].lower()] if is_split else None for part in parts]
+    classes = {part[skip] for part in parts if len(part) > skip + 1}
+    loose = sum(len(part) <= skip + 1 for part in parts)
+    notes = []
+    if classes and loose:
+        notes.append(f"{loose} images lie beside the class folders, without a label")
+    labels: list[str | None] = [part[skip] if classes and len(part) > skip + 1 else None for part in parts]
+    layout = {(False, False): "flat folder", (False, True): "class folders", (True, False): "split folders", (True, True): "split folders of class folders"}
+    return labels, splits, layout[is_split, bool(classes)], notes
+
+
+def _from_datasets(root: Path, loaded: datasets.Dataset | datasets.DatasetDict) -> ImageSet:
+    """Read a table of images that the `datasets` library knows."""
+    pieces = loaded if isinstance(loaded, datasets.DatasetDict) else {"": loaded}
+    names: list[str] = []
+    labels: list[str | None] = []
+    splits: list[str | None] = []
+    tables = []
+    for split, piece in pieces.items():
+        image = next((name for name in _IMAGE_COLUMNS if name in piece.column_names), None)
+        if image is None:
+            raise DataError(f"{root}: no image column; looked for {', '.join(_IMAGE_COLUMNS)}, found {', '.join(piece.column_names)}.")
+        label = next((name for name in _LABEL_COLUMNS if name in piece.column_names), None)
+        width = len(str(len(piece)))
+        names += [f"{split or 'row'}/{row:0{width}d}" for row in range(len(piece))]
+        splits += [SPLITS.get(str(split).lower())] * len(piece)
+        labels += _label_texts(piece, label) if label else [None] * len(piece)
+        tables.append(piece.select_columns(image).rename_column(image, "image").cast_column("image", datasets.Image(decode=False)))
+    return ImageSet(root, names, labels, splits, "dataset", {}, [], datasets.concatenate_datasets(tables))
+
+
+def _label_texts(piece: datasets.Dataset, column: str) -> list[str | None]:
+    feature = piece.features[column]
+    values = piece[column]
+    if isinstance(feature, datasets.ClassLabel):
+        return [feature.int2str(value) if value is not None and value >= 0 else None for value in values]
+    return [None if value is None else str(value) for value in values]
+
+
+def _add_test(images: ImageSet, test: Path) -> ImageSet:
+    """Mark a folder inside the root as test images, or append one that lies elsewhere."""
+    if not test.is_dir():
+        raise DataError(f"--test {test}: no such folder.")
+    root, folder = images.root.resolve(), test.resolve()
+    if folder != root and folder.is_relative_to(root):
+        inside = folder.relative_to(root).as_posix() + "/"
+        relative = _open_folder(test)
+        known = dict(zip(relative.names, relative.labels, strict=True))
+        marked = [name.startswith(inside) for name in images.names]
+        if not any(marked):
+            raise DataError(f"--test {test}: no images found in it.")
+        labels = [known.get(name.removeprefix(inside)) if is_test else label for name, label, is_test in zip(images.names, images.labels, marked, strict=True)]
+        splits = ["test" if is_test else (None if split == "test" else split) for split, is_test in zip(images.splits, marked, strict=True)]
+        return replace(images, labels=labels, splits=splits, layout=f"{images.layout}, test images in {inside}")
+    return _append(images, _open_folder(test), "test", f"test images from {test}")
+
+
+def _add_labeled_folder(images: ImageSet, labels: Path) -> ImageSet:
+    """Add class folders that lie outside the pool; labeled images there are images of the set."""
+    if labels.resolve() == images.root.resolve():
+        return images
+    labeled = _open_folder(labels)
+    if not any(label is not None for label in labeled.labels):
+        raise DataError(f"--labels {labels}: a folder without class folders in it; put each class into its own folder.")
+    return _append(images, labeled, None, f"labeled images from {labels}")
+
+
+def _append(images: ImageSet, more: ImageSet, split: str | None, words: str) -> ImageSet:
+    prefix = "test:" if split == "test" else "labels:"
+    return replace(
+        images,
+        names=images.names + [prefix + name for name in more.names],
+        labels=images.labels + more.labels,
+        splits=images.splits + [split or own for own in more.splits],
+        layout=f"{images.layout}, {words}",
+        notes=images.notes + more.notes,
+        table=datasets.concatenate_datasets([images.table, more.table]),
+    )

@@ -1,0 +1,153 @@
+"""Which images are locked away for testing, which may be trained on, which get labels in a draw."""
+
+import hashlib
+import json
+from collections import Counter, defaultdict
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from labelwise import seeding
+from labelwise.errors import DataError
+from labelwise.images.source import ImageSet
+
+DEFAULT_HOLDOUT = 0.2
+MOST_HELD_OUT_LABELED = 2000
+MOST_HELD_OUT_UNLABELED = 1000
+
+Rows = npt.NDArray[np.int64]
+
+
+def lock_test(
+    images: ImageSet,
+    keys: npt.NDArray[np.uint64],
+    readable: npt.NDArray[np.bool_],
+    holdout: float | None,
+    seed: int,
+    *,
+    locked: dict[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Choose the test images, before anything is trained.
+
+    The user's own test split comes first; else a stratified holdout where labels are known, else a
+    uniform one. Copies of a test image are never left to train on.
+
+    Args:
+        images, keys, readable: The set, (N,) each.
+        holdout: Share to hold out when there is no test split; default 0.2, 0 for none.
+        seed: Of the holdout's draw.
+        locked: A lock made before: its images stay the test images.
+
+    Returns:
+        `method` in words, `names`, `excluded_duplicates`, `seed`, `sha256` of the names.
+    """
+    if locked is not None:
+        kept = set(locked["names"])
+        rows = [row for row, name in enumerate(images.names) if name in kept]
+        method = locked["method"]
+        if len(rows) < len(kept):
+            raise DataError(f"{images.root}: {len(kept) - len(rows)} of the locked test images are gone, e.g. {sorted(kept - set(images.names))[0]}; put them back.")
+    elif "test" in images.splits:
+        rows = [row for row, split in enumerate(images.splits) if split == "test" and readable[row]]
+        method = "your test split"
+    else:
+        rows, method = _hold_out(images, keys, readable, DEFAULT_HOLDOUT if holdout is None else holdout, seed)
+    test_keys = {int(keys[row]) for row in rows}
+    chosen = set(rows)
+    duplicates = [images.names[row] for row in range(len(images.names)) if readable[row] and row not in chosen and int(keys[row]) in test_keys]
+    names = sorted(images.names[row] for row in rows)
+    return {"method": method, "names": names, "excluded_duplicates": duplicates, "seed": seed, "sha256": hash_names(names)}
+
+
+def pool_indices(images: ImageSet, readable: npt.NDArray[np.bool_], lock: dict[str, Any]) -> Rows:
+    """Rows that may be trained on: readable, not a test image, not a copy of one, (P,)."""
+    forbidden = {*lock["names"], *lock["excluded_duplicates"]}
+    kept = [row for row, name in enumerate(images.names) if readable[row] and name not in forbidden and images.splits[row] != "test"]
+    return np.array(kept, dtype=np.int64)
+
+
+def draw_labels(names: list[str], labels: list[str], draws: int, seed: int) -> list[list[int]]:
+    """Order the labeled images once per draw, so that the first n are the draw's label set of size n.
+
+    Each order starts with one image of every class, largest class first, and then follows the class
+    sizes (Sainte-Lague), so every prefix is stratified and smaller sets lie within larger ones. The
+    order does not depend on how files are listed.
+
+    Args:
+        names: Of the images that have labels, (n,).
+        labels: Their labels, (n,).
+        draws: How many orders.
+        seed: Of all of them.
+
+    Returns:
+        One list of n indices per draw.
+    """
+    by_class: dict[str, list[int]] = defaultdict(list)
+    for index in sorted(range(len(names)), key=names.__getitem__):
+        by_class[labels[index]].append(index)
+    classes = sorted(by_class, key=lambda label: (-len(by_class[label]), label))
+    turns = [(-1.0, place, 0) for place in range(len(classes))]
+    for place, label in enumerate(classes):
+        size = len(by_class[label])
+        turns += [((2 * taken + 1) / size, place, taken) for taken in range(1, size)]
+    turns.sort()
+    orders = []
+    for draw in range(draws):
+        shuffled = {label: seeding.generator(seed, "labels", draw, label).permutation(by_class[label]) for label in classes}
+        orders.append([int(shuffled[classes[place]][taken]) for _, place, taken in turns])
+    return orders
+
+
+def hash_names(names: list[str]) -> str:
+    """SHA-256 of a list of names, in the order given."""
+    return hashlib.sha256(json.dumps(names).encode()).hexdigest()
+
+
+def _hold_out(
+    images: ImageSet, keys: npt.NDArray[np.uint64], readable: npt.NDArray[np.bool_], share: float, seed: int
+) -> tuple[list[int], str]:
+    if share == 0:
+        return [], "none held out"
+    labeled = [row for row in range(len(images.names)) if readable[row] and images.labels[row] is not None]
+    if len({images.labels[row] for row in labeled}) > 1:
+        most = min(MOST_HELD_OUT_LABELED, round(share * len(labeled)))
+        groups = _groups_by_class(images, keys, labeled)
+        words = f"{share:.0%} of the labeled images held out, by class"
+    else:
+        rows = [row for row in range(len(images.names)) if readable[row]]
+        most = min(MOST_HELD_OUT_UNLABELED, round(share * len(rows)))
+        groups = {"": _copies_together(images, keys, rows)}
+        words = f"{share:.0%} held out at random, to be labeled later"
+    total = sum(len(group) for class_groups in groups.values() for group in class_groups)
+    chosen: list[int] = []
+    for label, class_groups in sorted(groups.items()):
+        size = sum(len(group) for group in class_groups)
+        quota = min(round(most * size / max(total, 1)), size - 1)  # a class of one image stays trainable
+        for place in seeding.generator(seed, "holdout", label).permutation(len(class_groups)):
+            if quota <= 0:
+                break
+            if len(class_groups[place]) <= quota:
+                chosen += class_groups[place]
+                quota -= len(class_groups[place])
+    return sorted(chosen), words
+
+
+def _groups_by_class(images: ImageSet, keys: npt.NDArray[np.uint64], rows: list[int]) -> dict[str, list[list[int]]]:
+    by_class: dict[str, list[int]] = defaultdict(list)
+    for row in rows:
+        by_class[str(images.labels[row])].append(row)
+    return {label: _copies_together(images, keys, members) for label, members in by_class.items()}
+
+
+def _copies_together(images: ImageSet, keys: npt.NDArray[np.uint64], rows: list[int]) -> list[list[int]]:
+    """Group rows with the same pixels, in an order that does not depend on the file system."""
+    groups: dict[int, list[int]] = defaultdict(list)
+    for row in sorted(rows, key=images.names.__getitem__):
+        groups[int(keys[row])].append(row)
+    return list(groups.values())
+
+
+def class_sizes(labels: list[str]) -> dict[str, int]:
+    """Number of images of each class, by name."""
+    return dict(sorted(Counter(labels).items()))

@@ -1,0 +1,121 @@
+"""Settings as command-line options: a field's name, help, panel and default, said once in `config`."""
+
+import inspect
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args, get_origin
+
+import typer
+from pydantic.fields import FieldInfo
+
+from labelwise.config import Settings
+from labelwise.errors import UsageError
+
+
+def parameters(settings: type[Settings], arguments: tuple[str, ...] = (), skip: tuple[str, ...] = ()) -> list[inspect.Parameter]:
+    """Make a Typer parameter of every field.
+
+    Args:
+        settings: Where the fields are.
+        arguments: Fields that are given by place, not by option.
+        skip: Fields that the command gets in its own way.
+
+    Returns:
+        Keyword parameters whose default is None, "not given", except for arguments.
+    """
+    result = []
+    for name, field in settings.model_fields.items():
+        if name in skip:
+            continue
+        kind = _typed(field)
+        if name in arguments:
+            annotation = Annotated[kind, typer.Argument(help=field.description, show_default=False)]
+            result.append(inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, annotation=annotation))
+            continue
+        option = typer.Option(f"--{name.replace('_', '-')}", help=_help(field), rich_help_panel=_panel(field), show_default=False, metavar=_metavar(field))
+        annotation = Annotated[kind | None, option]  # type: ignore[valid-type]
+        result.append(inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation))
+    return result
+
+
+def with_parameters(command: Callable[..., Any], extra: list[inspect.Parameter]) -> Callable[..., Any]:
+    """Give a command the parameters of some settings, in place of its `**given`."""
+    own = [parameter for parameter in inspect.signature(command).parameters.values() if parameter.kind is not inspect.Parameter.VAR_KEYWORD]
+    kept = [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in own]
+    required = [parameter for parameter in [*extra, *kept] if parameter.default is inspect.Parameter.empty]
+    others = [parameter for parameter in [*extra, *kept] if parameter.default is not inspect.Parameter.empty]
+    command.__signature__ = inspect.Signature([*required, *others])  # type: ignore[attr-defined]
+    command.__annotations__ = {parameter.name: parameter.annotation for parameter in [*required, *others]}
+    return command
+
+
+def parse(settings: type[Settings], given: dict[str, Any]) -> dict[str, Any]:
+    """Turn texts of the command line into values: `0.01,0.1` a tuple, `{"a": 1}` a table.
+
+    Raises:
+        UsageError: A text cannot be read.
+    """
+    return {name: _value(name, settings.model_fields[name], value) for name, value in given.items() if value is not None}
+
+
+def _value(name: str, field: FieldInfo, value: Any) -> Any:
+    option = f"--{name.replace('_', '-')}"
+    if not isinstance(value, str):
+        return value
+    if _is(field, dict):
+        try:
+            table = json.loads(value)
+        except json.JSONDecodeError as error:
+            raise UsageError(f"{option} {value}: not JSON ({error}).") from None
+        return table
+    if _is(field, tuple):
+        return tuple(_number(part.strip()) for part in value.split(","))
+    return value
+
+
+def _number(text: str) -> float | int | str:
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text
+
+
+def _typed(field: FieldInfo) -> Any:
+    """Type Typer sees: what it cannot express comes as text and is checked by the settings."""
+    members = [member for member in (get_args(field.annotation) or (field.annotation,)) if member is not type(None)]
+    plain = members[0] if get_origin(field.annotation) is not tuple and len(members) == 1 else None
+    if field.annotation in (int, float, str, Path):
+        return field.annotation
+    if plain in (int, float, Path):
+        return plain
+    return str
+
+
+def _is(field: FieldInfo, kind: type) -> bool:
+    origins = [get_origin(member) or member for member in (field.annotation, *get_args(field.annotation))]
+    return kind in origins
+
+
+def _help(field: FieldInfo) -> str:
+    default = field.get_default(call_default_factory=True)
+    words = field.description or ""
+    if default is None or default == {} or "default" in words:
+        return words
+    shown = ",".join(map(str, default)) if isinstance(default, tuple) else f"{default:g}" if isinstance(default, float) else str(default)
+    return f"{words} (default {shown})"
+
+
+def _metavar(field: FieldInfo) -> str | None:
+    if get_origin(field.annotation) is Literal:
+        return "|".join(map(str, get_args(field.annotation)))
+    if _is(field, tuple):
+        return "A,B"
+    return "JSON" if _is(field, dict) else None
+
+
+def _panel(field: FieldInfo) -> str | None:
+    extra = field.json_schema_extra
+    return str(extra["panel"]) if isinstance(extra, dict) and "panel" in extra else None

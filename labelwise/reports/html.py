@@ -1,0 +1,80 @@
+"""report.html: one page that opens anywhere, offline, without scripts."""
+
+import base64
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from labelwise import rundir
+from labelwise.reports import plots, text
+from labelwise.rundir import RunDirectory
+
+_MOST_CLASSES = 30  # a confusion matrix beyond this cannot be read
+
+
+def render(document: dict[str, Any], run: RunDirectory) -> str:
+    """Write the page of a run.
+
+    Args:
+        document: report.json.
+        run: Where the curves, the view mosaic and the neighbours lie.
+    """
+    environment = Environment(
+        loader=PackageLoader("labelwise.reports"), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters |= {"percent": text.percent, "count": lambda value: f"{value:,}"}
+    columns, rows = text.table(document)
+    metrics = rundir.read_jsonl(run.metrics)
+    return environment.get_template("report.html.jinja").render(
+        document=document,
+        data_line=text.data_line(document["data"]),
+        test_line=text.test_line(document),
+        columns=columns,
+        rows=rows,
+        note=text.TABLE_NOTE,
+        arms=list(document["arm_names"]),
+        colors=plots.COLORS,
+        accuracy_plot=Markup(plots.accuracy_against_labels(document)) if document["summary"] else "",  # noqa: S704 - our own SVG
+        curves=Markup(plots.learning_curves(metrics)) if metrics else "",  # noqa: S704 - our own SVG; holds no text of the user's
+        confusion=_confusion(document["confusion"]),
+        worst=_worst_classes(document),
+        mosaic=_picture(run.views),
+        queries=rundir.read_json(run.neighbours)["queries"] if run.neighbours.exists() else [],
+        environment_rows=_environment_rows(document["environment"]),
+    )
+
+
+def _confusion(confusion: dict[str, Any] | None) -> dict[str, Any] | None:
+    """Row shares of the confusion matrix, with the shade of each cell."""
+    if confusion is None or not confusion["classes"] or len(confusion["classes"]) > _MOST_CLASSES:
+        return None
+    rows = []
+    for name, counts in zip(confusion["classes"], confusion["counts"], strict=True):
+        total = max(1, sum(counts))
+        rows.append({"name": name, "cells": [{"share": count / total, "shade": round((count / total) ** 0.7, 3)} for count in counts]})
+    return {**confusion, "rows": rows}
+
+
+def _worst_classes(document: dict[str, Any]) -> list[dict[str, Any]]:
+    """Classes by accuracy of the best-placed method at the most labels, worst first."""
+    confusion = document["confusion"]
+    if confusion is None:
+        return []
+    classes = []
+    for place, (name, counts) in enumerate(zip(confusion["classes"], confusion["counts"], strict=True)):
+        if sum(counts):
+            classes.append({"name": name, "accuracy": counts[place] / sum(counts)})
+    return sorted(classes, key=lambda entry: float(entry["accuracy"]))
+
+
+def _environment_rows(environment: dict[str, Any]) -> list[tuple[str, str]]:
+    names = ("labelwise", "python", "torch", "timm", "platform", "cpu", "cores", "started", "finished")
+    rows = [(name, str(environment[name])) for name in names if environment.get(name)]
+    precision = environment["precision"]
+    return [*rows, ("precision", f"{precision['number']}, {precision['layout']}: {precision['reason']}"), ("time", f"{environment['seconds'] / 60:.1f} min in all")]
+
+
+def _picture(file: Path) -> str:
+    return base64.b64encode(file.read_bytes()).decode("ascii") if file.exists() else ""

@@ -1,0 +1,94 @@
+"""Figures of the report as SVG text; ink takes the page's own colour, so they work on light and dark."""
+
+import io
+import math
+from typing import Any
+
+import matplotlib as mpl
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+# Okabe and Ito 2008: told apart with any colour vision.
+COLORS = {"simclr": "#0072B2", "simclr_probe": "#56B4E9", "supervised": "#D55E00", "random_probe": "#8C8C8C", "pixels": "#CC79A7"}
+_INK = "#123456"  # stands for the page's text colour; replaced in the SVG
+_STYLE = {
+    "svg.fonttype": "none",
+    "font.family": "sans-serif",
+    "font.size": 11,
+    "text.color": _INK,
+    "axes.labelcolor": _INK,
+    "axes.edgecolor": _INK,
+    "xtick.color": _INK,
+    "ytick.color": _INK,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+}
+
+
+def accuracy_against_labels(document: dict[str, Any]) -> str:
+    """Accuracy of every method at every number of labels, each line named at its end."""
+    with mpl.rc_context(_STYLE):
+        figure = Figure(figsize=(7.6, 4.2))
+        axes = figure.add_subplot()
+        ends: list[tuple[float, str, str]] = []
+        counts = [entry["labels"] for entry in document["summary"]]
+        for arm, name in document["arm_names"].items():
+            entries = [entry for entry in document["summary"] if arm in entry["arms"]]
+            labels = [entry["labels"] for entry in entries]
+            means = [100 * entry["arms"][arm]["mean"] for entry in entries]
+            color = COLORS.get(arm, _INK)
+            axes.plot(labels, means, "o-", color=color, linewidth=2, markersize=5)
+            banded = [(x, entry["arms"][arm]) for x, entry in zip(labels, entries, strict=True) if entry["arms"][arm]["low"] is not None]
+            if banded:
+                axes.fill_between([x for x, _ in banded], [100 * a["low"] for _, a in banded], [100 * a["high"] for _, a in banded], color=color, alpha=0.14, linewidth=0)
+            ends.append((means[-1], name, color))
+        axes.set_xscale("log")
+        axes.set_xticks(counts, [f"{count:,}" for count in counts])
+        axes.minorticks_off()
+        axes.set_xlabel("labels")
+        axes.set_ylabel("test accuracy, %")
+        axes.grid(axis="y", color=_INK, alpha=0.12)
+        axes.margins(x=0.04)
+        _label_ends(axes, ends)
+        return _svg(figure)
+
+
+def learning_curves(metrics: list[dict[str, Any]]) -> str:
+    """Loss beside chance, and kNN accuracy where labels exist, over the epochs."""
+    with mpl.rc_context(_STYLE):
+        epochs = [row for row in metrics if row["kind"] == "epoch" and row["loss"] is not None]
+        seen = [row for row in epochs if row["knn"] is not None]
+        figure = Figure(figsize=(7.6, 3.1))
+        panels = figure.subplots(1, 2 if seen else 1, squeeze=False)[0]
+        loss = panels[0]
+        loss.plot([row["epoch"] + 1 for row in epochs], [row["loss"] for row in epochs], color=COLORS["simclr"], linewidth=2)
+        if epochs:
+            loss.axhline(epochs[0]["chance"], color=_INK, linewidth=1, linestyle=(0, (4, 3)))
+            loss.annotate("chance", (epochs[-1]["epoch"] + 1, epochs[0]["chance"]), xytext=(0, -12), textcoords="offset points", ha="right")
+        loss.set_title("Contrastive loss", loc="left", fontsize=11)
+        loss.set_xlabel("epoch")
+        if seen:
+            panels[1].plot([row["epoch"] + 1 for row in seen], [100 * row["knn"] for row in seen], "o-", color=COLORS["simclr"], linewidth=2, markersize=4)
+            panels[1].set_title("Nearest-neighbour accuracy in the pool, %", loc="left", fontsize=11)
+            panels[1].set_xlabel("epoch")
+        for panel in panels:
+            panel.grid(axis="y", color=_INK, alpha=0.12)
+        figure.tight_layout(w_pad=3)
+        return _svg(figure)
+
+
+def _label_ends(axes: Axes, ends: list[tuple[float, str, str]]) -> None:
+    """Name each line at its right end, pushed apart so that names do not touch."""
+    low, high = axes.get_ylim()
+    gap = (high - low) * 0.062
+    placed = -math.inf
+    for value, name, color in sorted(ends):
+        placed = max(value, placed + gap)
+        axes.annotate(name, (1.015, placed), xycoords=("axes fraction", "data"), color=color, va="center", fontweight="bold", fontsize=10)
+
+
+def _svg(figure: Figure) -> str:
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", transparent=True, bbox_inches="tight", metadata={"Date": None, "Creator": None})
+    text = buffer.getvalue()
+    return text[text.index("<svg") :].replace(_INK, "currentColor")

@@ -1,0 +1,54 @@
+"""Numbers as people read them: in the terminal, in Markdown, in HTML."""
+
+from typing import Any
+
+TABLE_NOTE = "Accuracy in %, mean over random label draws [95 % interval]. Gain: fine-tuned SimCLR minus from scratch, same draws."
+
+
+def percent(value: float) -> str:
+    """An accuracy in percent, one decimal."""
+    return f"{100 * value:.1f}"
+
+
+def with_interval(entry: dict[str, Any]) -> str:
+    """`81.2 [78.0, 84.4]`, or the mean alone when there is no interval."""
+    if entry["low"] is None:
+        return percent(entry["mean"])
+    return f"{percent(entry['mean'])} [{percent(entry['low'])}, {percent(entry['high'])}]"
+
+
+def points(entry: dict[str, Any]) -> str:
+    """A difference: `+9.8 points [4.1, 15.5]`."""
+    mean = f"{100 * entry['mean']:+.1f} points"
+    return mean if entry["low"] is None else f"{mean} [{100 * entry['low']:+.1f}, {100 * entry['high']:+.1f}]"
+
+
+def data_line(data: dict[str, Any]) -> str:
+    """What was trained on."""
+    classes = f", {len(data['classes'])} classes" if data["classes"] else ""
+    bad = f", {len(data['quarantined'])} unreadable" if data["quarantined"] else ""
+    return f"{data['images']:,} images{classes}{bad}; {data['pool']:,} to train on"
+
+
+def test_line(document: dict[str, Any]) -> str:
+    """What was tested on."""
+    return f"{document['data']['test']:,} images ({document['data']['test_method']}), never trained on"
+
+
+def table(document: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """The table of methods: columns are numbers of labels, rows are methods, the gain last."""
+    summary, names = document["summary"], document["arm_names"]
+    columns = ["method", *(column_name(entry) for entry in summary)]
+    rows = [[name, *(with_interval(entry["arms"][arm]) if arm in entry["arms"] else "" for entry in summary)] for arm, name in names.items()]
+    if any(entry["gain"] for entry in summary):
+        rows.append(["gain, in points", *(points(entry["gain"]).replace(" points", "") if entry["gain"] else "" for entry in summary)])
+    for arm, name in names.items():
+        if any("macro" in entry for entry in summary):
+            rows.append([f"{name}, mean over classes", *(with_interval(entry["macro"][arm]) if arm in entry.get("macro", {}) else "" for entry in summary)])
+    return columns, rows
+
+
+def column_name(entry: dict[str, Any]) -> str:
+    """`10 labels (1%)`."""
+    share = f" ({100 * entry['fraction']:.3g}%)" if entry["fraction"] is not None else ""
+    return f"{entry['labels']:,} labels{share}"

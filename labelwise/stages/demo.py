@@ -1,0 +1,66 @@
+"""`labelwise demo`: the whole path on scikit-learn's handwritten digits, each command shown before it runs."""
+
+import os
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from sklearn.datasets import load_digits
+
+from labelwise import terminal
+from labelwise.errors import LabelwiseError, UsageError
+from labelwise.rundir import RunDirectory
+
+_TEST_SHARE = 0.25  # 450 of 1,797 digits
+_INK = 16  # scikit-learn's digits have 17 shades
+
+
+def demo(out: Path, *, quick: bool = False) -> RunDirectory:
+    """Make the images, then scan, pretrain, fine-tune and report as a user would.
+
+    Args:
+        out: Folder to create; an unfinished demo in it is continued.
+        quick: Few epochs, draws and methods, to see that everything runs.
+
+    Raises:
+        UsageError: `out` exists and is not a demo.
+        LabelwiseError: One of the commands failed.
+    """
+    images, run = out / "images", out / "runs" / "digits"
+    if out.exists() and any(out.iterdir()) and not images.exists():
+        raise UsageError(f"{out}: is not empty and not a demo; choose another --out.")
+    write_digits(images)
+    fractions = "0.01,0.05,0.1"
+    pretrain = ["pretrain", str(images), "--recipe", "digits", "--holdout", str(_TEST_SHARE), "--out", str(run)]
+    finetune = ["finetune", "--run", str(run), "--recipe", "digits", "--fraction", fractions]
+    if quick:
+        pretrain += ["--epochs", "2", "--precision", "fp32"]
+        finetune += ["--draws", "2", "--steps", "5", "--scratch-steps", "5"]
+    for command in (["scan", str(images)], pretrain, finetune, ["report", "--run", str(run)]):
+        _run(command, quiet=command[0] == "finetune")
+    return RunDirectory(run.absolute())
+
+
+def write_digits(folder: Path) -> None:
+    """Write scikit-learn's 1,797 digits as PNG files of 8 x 8 pixels, one folder per class."""
+    digits = load_digits()
+    for number, (image, label) in enumerate(zip(digits.images, digits.target, strict=True)):
+        file = folder / str(label) / f"{number:04d}.png"
+        if not file.exists():
+            file.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray((image * 255 / _INK).round().astype(np.uint8)).save(file)
+
+
+def _run(command: list[str], *, quiet: bool) -> None:
+    """Print a command and run it in a process of its own, as a terminal would."""
+    terminal.heading(f"$ labelwise {shlex.join(command)}")
+    stdout = subprocess.DEVNULL if quiet else None  # the report that follows prints the same table
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
+    status = subprocess.run([sys.executable, "-m", "labelwise", *command], stdout=stdout, env=environment, check=False).returncode
+    if status < 0 or status in (130, 143):
+        raise KeyboardInterrupt
+    if status:
+        raise LabelwiseError(f"demo: `labelwise {command[0]}` failed with exit code {status}; its message stands above.")

@@ -1,0 +1,112 @@
+"""`labelwise scan`: read every image once and say what is there, before anything is trained."""
+
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from labelwise import terminal
+from labelwise.images.decoding import UnreadableImage, content_key, decode_image, evaluation_pixels
+from labelwise.images.duplicates import exact_duplicates
+from labelwise.images.source import ImageSet, open_images
+
+_TINY = 16  # pixels; below, little can be learned
+_FLAT = 1.0  # standard deviation of 8-bit pixels; below, the image is one colour
+_WORKERS = 4
+_CHUNK = 512
+
+
+def scan(images: Path, *, labels: Path | None = None, labels_root: Path | None = None) -> dict[str, Any]:
+    """Decode every image and describe the set; nothing is written.
+
+    Returns:
+        `images`, `quarantined`, `notes`, `duplicates`, `layout`, `estimate`, `classes`, `sizes`, `ignored`.
+
+    Raises:
+        DataError: There are no images, or the labels do not fit.
+    """
+    found = open_images(images, labels=labels, labels_root=labels_root)
+    count = len(found.names)
+    keys, shapes, flat = np.zeros(count, np.uint64), np.zeros((count, 2), np.int64), 0
+    quarantined = []
+    with ThreadPoolExecutor(_WORKERS) as workers, terminal.track("scanning", count) as bar:
+        for start in range(0, count, _CHUNK):
+            rows = range(start, min(start + _CHUNK, count))
+            for row, result in zip(rows, workers.map(lambda row: _examine(found, row), rows), strict=True):
+                if isinstance(result, str):
+                    quarantined.append({"file": found.names[row], "reason": result})
+                else:
+                    keys[row], shapes[row], is_flat = result
+                    flat += is_flat
+                bar.advance(1)
+    readable = keys != 0
+    notes = list(found.notes)
+    if flat:
+        notes.append(f"{flat} images are one flat colour")
+    tiny = int((shapes[readable].min(axis=1, initial=10**9) < _TINY).sum())
+    if tiny:
+        notes.append(f"{tiny} images are smaller than {_TINY} px")
+    return {
+        "images": count,
+        "quarantined": quarantined,
+        "notes": notes,
+        "duplicates": exact_duplicates(found.names, keys),
+        "layout": found.layout,
+        "estimate": _estimate(shapes[readable]),
+        "classes": dict(sorted(Counter(label for label in found.labels if label is not None).items())),
+        "sizes": _sizes(shapes[readable]),
+        "ignored": found.ignored,
+    }
+
+
+def show(document: dict[str, Any]) -> None:
+    """Print what a scan found."""
+    bad, copies = document["quarantined"], document["duplicates"]
+    terminal.emit(f"images       {document['images']:,} ({document['layout']})")
+    if document["sizes"]:
+        sizes = document["sizes"]
+        terminal.emit(f"sizes        {sizes['smallest']} to {sizes['largest']} px on the short side, middle {sizes['median']}")
+    if document["classes"]:
+        shown = ", ".join(f"{label} {count:,}" for label, count in list(document["classes"].items())[:12])
+        terminal.emit(f"classes      {len(document['classes'])}: {shown}{' ...' if len(document['classes']) > 12 else ''}")
+    else:
+        terminal.emit("classes      no labels found")
+    terminal.emit(f"unreadable   {len(bad)}" + "".join(f"\n             {entry['file']}: {entry['reason']}" for entry in bad[:10]))
+    terminal.emit(f"duplicates   {sum(map(len, copies)) - len(copies)} copies in {len(copies)} groups")
+    if document["ignored"]:
+        shown = ", ".join(f"{count} {suffix or 'without suffix'}" for suffix, count in document["ignored"].items())
+        terminal.emit(f"not images   {shown}")
+    for note in document["notes"]:
+        terminal.emit(f"note         {note}")
+    estimate = document["estimate"]
+    terminal.emit(f"estimate     {estimate['image_size']} px views, {estimate['cache_mb']:,} MB of image cache")
+
+
+def _examine(images: ImageSet, row: int) -> tuple[int, tuple[int, int], bool] | str:
+    """Content key, height and width, and whether the image is flat; or the reason it cannot be used."""
+    try:
+        image = decode_image(images.read(row))
+    except UnreadableImage as error:
+        return str(error)
+    except OSError as error:
+        return f"cannot be read ({error.strerror or error})"
+    flat = float(evaluation_pixels(image, 32).std()) < _FLAT
+    return content_key(np.asarray(image)), (image.height, image.width), flat
+
+
+def _estimate(shapes: npt.NDArray[np.int64]) -> dict[str, Any]:
+    """View size a laptop would use, and the disk the cache would take."""
+    if not len(shapes):
+        return {"image_size": 0, "cache_mb": 0}
+    size = max(32, min(96, round(float(np.median(shapes.min(axis=1))) / 32) * 32))
+    return {"image_size": size, "cache_mb": round(len(shapes) * 3 * size**2 * 2.6 / 1e6)}
+
+
+def _sizes(shapes: npt.NDArray[np.int64]) -> dict[str, int]:
+    if not len(shapes):
+        return {}
+    short = shapes.min(axis=1)
+    return {"smallest": int(short.min()), "median": int(np.median(short)), "largest": int(short.max())}
