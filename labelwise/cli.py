@@ -26,7 +26,10 @@ app.add_typer(runs_app, name="runs")
 
 S = TypeVar("S", bound=Settings)
 Json = Annotated[bool, typer.Option("--json", help="print one JSON document on stdout")]
-Recipe = Annotated[str | None, typer.Option("--recipe", help="recipe name or TOML file", rich_help_panel="Data", show_default=False)]
+Recipe = Annotated[
+    str | None,
+    typer.Option("--recipe", help="recipe name or TOML file", rich_help_panel="Data", show_default=False),
+]
 Run = Annotated[Path, typer.Option("--run", help="run folder")]
 
 
@@ -52,7 +55,9 @@ def main() -> NoReturn:
 
 
 @app.callback(invoke_without_command=True)
-def root(show_version: Annotated[bool, typer.Option("--version", help="print versions and exit")] = False) -> None:
+def root(
+    show_version: Annotated[bool, typer.Option("--version", help="print versions and exit")] = False,
+) -> None:
     """How far a few labels go: pretrain on your own images, fine-tune on 1 % of the labels, compare honestly.
 
     Add --debug to any command for a traceback.
@@ -66,7 +71,9 @@ def root(show_version: Annotated[bool, typer.Option("--version", help="print ver
 @app.command()
 def demo(
     out: Annotated[Path, typer.Option("--out", help="folder to create")] = Path("labelwise-demo"),
-    quick: Annotated[bool, typer.Option("--quick", help="a minute instead of five; numbers mean less")] = False,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="a minute instead of five; numbers mean less")
+    ] = False,
 ) -> None:
     """The whole path on handwritten digits: no network, no GPU."""
     from labelwise.stages.demo import demo as run_demo
@@ -77,8 +84,12 @@ def demo(
 @app.command()
 def scan(
     images: Annotated[Path, typer.Argument(help="folder of images")],
-    labels: Annotated[Path | None, typer.Option("--labels", help="label file or folder of class folders")] = None,
-    labels_root: Annotated[Path | None, typer.Option("--labels-root", help="folder the label file's paths start from")] = None,
+    labels: Annotated[
+        Path | None, typer.Option("--labels", help="label file or folder of class folders")
+    ] = None,
+    labels_root: Annotated[
+        Path | None, typer.Option("--labels-root", help="folder the label file's paths start from")
+    ] = None,
     json: Json = False,
 ) -> None:
     """Read every image once and say what is there."""
@@ -151,7 +162,9 @@ def doctor(json: Json = False) -> None:
 
 
 @runs_app.command("list")
-def runs_list(folder: Annotated[Path, typer.Argument(help="folder of runs")] = Path("runs"), json: Json = False) -> None:
+def runs_list(
+    folder: Annotated[Path, typer.Argument(help="folder of runs")] = Path("runs"), json: Json = False
+) -> None:
     """List runs and image caches, with their size on disk."""
     from labelwise.stages.running import list_runs, show_runs
 
@@ -161,7 +174,9 @@ def runs_list(folder: Annotated[Path, typer.Argument(help="folder of runs")] = P
 
 @runs_app.command("compare")
 def runs_compare(
-    first: Annotated[Path, typer.Argument(help="run folder")], second: Annotated[Path, typer.Argument(help="run folder")], json: Json = False
+    first: Annotated[Path, typer.Argument(help="run folder")],
+    second: Annotated[Path, typer.Argument(help="run folder")],
+    json: Json = False,
 ) -> None:
     """Say in which settings and results two runs differ."""
     from labelwise.stages.running import compare_runs, show_comparison

@@ -46,47 +46,164 @@ class PretrainSettings(Settings):
 
     table: ClassVar[str] = "pretrain"
 
-    images: Path = Field(description="folder of images, searched recursively", json_schema_extra={"panel": "Data"})
-    out: Path | None = Field(None, description="run folder; default runs/<folder name>", json_schema_extra={"panel": "Data"})
-    labels: Path | None = Field(None, description="label file (CSV, TSV, JSONL) or folder of class folders", json_schema_extra={"panel": "Data"})
-    labels_root: Path | None = Field(None, description="folder the label file's paths start from", json_schema_extra={"panel": "Data"})
-    test: Path | None = Field(None, description="folder of test images (class folders)", json_schema_extra={"panel": "Data"})
-    holdout: float | None = Field(None, ge=0, lt=1, description="share held out as test images when none are given; default 0.2", json_schema_extra={"panel": "Data"})
+    images: Path = Field(
+        description="folder of images, searched recursively", json_schema_extra={"panel": "Data"}
+    )
+    out: Path | None = Field(
+        None, description="run folder; default runs/<folder name>", json_schema_extra={"panel": "Data"}
+    )
+    labels: Path | None = Field(
+        None,
+        description="label file (CSV, TSV, JSONL) or folder of class folders",
+        json_schema_extra={"panel": "Data"},
+    )
+    labels_root: Path | None = Field(
+        None, description="folder the label file's paths start from", json_schema_extra={"panel": "Data"}
+    )
+    test: Path | None = Field(
+        None, description="folder of test images (class folders)", json_schema_extra={"panel": "Data"}
+    )
+    holdout: float | None = Field(
+        None,
+        ge=0,
+        lt=1,
+        description="share held out as test images when none are given; default 0.2",
+        json_schema_extra={"panel": "Data"},
+    )
 
     backbone: str = Field("resnet18", description="any timm model", json_schema_extra={"panel": "Model"})
-    backbone_args: dict[str, Any] = Field(default_factory=dict, description="arguments passed to timm, as JSON", json_schema_extra={"panel": "Model"})
-    stem: Literal["auto", "small", "half", "stock"] = Field("auto", description="small: no stride, no pooling (images below 96 px); half: no pooling", json_schema_extra={"panel": "Model"})
-    init: str | None = Field(None, description="'pretrained' (timm weights) or a run folder to go on from", json_schema_extra={"panel": "Model"})
-    head: Literal["none", "linear", "nonlinear"] = Field("nonlinear", description="projection head", json_schema_extra={"panel": "Model"})
-    head_layers: Literal[2, 3] = Field(2, description="layers of a nonlinear head", json_schema_extra={"panel": "Model"})
-    head_width: int | None = Field(None, ge=1, description="hidden width; default the encoder's feature width", json_schema_extra={"panel": "Model"})
-    projection_width: int = Field(128, ge=1, description="output width of the head", json_schema_extra={"panel": "Model"})
+    backbone_args: dict[str, Any] = Field(
+        default_factory=dict,
+        description="arguments passed to timm, as JSON",
+        json_schema_extra={"panel": "Model"},
+    )
+    stem: Literal["auto", "small", "half", "stock"] = Field(
+        "auto",
+        description="small: no stride, no pooling (images below 96 px); half: no pooling",
+        json_schema_extra={"panel": "Model"},
+    )
+    init: str | None = Field(
+        None,
+        description="'pretrained' (timm weights) or a run folder to go on from",
+        json_schema_extra={"panel": "Model"},
+    )
+    head: Literal["none", "linear", "nonlinear"] = Field(
+        "nonlinear", description="projection head", json_schema_extra={"panel": "Model"}
+    )
+    head_layers: Literal[2, 3] = Field(
+        2, description="layers of a nonlinear head", json_schema_extra={"panel": "Model"}
+    )
+    head_width: int | None = Field(
+        None,
+        ge=1,
+        description="hidden width; default the encoder's feature width",
+        json_schema_extra={"panel": "Model"},
+    )
+    projection_width: int = Field(
+        128, ge=1, description="output width of the head", json_schema_extra={"panel": "Model"}
+    )
 
-    image_size: int | None = Field(None, ge=8, le=1024, description="side of a view in pixels; default from the images", json_schema_extra={"panel": "Views"})
-    cache_side: int | None = Field(None, ge=8, le=2048, description="side of the cached squares; default 1.25 x image size", json_schema_extra={"panel": "Views"})
-    crop_scale: tuple[float, float] = Field((0.08, 1.0), description="area range of the random crop", json_schema_extra={"panel": "Views"})
-    crop_ratio: tuple[float, float] = Field((3 / 4, 4 / 3), description="aspect range of the random crop", json_schema_extra={"panel": "Views"})
+    image_size: int | None = Field(
+        None,
+        ge=8,
+        le=1024,
+        description="side of a view in pixels; default from the images",
+        json_schema_extra={"panel": "Views"},
+    )
+    cache_side: int | None = Field(
+        None,
+        ge=8,
+        le=2048,
+        description="side of the cached squares; default 1.25 x image size",
+        json_schema_extra={"panel": "Views"},
+    )
+    crop_scale: tuple[float, float] = Field(
+        (0.08, 1.0), description="area range of the random crop", json_schema_extra={"panel": "Views"}
+    )
+    crop_ratio: tuple[float, float] = Field(
+        (3 / 4, 4 / 3), description="aspect range of the random crop", json_schema_extra={"panel": "Views"}
+    )
     flip: Unit = Field(0.5, description="chance of a horizontal flip", json_schema_extra={"panel": "Views"})
-    color_strength: float = Field(1.0, ge=0, le=2, description="strength s of the colour distortion", json_schema_extra={"panel": "Views"})
+    color_strength: float = Field(
+        1.0,
+        ge=0,
+        le=2,
+        description="strength s of the colour distortion",
+        json_schema_extra={"panel": "Views"},
+    )
     color: Unit = Field(0.8, description="chance of colour jitter", json_schema_extra={"panel": "Views"})
-    grayscale: Unit = Field(0.2, description="chance of dropping colour", json_schema_extra={"panel": "Views"})
-    blur: Unit | None = Field(None, description="chance of Gaussian blur; default 0.5, or 0 at 64 px and below", json_schema_extra={"panel": "Views"})
-    rotation: float = Field(0.0, ge=0, le=180, description="largest rotation, degrees either way", json_schema_extra={"panel": "Views"})
-    shear: float = Field(0.0, ge=0, le=45, description="largest shear, degrees either way", json_schema_extra={"panel": "Views"})
-    intensity: Unit = Field(0.0, description="largest change of intensity: scale 1 +/- x, shift +/- x/2", json_schema_extra={"panel": "Views"})
+    grayscale: Unit = Field(
+        0.2, description="chance of dropping colour", json_schema_extra={"panel": "Views"}
+    )
+    blur: Unit | None = Field(
+        None,
+        description="chance of Gaussian blur; default 0.5, or 0 at 64 px and below",
+        json_schema_extra={"panel": "Views"},
+    )
+    rotation: float = Field(
+        0.0,
+        ge=0,
+        le=180,
+        description="largest rotation, degrees either way",
+        json_schema_extra={"panel": "Views"},
+    )
+    shear: float = Field(
+        0.0,
+        ge=0,
+        le=45,
+        description="largest shear, degrees either way",
+        json_schema_extra={"panel": "Views"},
+    )
+    intensity: Unit = Field(
+        0.0,
+        description="largest change of intensity: scale 1 +/- x, shift +/- x/2",
+        json_schema_extra={"panel": "Views"},
+    )
 
-    epochs: int = Field(100, ge=1, description="passes over the images", json_schema_extra={"panel": "Training"})
-    batch_size: int = Field(256, ge=2, description="images per step (2 views each)", json_schema_extra={"panel": "Training"})
-    temperature: float = Field(0.2, gt=0, description="temperature of NT-Xent", json_schema_extra={"panel": "Training"})
-    optimizer: Literal["lars", "sgd", "adamw"] = Field("adamw", description="lars is for batches of 1,024 and more", json_schema_extra={"panel": "Training"})
-    learning_rate: float | None = Field(None, gt=0, description="rate at batch 256; default per optimizer", json_schema_extra={"panel": "Training"})
-    rate_scaling: Literal["sqrt", "linear", "none"] = Field("sqrt", description="how the rate grows with the batch", json_schema_extra={"panel": "Training"})
-    weight_decay: float | None = Field(None, ge=0, description="default per optimizer", json_schema_extra={"panel": "Training"})
-    warmup_epochs: float | None = Field(None, ge=0, description="default a tenth of the epochs, at most 10", json_schema_extra={"panel": "Training"})
-    time_limit: str | None = Field(None, description="for example 30m or 2h: choose the epochs that fit", json_schema_extra={"panel": "Training"})
-    precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="auto times both and keeps the faster that agrees", json_schema_extra={"panel": "Training"})
+    epochs: int = Field(
+        100, ge=1, description="passes over the images", json_schema_extra={"panel": "Training"}
+    )
+    batch_size: int = Field(
+        256, ge=2, description="images per step (2 views each)", json_schema_extra={"panel": "Training"}
+    )
+    temperature: float = Field(
+        0.2, gt=0, description="temperature of NT-Xent", json_schema_extra={"panel": "Training"}
+    )
+    optimizer: Literal["lars", "sgd", "adamw"] = Field(
+        "adamw", description="lars is for batches of 1,024 and more", json_schema_extra={"panel": "Training"}
+    )
+    learning_rate: float | None = Field(
+        None,
+        gt=0,
+        description="rate at batch 256; default per optimizer",
+        json_schema_extra={"panel": "Training"},
+    )
+    rate_scaling: Literal["sqrt", "linear", "none"] = Field(
+        "sqrt", description="how the rate grows with the batch", json_schema_extra={"panel": "Training"}
+    )
+    weight_decay: float | None = Field(
+        None, ge=0, description="default per optimizer", json_schema_extra={"panel": "Training"}
+    )
+    warmup_epochs: float | None = Field(
+        None,
+        ge=0,
+        description="default a tenth of the epochs, at most 10",
+        json_schema_extra={"panel": "Training"},
+    )
+    time_limit: str | None = Field(
+        None,
+        description="for example 30m or 2h: choose the epochs that fit",
+        json_schema_extra={"panel": "Training"},
+    )
+    precision: Literal["auto", "fp32", "bf16"] = Field(
+        "auto",
+        description="auto times both and keeps the faster that agrees",
+        json_schema_extra={"panel": "Training"},
+    )
     device: str = Field("auto", description="auto, cpu, cuda or mps", json_schema_extra={"panel": "Training"})
-    seed: int = Field(0, ge=0, description="seed of every random draw", json_schema_extra={"panel": "Training"})
+    seed: int = Field(
+        0, ge=0, description="seed of every random draw", json_schema_extra={"panel": "Training"}
+    )
 
 
 class FinetuneSettings(Settings):
@@ -95,19 +212,55 @@ class FinetuneSettings(Settings):
     table: ClassVar[str] = "finetune"
 
     run: Path = Field(Path("runs/latest"), description="run folder", json_schema_extra={"panel": "Data"})
-    fraction: tuple[float, ...] | None = Field(None, description="share of the non-test images to use as labels, e.g. 0.01,0.1", json_schema_extra={"panel": "Data"})
-    label_counts: tuple[int | Literal["all"], ...] | None = Field(None, description="numbers of labels, e.g. 25,50,all", json_schema_extra={"panel": "Data"})
-    draws: int = Field(5, ge=1, le=100, description="random label draws per number of labels", json_schema_extra={"panel": "Data"})
-    labels: Path | None = Field(None, description="label file or folder of class folders", json_schema_extra={"panel": "Data"})
-    labels_root: Path | None = Field(None, description="folder the label file's paths start from", json_schema_extra={"panel": "Data"})
-    test: Path | None = Field(None, description="labels arrived later: folder of test images", json_schema_extra={"panel": "Data"})
-    methods: tuple[Method, ...] = Field(METHODS, description="which methods to compare", json_schema_extra={"panel": "Training"})
+    fraction: tuple[float, ...] | None = Field(
+        None,
+        description="share of the non-test images to use as labels, e.g. 0.01,0.1",
+        json_schema_extra={"panel": "Data"},
+    )
+    label_counts: tuple[int | Literal["all"], ...] | None = Field(
+        None, description="numbers of labels, e.g. 25,50,all", json_schema_extra={"panel": "Data"}
+    )
+    draws: int = Field(
+        5,
+        ge=1,
+        le=100,
+        description="random label draws per number of labels",
+        json_schema_extra={"panel": "Data"},
+    )
+    labels: Path | None = Field(
+        None, description="label file or folder of class folders", json_schema_extra={"panel": "Data"}
+    )
+    labels_root: Path | None = Field(
+        None, description="folder the label file's paths start from", json_schema_extra={"panel": "Data"}
+    )
+    test: Path | None = Field(
+        None, description="labels arrived later: folder of test images", json_schema_extra={"panel": "Data"}
+    )
+    methods: tuple[Method, ...] = Field(
+        METHODS, description="which methods to compare", json_schema_extra={"panel": "Training"}
+    )
     batch_size: int = Field(64, ge=2, description="images per step", json_schema_extra={"panel": "Training"})
-    crop_scale: tuple[float, float] = Field((0.25, 1.0), description="area range of the random crop in training", json_schema_extra={"panel": "Training"})
-    steps: int | None = Field(None, ge=1, description="steps of simclr; default from the labels", json_schema_extra={"panel": "Training"})
-    scratch_steps: int | None = Field(None, ge=1, description="steps of supervised; default twice as many", json_schema_extra={"panel": "Training"})
+    crop_scale: tuple[float, float] = Field(
+        (0.25, 1.0),
+        description="area range of the random crop in training",
+        json_schema_extra={"panel": "Training"},
+    )
+    steps: int | None = Field(
+        None,
+        ge=1,
+        description="steps of simclr; default from the labels",
+        json_schema_extra={"panel": "Training"},
+    )
+    scratch_steps: int | None = Field(
+        None,
+        ge=1,
+        description="steps of supervised; default twice as many",
+        json_schema_extra={"panel": "Training"},
+    )
     device: str = Field("auto", description="auto, cpu, cuda or mps", json_schema_extra={"panel": "Training"})
-    seed: int = Field(0, ge=0, description="seed of every random draw", json_schema_extra={"panel": "Training"})
+    seed: int = Field(
+        0, ge=0, description="seed of every random draw", json_schema_extra={"panel": "Training"}
+    )
 
 
 def read_recipe(path: Path, settings: type[Settings]) -> dict[str, Any]:
@@ -129,7 +282,9 @@ def read_recipe(path: Path, settings: type[Settings]) -> dict[str, Any]:
     table: dict[str, Any] = tables.get(settings.table, {})
     for key in table:
         if key not in settings.model_fields:
-            raise UsageError(f"{path}: [{settings.table}] has no setting '{key}'{_did_you_mean(key, list(settings.model_fields))}.")
+            raise UsageError(
+                f"{path}: [{settings.table}] has no setting '{key}'{_did_you_mean(key, list(settings.model_fields))}."
+            )
     return table
 
 
@@ -143,7 +298,9 @@ def _in_words(error: ValidationError, settings: type[Settings]) -> str:
     for problem in error.errors():
         key = str(problem["loc"][0]) if problem["loc"] else settings.table
         if problem["type"] == "extra_forbidden":
-            lines.append(f"{settings.table} has no setting '{key}'{_did_you_mean(key, list(settings.model_fields))}.")
+            lines.append(
+                f"{settings.table} has no setting '{key}'{_did_you_mean(key, list(settings.model_fields))}."
+            )
         else:
             lines.append(f"{key} = {problem['input']!r}: {problem['msg'][0].lower()}{problem['msg'][1:]}.")
     return "\n".join(dict.fromkeys(lines))
@@ -159,7 +316,9 @@ def to_toml(tables: dict[str, dict[str, Any]]) -> str:
 
 def _toml_value(value: Any) -> str:
     if isinstance(value, dict):
-        return "{" + ", ".join(f"{json.dumps(key)} = {_toml_value(item)}" for key, item in value.items()) + "}"
+        return (
+            "{" + ", ".join(f"{json.dumps(key)} = {_toml_value(item)}" for key, item in value.items()) + "}"
+        )
     if isinstance(value, list | tuple):
         return "[" + ", ".join(_toml_value(item) for item in value) + "]"
     return json.dumps(value, ensure_ascii=False)

@@ -13,7 +13,9 @@ from labelwise.config import Settings
 from labelwise.errors import UsageError
 
 
-def parameters(settings: type[Settings], arguments: tuple[str, ...] = (), skip: tuple[str, ...] = ()) -> list[inspect.Parameter]:
+def parameters(
+    settings: type[Settings], arguments: tuple[str, ...] = (), skip: tuple[str, ...] = ()
+) -> list[inspect.Parameter]:
     """Make a Typer parameter of every field.
 
     Args:
@@ -28,20 +30,33 @@ def parameters(settings: type[Settings], arguments: tuple[str, ...] = (), skip: 
     for name, field in settings.model_fields.items():
         if name in skip:
             continue
-        kind = _typed(field)
+        kind: Any = _typed(field)
+        annotation: Any
         if name in arguments:
             annotation = Annotated[kind, typer.Argument(help=field.description, show_default=False)]
             result.append(inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, annotation=annotation))
             continue
-        option = typer.Option(f"--{name.replace('_', '-')}", help=_help(field), rich_help_panel=_panel(field), show_default=False, metavar=_metavar(field))
-        annotation = Annotated[kind | None, option]  # type: ignore[valid-type]
-        result.append(inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation))
+        option = typer.Option(
+            f"--{name.replace('_', '-')}",
+            help=_help(field),
+            rich_help_panel=_panel(field),
+            show_default=False,
+            metavar=_metavar(field),
+        )
+        annotation = Annotated[kind | None, option]
+        result.append(
+            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
+        )
     return result
 
 
 def with_parameters(command: Callable[..., Any], extra: list[inspect.Parameter]) -> Callable[..., Any]:
     """Give a command the parameters of some settings, in place of its `**given`."""
-    own = [parameter for parameter in inspect.signature(command).parameters.values() if parameter.kind is not inspect.Parameter.VAR_KEYWORD]
+    own = [
+        parameter
+        for parameter in inspect.signature(command).parameters.values()
+        if parameter.kind is not inspect.Parameter.VAR_KEYWORD
+    ]
     kept = [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in own]
     required = [parameter for parameter in [*extra, *kept] if parameter.default is inspect.Parameter.empty]
     others = [parameter for parameter in [*extra, *kept] if parameter.default is not inspect.Parameter.empty]
@@ -56,7 +71,11 @@ def parse(settings: type[Settings], given: dict[str, Any]) -> dict[str, Any]:
     Raises:
         UsageError: A text cannot be read.
     """
-    return {name: _value(name, settings.model_fields[name], value) for name, value in given.items() if value is not None}
+    return {
+        name: _value(name, settings.model_fields[name], value)
+        for name, value in given.items()
+        if value is not None
+    }
 
 
 def _value(name: str, field: FieldInfo, value: Any) -> Any:
@@ -85,7 +104,9 @@ def _number(text: str) -> float | int | str:
 
 def _typed(field: FieldInfo) -> Any:
     """Type Typer sees: what it cannot express comes as text and is checked by the settings."""
-    members = [member for member in (get_args(field.annotation) or (field.annotation,)) if member is not type(None)]
+    members = [
+        member for member in (get_args(field.annotation) or (field.annotation,)) if member is not type(None)
+    ]
     plain = members[0] if get_origin(field.annotation) is not tuple and len(members) == 1 else None
     if field.annotation in (int, float, str, Path):
         return field.annotation
@@ -104,7 +125,13 @@ def _help(field: FieldInfo) -> str:
     words = field.description or ""
     if default is None or default == {} or "default" in words:
         return words
-    shown = ",".join(map(str, default)) if isinstance(default, tuple) else f"{default:g}" if isinstance(default, float) else str(default)
+    shown = (
+        ",".join(map(str, default))
+        if isinstance(default, tuple)
+        else f"{default:g}"
+        if isinstance(default, float)
+        else str(default)
+    )
     return f"{words} (default {shown})"
 
 

@@ -45,5 +45,7 @@ def read_predictions(path: Path) -> dict[str, list[Any]]:
     try:
         columns: dict[str, list[Any]] = pq.read_table(path, schema=_SCHEMA).to_pydict()
     except (OSError, pa.ArrowException) as error:
-        raise CheckpointError(f"{path}: damaged ({error}); delete {path.parent} and run `labelwise finetune` again.") from None
+        raise CheckpointError(
+            f"{path}: damaged ({error}); delete {path.parent} and run `labelwise finetune` again."
+        ) from None
     return columns

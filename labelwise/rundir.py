@@ -1,17 +1,17 @@
 """The run folder: every path and file format of a run, in one place.
 
-    config.toml           resolved settings, itself a recipe
-    environment.json      versions, device, command, calibration verdict, times (UTC)
-    data.json             where the images are, fingerprint, counts, quarantine
-    splits/               test.json (locked) and draws-*.json (label draws)
-    metrics.jsonl         a line per logged step and per epoch
-    views.png             what the augmentations do to the first images
-    neighbours.json       nearest images of a few, with thumbnails
-    checkpoints/          resume state; manifest with SHA-256 written last
-    encoder.safetensors   backbone; head.safetensors: projection head
-    classifier.safetensors, classifier.json
-    finetune/             results.jsonl, predictions.parquet
-    report.html, report.md, report.json
+config.toml           resolved settings, itself a recipe
+environment.json      versions, device, command, calibration verdict, times (UTC)
+data.json             where the images are, fingerprint, counts, quarantine
+splits/               test.json (locked) and draws-*.json (label draws)
+metrics.jsonl         a line per logged step and per epoch
+views.png             what the augmentations do to the first images
+neighbours.json       nearest images of a few, with thumbnails
+checkpoints/          resume state; manifest with SHA-256 written last
+encoder.safetensors   backbone; head.safetensors: projection head
+classifier.safetensors, classifier.json
+finetune/             results.jsonl, predictions.parquet
+report.html, report.md, report.json
 """
 
 import json
@@ -151,7 +151,11 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Replace a text file in one step."""
-    write_atomically(path, lambda fresh: fresh.write_text(text, encoding="utf-8") and None)
+
+    def write(fresh: Path) -> None:
+        fresh.write_text(text, encoding="utf-8")
+
+    write_atomically(path, write)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -168,7 +172,9 @@ def read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise CheckpointError(f"{path}: missing; the run is incomplete. Run `labelwise pretrain` again.") from None
+        raise CheckpointError(
+            f"{path}: missing; the run is incomplete. Run `labelwise pretrain` again."
+        ) from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise CheckpointError(f"{path}: damaged ({error}); delete the run and start it again.") from None
 
@@ -209,4 +215,6 @@ def check_output_folder(path: Path, images: Path) -> None:
         DataError: `path` lies in `images`; a user's folder is never written to.
     """
     if path.resolve().is_relative_to(images.resolve()):
-        raise DataError(f"{path}: lies inside the image folder {images}, which is never written to; choose another --out.")
+        raise DataError(
+            f"{path}: lies inside the image folder {images}, which is never written to; choose another --out."
+        )

@@ -65,7 +65,9 @@ def emit_json(value: Any) -> None:
 
 def emit_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """Print a table to stdout: the first column to the left, the others to the right."""
-    table = Table(title=_clean(title) if title else None, box=box.SIMPLE_HEAD, title_justify="left", pad_edge=False)
+    table = Table(
+        title=_clean(title) if title else None, box=box.SIMPLE_HEAD, title_justify="left", pad_edge=False
+    )
     for place, column in enumerate(columns):
         table.add_column(Text(_clean(column)), justify="left" if place == 0 else "right", overflow="fold")
     for row in rows:
@@ -138,7 +140,9 @@ class _Lines:
         self._line_at, self._line_done = now, self._done
         rate = self._count / max(1e-9, now - self._clock)
         left = duration((self._total - self._done) / max(rate, 1e-9))
-        say(f"{self._label}: {self._done:,} of {self._total:,}  {_figures(figures, rate, self._unit)}  {left} left")
+        say(
+            f"{self._label}: {self._done:,} of {self._total:,}  {_figures(figures, rate, self._unit)}  {left} left"
+        )
 
     def note(self, text: str) -> None:
         say(text)
@@ -151,7 +155,9 @@ def _figures(figures: dict[str, float], rate: float, unit: str) -> str:
 
 def _console(stream: TextIO) -> Console:
     wide = None if stream.isatty() else _WIDE
-    return Console(file=stream, highlight=False, markup=False, emoji=False, soft_wrap=not stream.isatty(), width=wide)
+    return Console(
+        file=stream, highlight=False, markup=False, emoji=False, soft_wrap=not stream.isatty(), width=wide
+    )
 
 
 def _print(stream: TextIO, what: Text | Table) -> None:
@@ -161,6 +167,9 @@ def _print(stream: TextIO, what: Text | Table) -> None:
 def _clean(text: str, *, keep_lines: bool = False) -> str:
     """Escape what would break a terminal: control characters and bytes that are not text."""
     kept = "\n" if keep_lines else ""
-    shown = "".join(char if char.isprintable() or char in kept else char.encode("unicode_escape").decode() for char in text)
+    shown = "".join(
+        char if char.isprintable() or char in kept else char.encode("unicode_escape").decode()
+        for char in text
+    )
     encoding = sys.stderr.encoding or "utf-8"
     return shown.encode(encoding, "backslashreplace").decode(encoding)

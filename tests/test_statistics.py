@@ -21,7 +21,10 @@ def test_interval_equals_a_table_of_students_t() -> None:
     half = 2.776 * 0.0316228 / math.sqrt(5)  # t for 4 degrees of freedom, from a printed table
     assert found.n == 5
     assert found.mean == pytest.approx(0.64)
-    assert (found.low, found.high) == (pytest.approx(0.64 - half, abs=1e-4), pytest.approx(0.64 + half, abs=1e-4))
+    assert (found.low, found.high) == (
+        pytest.approx(0.64 - half, abs=1e-4),
+        pytest.approx(0.64 + half, abs=1e-4),
+    )
 
 
 def test_one_draw_has_no_interval_and_shows_nothing() -> None:

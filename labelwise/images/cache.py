@@ -115,14 +115,20 @@ def sample_sizes(images: ImageSet, count: int = 200) -> npt.NDArray[np.int64]:
         except (UnreadableImage, OSError):
             continue
     if not sizes:
-        raise DataError(f"{images.root}: none of its images can be read; `labelwise scan {images.root}` says why.")
+        raise DataError(
+            f"{images.root}: none of its images can be read; `labelwise scan {images.root}` says why."
+        )
     return np.array(sizes)
 
 
-def _fill(folder: Path, images: ImageSet, side: int, evaluation_size: int, progress: Callable[[int], None]) -> None:
+def _fill(
+    folder: Path, images: ImageSet, side: int, evaluation_size: int, progress: Callable[[int], None]
+) -> None:
     count = len(images.names)
     squares = np.lib.format.open_memmap(folder / "squares.npy", "w+", np.uint8, (count, side, side, 3))
-    evaluations = np.lib.format.open_memmap(folder / "evaluations.npy", "w+", np.uint8, (count, evaluation_size, evaluation_size, 3))
+    evaluations = np.lib.format.open_memmap(
+        folder / "evaluations.npy", "w+", np.uint8, (count, evaluation_size, evaluation_size, 3)
+    )
     sizes, keys = np.ones((count, 2), np.int32), np.zeros(count, np.uint64)
     quarantined: list[dict[str, str]] = []
     with ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -133,7 +139,12 @@ def _fill(folder: Path, images: ImageSet, side: int, evaluation_size: int, progr
                 image = decoding.decode_image(images.read(row), intensity_range)
                 key = decoding.content_key(np.asarray(image))
                 shape = (image.height, image.width)
-                return decoding.square_pixels(image, side), decoding.evaluation_pixels(image, evaluation_size), shape, key
+                return (
+                    decoding.square_pixels(image, side),
+                    decoding.evaluation_pixels(image, evaluation_size),
+                    shape,
+                    key,
+                )
             except UnreadableImage as error:
                 return str(error)
             except OSError as error:
@@ -148,13 +159,21 @@ def _fill(folder: Path, images: ImageSet, side: int, evaluation_size: int, progr
                     squares[row], evaluations[row], sizes[row], keys[row] = result
                 progress(1)
     if len(quarantined) == count:
-        raise DataError(f"{images.root}: none of its {count} images can be read, e.g. {quarantined[0]['file']}: {quarantined[0]['reason']}.")
+        raise DataError(
+            f"{images.root}: none of its {count} images can be read, e.g. {quarantined[0]['file']}: {quarantined[0]['reason']}."
+        )
     squares.flush()
     evaluations.flush()
     np.save(folder / "sizes.npy", sizes)
     np.save(folder / "keys.npy", keys)
     mean, std = _channel_statistics(squares, keys != 0)
-    facts = {"images": count, "quarantined": quarantined, "intensity_range": intensity_range, "mean": mean, "std": std}
+    facts = {
+        "images": count,
+        "quarantined": quarantined,
+        "intensity_range": intensity_range,
+        "mean": mean,
+        "std": std,
+    }
     (folder / "facts.json").write_text(json.dumps(facts), encoding="utf-8")
 
 
@@ -177,7 +196,9 @@ def _open_cache(folder: Path) -> ImageCache:
 
 def _fingerprint(images: ImageSet, side: int, evaluation_size: int) -> str:
     """Hash of what the files are and what is made of them."""
-    digest = hashlib.sha256(f"{_VERSION} {decoding.HAS_HEIF} {side} {evaluation_size} {images.table._fingerprint if images.layout == 'dataset' else ''}".encode())
+    digest = hashlib.sha256(
+        f"{_VERSION} {decoding.HAS_HEIF} {side} {evaluation_size} {images.table._fingerprint if images.layout == 'dataset' else ''}".encode()
+    )
     digest.update(str(images.root.resolve()).encode("utf-8", "surrogateescape"))
     for row, name in enumerate(images.names):
         path = None if images.layout == "dataset" else images.table[row]["image"]["path"]
@@ -190,7 +211,9 @@ def _check_space(folder: Path, needed: int) -> None:
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ResourceError(f"{folder.parent}: cannot hold the image cache ({error.strerror}); name another place in LABELWISE_CACHE.") from None
+        raise ResourceError(
+            f"{folder.parent}: cannot hold the image cache ({error.strerror}); name another place in LABELWISE_CACHE."
+        ) from None
     free = shutil.disk_usage(folder.parent).free
     if needed > free:
         raise ResourceError(
@@ -209,7 +232,11 @@ def _set_range(images: ImageSet, pool: ThreadPoolExecutor) -> Range | None:
             return None
 
     deep_suffixes = (".png", ".tif", ".tiff", ".pgm", ".ppm", ".jp2")
-    rows = [row for row, name in enumerate(images.names) if name.lower().endswith(deep_suffixes) or images.layout == "dataset"]
+    rows = [
+        row
+        for row, name in enumerate(images.names)
+        if name.lower().endswith(deep_suffixes) or images.layout == "dataset"
+    ]
     ranges = [found for found in pool.map(measure, rows) if found is not None]
     return (min(low for low, _ in ranges), max(high for _, high in ranges)) if ranges else None
 

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageFile, ImageOps
+from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 
 # Pillow opens 40 more, some of which run other programs (EPS) or parse rare formats.
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "JPEG2000", "AVIF")
@@ -115,7 +115,7 @@ def evaluation_pixels(image: Image.Image, size: int) -> Pixels:
 def content_key(pixels: Pixels) -> int:
     """First 8 bytes of the SHA-256 of an image's shape and pixels; never 0."""
     digest = hashlib.sha256(str(pixels.shape).encode())
-    digest.update(np.ascontiguousarray(pixels))
+    digest.update(np.ascontiguousarray(pixels).data)
     return int.from_bytes(digest.digest()[:8], "little") or 1
 
 
@@ -125,7 +125,9 @@ def _open(data: bytes) -> Image.Image:
     formats = (*FORMATS, "HEIF") if HAS_HEIF else FORMATS
     image = Image.open(io.BytesIO(data), formats=formats)
     if image.width * image.height > LARGEST_PIXELS:
-        raise UnreadableImage(f"too large: {image.width} x {image.height} pixels; the limit is {LARGEST_PIXELS:,}")
+        raise UnreadableImage(
+            f"too large: {image.width} x {image.height} pixels; the limit is {LARGEST_PIXELS:,}"
+        )
     return image
 
 
@@ -152,7 +154,7 @@ def _reason(data: bytes, error: Exception) -> str:
         return "HEIC: pip install 'labelwise[heic]' reads it"
     if isinstance(error, Image.DecompressionBombError):
         return "too large: a decompression bomb by its header"
-    if isinstance(error, Image.UnidentifiedImageError):
+    if isinstance(error, UnidentifiedImageError):
         return "not an image we can read"
     if "truncated" in str(error).lower() or "incomplete" in str(error).lower():
         return "truncated"

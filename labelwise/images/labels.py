@@ -5,6 +5,7 @@ import unicodedata
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import datasets
 
@@ -33,7 +34,9 @@ def read_label_table(file: Path) -> list[LabelRow]:
     """
     if not file.exists():
         raise DataError(f"--labels {file}: no such file.")
-    rows = _read_jsonl(file) if file.suffix.lower() in (".jsonl", ".ndjson") else _read_delimited(file)
+    rows: list[dict[str, Any]] = (
+        _read_jsonl(file) if file.suffix.lower() in (".jsonl", ".ndjson") else _read_delimited(file)
+    )
     columns = list(rows[0]) if rows else []
     path_column = _column(file, columns, PATH_COLUMNS, "path")
     label_column = _column(file, columns, LABEL_COLUMNS, "label")
@@ -41,9 +44,18 @@ def read_label_table(file: Path) -> list[LabelRow]:
     for line, row in enumerate(rows, start=2 if file.suffix.lower() not in (".jsonl", ".ndjson") else 1):
         path, label = row.get(path_column), row.get(label_column)
         if isinstance(label, list) or _holds_several(label):
-            raise DataError(f"{file}, line {line}: several labels in one cell ({label}); Labelwise classifies with one label per image.")
+            raise DataError(
+                f"{file}, line {line}: several labels in one cell ({label}); Labelwise classifies with one label per image."
+            )
         if path and label is not None and str(label).strip():
-            result.append(LabelRow(line, str(path), str(label).strip(), str(row["split"]).strip().lower() if row.get("split") else None))
+            result.append(
+                LabelRow(
+                    line,
+                    str(path),
+                    str(label).strip(),
+                    str(row["split"]).strip().lower() if row.get("split") else None,
+                )
+            )
     if not result:
         raise DataError(f"{file}: no labeled rows in it.")
     return result
@@ -70,24 +82,30 @@ def match_labels(
     splits: dict[str, str] = {}
     unknown: list[LabelRow] = []
     for row in rows:
-        name = _find(row.path, starts, by_path, by_base)
-        if name is None:
+        match = _find(row.path, starts, by_path, by_base)
+        if match is None:
             unknown.append(row)
             continue
-        if labels.get(name, row.label) != row.label:
-            raise DataError(f"{file}, line {row.line}: {row.path} is labeled {row.label!r} here and {labels[name]!r} before; keep one.")
-        labels[name] = row.label
+        if labels.get(match, row.label) != row.label:
+            raise DataError(
+                f"{file}, line {row.line}: {row.path} is labeled {row.label!r} here and {labels[match]!r} before; keep one."
+            )
+        labels[match] = row.label
         if row.split in ("train", "val", "test"):
             splits[name] = row.split
     if not labels:
-        raise DataError(f"{file}: none of its {len(rows)} paths matches an image in {root}, e.g. {rows[0].path}; name their folder with --labels-root.")
+        raise DataError(
+            f"{file}: none of its {len(rows)} paths matches an image in {root}, e.g. {rows[0].path}; name their folder with --labels-root."
+        )
     listed = ", ".join(f"{row.path} (line {row.line})" for row in unknown[:_LISTED])
     more = f" and {len(unknown) - _LISTED} more" if len(unknown) > _LISTED else ""
     outcome = f"{len(rows)} rows: {len(rows) - len(unknown)} matched, {len(unknown)} unknown"
     return labels, splits, [outcome + (f": {listed}{more}" if unknown else "")]
 
 
-def _find(path: str, starts: list[Path], by_path: dict[str, str], by_base: dict[str, list[str]]) -> str | None:
+def _find(
+    path: str, starts: list[Path], by_path: dict[str, str], by_base: dict[str, list[str]]
+) -> str | None:
     clean = path.replace("\\", "/")
     for start in starts:
         name = by_path.get(_normal(os.path.normpath(start / clean)))
@@ -101,7 +119,7 @@ def _normal(path: str) -> str:
     return unicodedata.normalize("NFC", path)
 
 
-def _read_delimited(file: Path) -> list[dict[str, str]]:
+def _read_delimited(file: Path) -> list[dict[str, Any]]:
     data = file.read_bytes()
     encoding = "utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
     try:
@@ -111,14 +129,20 @@ def _read_delimited(file: Path) -> list[dict[str, str]]:
     delimiter = max(",;\t", key=header.count)
     try:
         table = datasets.Dataset.from_csv(
-            str(file), sep=delimiter, dtype=str, keep_default_na=False, encoding=encoding, cache_dir=None, keep_in_memory=True
+            str(file),
+            sep=delimiter,
+            dtype=str,
+            keep_default_na=False,
+            encoding=encoding,
+            cache_dir=None,
+            keep_in_memory=True,
         )
     except Exception as error:  # noqa: BLE001 - whatever pandas says of a user's file is the user's error
         raise DataError(f"{file}: not a table: {_root_cause(error)}.") from None
     return [{key.strip(): value for key, value in row.items()} for row in table.to_list()]
 
 
-def _read_jsonl(file: Path) -> list[dict[str, object]]:
+def _read_jsonl(file: Path) -> list[dict[str, Any]]:
     try:
         table = datasets.Dataset.from_json(str(file), keep_in_memory=True)
     except Exception as error:  # noqa: BLE001 - whatever pyarrow says of a user's file is the user's error
@@ -135,7 +159,9 @@ def _root_cause(error: BaseException) -> str:
 def _column(file: Path, columns: list[str], known: tuple[str, ...], what: str) -> str:
     found = next((name for name in known if name in columns), None)
     if found is None:
-        raise DataError(f"{file}: no {what} column; looked for {', '.join(known)}, found {', '.join(columns) or 'nothing'}.")
+        raise DataError(
+            f"{file}: no {what} column; looked for {', '.join(known)}, found {', '.join(columns) or 'nothing'}."
+        )
     return found
 
 

@@ -10,7 +10,22 @@ import datasets
 from labelwise.errors import DataError
 from labelwise.images.labels import match_labels, read_label_table
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".jp2", ".avif", ".heic", ".heif")
+SUFFIXES = (
+    ".jpg",
+    ".jpeg",
+    ".png",
+    ".webp",
+    ".bmp",
+    ".gif",
+    ".tif",
+    ".tiff",
+    ".ppm",
+    ".pgm",
+    ".jp2",
+    ".avif",
+    ".heic",
+    ".heif",
+)
 SPLITS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
 _IGNORED_FOLDERS = ("__MACOSX",)
 _IMAGE_COLUMNS = ("image", "img", "jpg", "png")
@@ -72,10 +87,15 @@ def open_images(
     if labels is not None and labels.is_dir():
         images = _add_labeled_folder(images, labels)
     elif labels is not None:
-        known, splits, notes = match_labels(read_label_table(labels), labels, images.names, images.root, labels_root)
+        known, splits, notes = match_labels(
+            read_label_table(labels), labels, images.names, images.root, labels_root
+        )
         images = replace(
             images,
-            labels=[known.get(name, label if name.startswith("test:") else None) for name, label in zip(images.names, images.labels, strict=True)],
+            labels=[
+                known.get(name, label if name.startswith("test:") else None)
+                for name, label in zip(images.names, images.labels, strict=True)
+            ],
             splits=[splits.get(name, split) for name, split in zip(images.names, images.splits, strict=True)],
             layout=f"{images.layout}, labels from {labels.name}",
             notes=images.notes + notes,
@@ -95,7 +115,9 @@ def _open_folder(root: Path) -> ImageSet:
         parquet = sorted(str(path) for path in root.rglob("*.parquet"))
         if parquet:
             return _from_datasets(root, datasets.load_dataset("parquet", data_files=parquet, split="train"))
-        found = ", ".join(f"{count} {suffix or 'without suffix'}" for suffix, count in Counter(ignored).most_common(5))
+        found = ", ".join(
+            f"{count} {suffix or 'without suffix'}" for suffix, count in Counter(ignored).most_common(5)
+        )
         raise DataError(
             f"{root}: no images found; looked for {' '.join(SUFFIXES[:6])} ... in it and its folders, "
             f"found {found or 'nothing'}."
@@ -117,7 +139,9 @@ def _walk(root: Path) -> tuple[list[PurePosixPath], dict[str, int], list[str]]:
     odd_names = linked = 0
     for folder, folders, files in os.walk(root, followlinks=False):
         linked += sum(os.path.islink(os.path.join(folder, name)) for name in folders)
-        folders[:] = sorted(name for name in folders if not name.startswith(".") and name not in _IGNORED_FOLDERS)
+        folders[:] = sorted(
+            name for name in folders if not name.startswith(".") and name not in _IGNORED_FOLDERS
+        )
         for name in files:
             path = os.path.join(folder, name)
             suffix = os.path.splitext(name)[1].lower()
@@ -147,7 +171,9 @@ def _read_layout(paths: list[PurePosixPath]) -> tuple[list[str | None], list[str
     """Read labels and splits off the folders: the class is the first folder below root or split."""
     parts = [path.parts for path in paths]
     tops = {part[0] for part in parts if len(part) > 1}
-    is_split = bool(tops) and all(top.lower() in SPLITS for top in tops) and all(len(part) > 1 for part in parts)
+    is_split = (
+        bool(tops) and all(top.lower() in SPLITS for top in tops) and all(len(part) > 1 for part in parts)
+    )
     skip = 1 if is_split else 0
     splits: list[str | None] = [SPLITS[part[0].lower()] if is_split else None for part in parts]
     classes = {part[skip] for part in parts if len(part) > skip + 1}
@@ -156,7 +182,12 @@ def _read_layout(paths: list[PurePosixPath]) -> tuple[list[str | None], list[str
     if classes and loose:
         notes.append(f"{loose} images lie beside the class folders, without a label")
     labels: list[str | None] = [part[skip] if classes and len(part) > skip + 1 else None for part in parts]
-    layout = {(False, False): "flat folder", (False, True): "class folders", (True, False): "split folders", (True, True): "split folders of class folders"}
+    layout = {
+        (False, False): "flat folder",
+        (False, True): "class folders",
+        (True, False): "split folders",
+        (True, True): "split folders of class folders",
+    }
     return labels, splits, layout[is_split, bool(classes)], notes
 
 
@@ -170,13 +201,19 @@ def _from_datasets(root: Path, loaded: datasets.Dataset | datasets.DatasetDict) 
     for split, piece in pieces.items():
         image = next((name for name in _IMAGE_COLUMNS if name in piece.column_names), None)
         if image is None:
-            raise DataError(f"{root}: no image column; looked for {', '.join(_IMAGE_COLUMNS)}, found {', '.join(piece.column_names)}.")
+            raise DataError(
+                f"{root}: no image column; looked for {', '.join(_IMAGE_COLUMNS)}, found {', '.join(piece.column_names)}."
+            )
         label = next((name for name in _LABEL_COLUMNS if name in piece.column_names), None)
         width = len(str(len(piece)))
         names += [f"{split or 'row'}/{row:0{width}d}" for row in range(len(piece))]
         splits += [SPLITS.get(str(split).lower())] * len(piece)
         labels += _label_texts(piece, label) if label else [None] * len(piece)
-        tables.append(piece.select_columns(image).rename_column(image, "image").cast_column("image", datasets.Image(decode=False)))
+        tables.append(
+            piece.select_columns(image)
+            .rename_column(image, "image")
+            .cast_column("image", datasets.Image(decode=False))
+        )
     return ImageSet(root, names, labels, splits, "dataset", {}, [], datasets.concatenate_datasets(tables))
 
 
@@ -200,9 +237,17 @@ def _add_test(images: ImageSet, test: Path) -> ImageSet:
         marked = [name.startswith(inside) for name in images.names]
         if not any(marked):
             raise DataError(f"--test {test}: no images found in it.")
-        labels = [known.get(name.removeprefix(inside)) if is_test else label for name, label, is_test in zip(images.names, images.labels, marked, strict=True)]
-        splits = ["test" if is_test else (None if split == "test" else split) for split, is_test in zip(images.splits, marked, strict=True)]
-        return replace(images, labels=labels, splits=splits, layout=f"{images.layout}, test images in {inside}")
+        labels = [
+            known.get(name.removeprefix(inside)) if is_test else label
+            for name, label, is_test in zip(images.names, images.labels, marked, strict=True)
+        ]
+        splits = [
+            "test" if is_test else (None if split == "test" else split)
+            for split, is_test in zip(images.splits, marked, strict=True)
+        ]
+        return replace(
+            images, labels=labels, splits=splits, layout=f"{images.layout}, test images in {inside}"
+        )
     return _append(images, _open_folder(test), "test", f"test images from {test}")
 
 
@@ -212,7 +257,9 @@ def _add_labeled_folder(images: ImageSet, labels: Path) -> ImageSet:
         return images
     labeled = _open_folder(labels)
     if not any(label is not None for label in labeled.labels):
-        raise DataError(f"--labels {labels}: a folder without class folders in it; put each class into its own folder.")
+        raise DataError(
+            f"--labels {labels}: a folder without class folders in it; put each class into its own folder."
+        )
     return _append(images, labeled, None, f"labeled images from {labels}")
 
 

@@ -47,23 +47,41 @@ def lock_test(
         rows = [row for row, name in enumerate(images.names) if name in kept]
         method = locked["method"]
         if len(rows) < len(kept):
-            raise DataError(f"{images.root}: {len(kept) - len(rows)} of the locked test images are gone, e.g. {sorted(kept - set(images.names))[0]}; put them back.")
+            raise DataError(
+                f"{images.root}: {len(kept) - len(rows)} of the locked test images are gone, e.g. {sorted(kept - set(images.names))[0]}; put them back."
+            )
     elif "test" in images.splits:
         rows = [row for row, split in enumerate(images.splits) if split == "test" and readable[row]]
         method = "your test split"
     else:
-        rows, method = _hold_out(images, keys, readable, DEFAULT_HOLDOUT if holdout is None else holdout, seed)
+        rows, method = _hold_out(
+            images, keys, readable, DEFAULT_HOLDOUT if holdout is None else holdout, seed
+        )
     test_keys = {int(keys[row]) for row in rows}
     chosen = set(rows)
-    duplicates = [images.names[row] for row in range(len(images.names)) if readable[row] and row not in chosen and int(keys[row]) in test_keys]
+    duplicates = [
+        images.names[row]
+        for row in range(len(images.names))
+        if readable[row] and row not in chosen and int(keys[row]) in test_keys
+    ]
     names = sorted(images.names[row] for row in rows)
-    return {"method": method, "names": names, "excluded_duplicates": duplicates, "seed": seed, "sha256": hash_names(names)}
+    return {
+        "method": method,
+        "names": names,
+        "excluded_duplicates": duplicates,
+        "seed": seed,
+        "sha256": hash_names(names),
+    }
 
 
 def pool_indices(images: ImageSet, readable: npt.NDArray[np.bool_], lock: dict[str, Any]) -> Rows:
     """Rows that may be trained on: readable, not a test image, not a copy of one, (P,)."""
     forbidden = {*lock["names"], *lock["excluded_duplicates"]}
-    kept = [row for row, name in enumerate(images.names) if readable[row] and name not in forbidden and images.splits[row] != "test"]
+    kept = [
+        row
+        for row, name in enumerate(images.names)
+        if readable[row] and name not in forbidden and images.splits[row] != "test"
+    ]
     return np.array(kept, dtype=np.int64)
 
 
@@ -94,7 +112,10 @@ def draw_labels(names: list[str], labels: list[str], draws: int, seed: int) -> l
     turns.sort()
     orders = []
     for draw in range(draws):
-        shuffled = {label: seeding.generator(seed, "labels", draw, label).permutation(by_class[label]) for label in classes}
+        shuffled = {
+            label: seeding.generator(seed, "labels", draw, label).permutation(by_class[label])
+            for label in classes
+        }
         orders.append([int(shuffled[classes[place]][taken]) for _, place, taken in turns])
     return orders
 
@@ -133,7 +154,9 @@ def _hold_out(
     return sorted(chosen), words
 
 
-def _groups_by_class(images: ImageSet, keys: npt.NDArray[np.uint64], rows: list[int]) -> dict[str, list[list[int]]]:
+def _groups_by_class(
+    images: ImageSet, keys: npt.NDArray[np.uint64], rows: list[int]
+) -> dict[str, list[list[int]]]:
     by_class: dict[str, list[int]] = defaultdict(list)
     for row in rows:
         by_class[str(images.labels[row])].append(row)

@@ -30,7 +30,9 @@ class Position:
     batch: int
 
 
-def save_checkpoint(folder: Path, position: Position, modules: dict[str, nn.Module], optimizer: torch.optim.Optimizer) -> None:
+def save_checkpoint(
+    folder: Path, position: Position, modules: dict[str, nn.Module], optimizer: torch.optim.Optimizer
+) -> None:
     """Write the resume state of a run, then delete all but the newest two."""
     name = f"step-{position.step:08d}"
     fresh, final = folder / f".{name}-{os.getpid()}", folder / name
@@ -39,7 +41,9 @@ def save_checkpoint(folder: Path, position: Position, modules: dict[str, nn.Modu
     fresh.mkdir(parents=True)
     tensors, rest = _flatten(modules, optimizer)
     save_file(tensors, fresh / "state.safetensors")
-    (fresh / "state.json").write_text(json.dumps({"position": vars(position), "optimizer": rest}), encoding="utf-8")
+    (fresh / "state.json").write_text(
+        json.dumps({"position": vars(position), "optimizer": rest}), encoding="utf-8"
+    )
     hashes = {file.name: _sha256(file) for file in sorted(fresh.iterdir())}
     (fresh / "manifest.json").write_text(json.dumps({"version": 1, "sha256": hashes}), encoding="utf-8")
     for file in fresh.iterdir():
@@ -50,7 +54,9 @@ def save_checkpoint(folder: Path, position: Position, modules: dict[str, nn.Modu
         shutil.rmtree(old)
 
 
-def load_checkpoint(folder: Path, modules: dict[str, nn.Module], optimizer: torch.optim.Optimizer) -> Position | None:
+def load_checkpoint(
+    folder: Path, modules: dict[str, nn.Module], optimizer: torch.optim.Optimizer
+) -> Position | None:
     """Restore the newest checkpoint that is whole; set a damaged one aside and take the one before.
 
     Returns:
@@ -72,7 +78,9 @@ def _checkpoints(folder: Path) -> list[Path]:
     return sorted(folder.glob("step-*"))
 
 
-def _flatten(modules: dict[str, nn.Module], optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], Any]:
+def _flatten(
+    modules: dict[str, nn.Module], optimizer: torch.optim.Optimizer
+) -> tuple[dict[str, Tensor], Any]:
     tensors: dict[str, Tensor] = {}
     for name, module in modules.items():
         for key, value in module.state_dict().items():
@@ -89,10 +97,14 @@ def _flatten(modules: dict[str, nn.Module], optimizer: torch.optim.Optimizer) ->
     return tensors, {"state": plain, "groups": state["param_groups"]}
 
 
-def _unflatten(tensors: dict[str, Tensor], rest: Any, modules: dict[str, nn.Module], optimizer: torch.optim.Optimizer) -> None:
+def _unflatten(
+    tensors: dict[str, Tensor], rest: Any, modules: dict[str, nn.Module], optimizer: torch.optim.Optimizer
+) -> None:
     for name, module in modules.items():
         prefix = f"{name}/"
-        module.load_state_dict({key[len(prefix) :]: value for key, value in tensors.items() if key.startswith(prefix)})
+        module.load_state_dict(
+            {key[len(prefix) :]: value for key, value in tensors.items() if key.startswith(prefix)}
+        )
     state: dict[int, dict[str, Any]] = {int(index): dict(values) for index, values in rest["state"].items()}
     for key, value in tensors.items():
         if key.startswith("optimizer/"):

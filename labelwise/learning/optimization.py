@@ -61,11 +61,16 @@ def create_optimizer(
         others = [parameter for parameter in trained if parameter.ndim < 2]
         if weights:
             adapt = {"always_adapt": True} if kind == "lars" else {}
-            parameters.append({"params": weights, "lr": rate, "peak": rate, "weight_decay": weight_decay, **adapt})
+            parameters.append(
+                {"params": weights, "lr": rate, "peak": rate, "weight_decay": weight_decay, **adapt}
+            )
         if others:
             parameters.append({"params": others, "lr": rate, "peak": rate, "weight_decay": 0.0})
     if kind == "lars":
-        return Lars(parameters, momentum=0.9, trust_coeff=0.001)  # SimCLR official code: eeta 0.001
+        lars: torch.optim.Optimizer = Lars(
+            parameters, momentum=0.9, trust_coeff=0.001
+        )  # SimCLR official code: eeta 0.001
+        return lars
     if kind == "sgd":
         return torch.optim.SGD(parameters, momentum=0.9, nesterov=True)
     return torch.optim.AdamW(parameters, fused=True)

@@ -41,7 +41,8 @@ class Precision:
 
     def arrange(self, module: nn.Module) -> nn.Module:
         """Put a module's weights into the layout."""
-        return module.to(memory_format=LAYOUTS[self.layout])  # type: ignore[call-overload, no-any-return]
+        arranged: nn.Module = module.to(memory_format=LAYOUTS[self.layout])
+        return arranged
 
     def to_json(self) -> dict[str, str]:
         """Encode for environment.json."""
@@ -57,7 +58,7 @@ def choose_device(wish: str) -> torch.device:
     there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if wish == "auto":
         return torch.device(next(name for name in ("cuda", "mps", "cpu") if there[name]))
-    if not there.get(wish.split(":")[0], False):
+    if not there.get(wish.split(":", maxsplit=1)[0], False):
         names = ", ".join(name for name, is_there in there.items() if is_there)
         raise UsageError(f"--device {wish}: not available on this machine; available: {names}.")
     return torch.device(wish)
@@ -102,7 +103,7 @@ def calibrate(
 def has_fast_bf16(device: torch.device) -> bool:
     """Whether the hardware computes in bfloat16; emulated bfloat16 is not worth a trial step."""
     if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     if device.type == "mps":
         return False
     flags = Path("/proc/cpuinfo")

@@ -30,15 +30,19 @@ class Probe:
 
     def logits(self, features: Floats) -> Floats:
         """Score features, (M, F) -> (M, C)."""
-        return ((features - self.mean) / self.scale) @ self.weight.T + self.bias
+        logits: Floats = ((features - self.mean) / self.scale) @ self.weight.T + self.bias  # type: ignore[assignment]
+        return logits
 
     def folded(self) -> tuple[Floats, Floats]:
         """The same classifier as weight (C, F) and bias (C,) on features as they come."""
-        weight = self.weight / self.scale
-        return weight, self.bias - weight @ self.mean
+        weight: Floats = self.weight / self.scale
+        bias: Floats = self.bias - weight @ self.mean
+        return weight, bias
 
 
-def fit_probe(features: Floats, labels: Indices, classes: int, strength: float, *, balanced: bool, reference: Floats) -> Probe:
+def fit_probe(
+    features: Floats, labels: Indices, classes: int, strength: float, *, balanced: bool, reference: Floats
+) -> Probe:
     """Fit an L2-regularised multinomial logistic regression on standardised features.
 
     Args:
@@ -53,7 +57,9 @@ def fit_probe(features: Floats, labels: Indices, classes: int, strength: float, 
     """
     mean = reference.mean(axis=0)
     scale = reference.std(axis=0) + 1e-6 + 0.01 * float(reference.std(axis=0).mean())
-    model = LogisticRegression(C=strength, max_iter=_ITERATIONS, class_weight="balanced" if balanced else None)
+    model = LogisticRegression(
+        C=strength, max_iter=_ITERATIONS, class_weight="balanced" if balanced else None
+    )
     model.fit((features - mean) / scale, labels)
     weight, bias = model.coef_, model.intercept_
     if classes == 2:  # scikit-learn keeps one row for two classes

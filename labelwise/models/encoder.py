@@ -95,7 +95,9 @@ def choose_stem(backbone: str, backbone_args: dict[str, Any], image_size: int, w
         UsageError: The small or half stem was asked for and is not known for this backbone.
     """
     if wish == "half" and not _has_pooling(backbone, backbone_args):
-        raise UsageError(f"--stem half: {backbone} has no pooling in its stem to leave out; use --stem small or stock.")
+        raise UsageError(
+            f"--stem half: {backbone} has no pooling in its stem to leave out; use --stem small or stock."
+        )
     known = _has_known_stem(backbone, backbone_args)
     if wish == "small" and not known:
         raise UsageError(f"--stem small: no small-image stem is known for {backbone}; use --stem stock.")
@@ -112,7 +114,7 @@ def choose_stem(backbone: str, backbone_args: dict[str, Any], image_size: int, w
 
 
 def _has_known_stem(backbone: str, backbone_args: dict[str, Any]) -> bool:
-    if not timm.is_model(backbone.split(".")[0]):
+    if not timm.is_model(backbone.split(".", maxsplit=1)[0]):
         return True  # create_encoder says what is wrong
     if _takes_patch_size(backbone):
         return "patch_size" not in backbone_args
@@ -120,7 +122,7 @@ def _has_known_stem(backbone: str, backbone_args: dict[str, Any]) -> bool:
 
 
 def _has_pooling(backbone: str, backbone_args: dict[str, Any]) -> bool:
-    if not timm.is_model(backbone.split(".")[0]):
+    if not timm.is_model(backbone.split(".", maxsplit=1)[0]):
         return True  # create_encoder says what is wrong
     return isinstance(getattr(_outline(backbone, backbone_args), "maxpool", None), nn.Module)
 

@@ -1,5 +1,6 @@
 """The projection head g(.) that the loss sees and fine-tuning throws away."""
 
+from itertools import pairwise
 from pathlib import Path
 
 from torch import nn
@@ -8,7 +9,9 @@ from labelwise.models.encoder import Encoder
 from labelwise.models.weights import load_module
 
 
-def create_head(kind: str, features: int, layers: int = 2, width: int | None = None, output: int = 128) -> nn.Sequential:
+def create_head(
+    kind: str, features: int, layers: int = 2, width: int | None = None, output: int = 128
+) -> nn.Sequential:
     """Build a projection head.
 
     Args:
@@ -29,7 +32,9 @@ def create_head(kind: str, features: int, layers: int = 2, width: int | None = N
     if kind == "linear":
         return nn.Sequential(nn.Linear(features, output, bias=False))
     widths = [features, *[width or features] * (layers - 1), output]
-    return nn.Sequential(*(_layer(a, b, last=b_index == layers) for b_index, (a, b) in enumerate(zip(widths, widths[1:], strict=False), 1)))
+    return nn.Sequential(
+        *(_layer(a, b, last=b_index == layers) for b_index, (a, b) in enumerate(pairwise(widths), 1))
+    )
 
 
 def _layer(inputs: int, outputs: int, *, last: bool) -> nn.Sequential:

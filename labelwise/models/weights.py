@@ -31,7 +31,9 @@ def load_encoder(path: str | Path) -> tuple[Encoder, EncoderSpec]:
     try:
         spec = EncoderSpec.from_metadata(metadata)
     except (KeyError, ValueError):
-        raise CheckpointError(f"{file}: not an encoder of Labelwise (its header names no backbone).") from None
+        raise CheckpointError(
+            f"{file}: not an encoder of Labelwise (its header names no backbone)."
+        ) from None
     encoder = create_encoder(spec)
     load_module(file, encoder.backbone)
     return encoder.eval(), spec
@@ -65,6 +67,8 @@ def read_metadata(path: Path) -> dict[str, str]:
         with safe_open(path, framework="pt") as file:
             return dict(file.metadata() or {})
     except FileNotFoundError:
-        raise CheckpointError(f"{path}: missing; pretraining has not finished. Run `labelwise pretrain` again.") from None
+        raise CheckpointError(
+            f"{path}: missing; pretraining has not finished. Run `labelwise pretrain` again."
+        ) from None
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{path}: damaged: {error}") from None

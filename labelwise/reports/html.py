@@ -22,7 +22,11 @@ def render(document: dict[str, Any], run: RunDirectory) -> str:
         run: Where the curves, the view mosaic and the neighbours lie.
     """
     environment = Environment(
-        loader=PackageLoader("labelwise.reports"), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        loader=PackageLoader("labelwise.reports"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
     environment.filters |= {"percent": text.percent, "count": lambda value: f"{value:,}"}
     columns, rows = text.table(document)
@@ -53,7 +57,14 @@ def _confusion(confusion: dict[str, Any] | None) -> dict[str, Any] | None:
     rows = []
     for name, counts in zip(confusion["classes"], confusion["counts"], strict=True):
         total = max(1, sum(counts))
-        rows.append({"name": name, "cells": [{"share": count / total, "shade": round((count / total) ** 0.7, 3)} for count in counts]})
+        rows.append(
+            {
+                "name": name,
+                "cells": [
+                    {"share": count / total, "shade": round((count / total) ** 0.7, 3)} for count in counts
+                ],
+            }
+        )
     return {**confusion, "rows": rows}
 
 
@@ -73,7 +84,11 @@ def _environment_rows(environment: dict[str, Any]) -> list[tuple[str, str]]:
     names = ("labelwise", "python", "torch", "timm", "platform", "cpu", "cores", "started", "finished")
     rows = [(name, str(environment[name])) for name in names if environment.get(name)]
     precision = environment["precision"]
-    return [*rows, ("precision", f"{precision['number']}, {precision['layout']}: {precision['reason']}"), ("time", f"{environment['seconds'] / 60:.1f} min in all")]
+    return [
+        *rows,
+        ("precision", f"{precision['number']}, {precision['layout']}: {precision['reason']}"),
+        ("time", f"{environment['seconds'] / 60:.1f} min in all"),
+    ]
 
 
 def _picture(file: Path) -> str:

@@ -10,12 +10,34 @@ def render(document: dict[str, Any]) -> str:
     lines = ["# Labelwise report", "", document["verdict"], ""]
     if document["summary"]:
         columns, rows = text.table(document)
-        lines += [_row(columns), _row(["---"] * len(columns)), *(_row(row) for row in rows), "", text.TABLE_NOTE, ""]
-    lines += ["## Data", "", f"- {text.data_line(document['data'])}", f"- test: {text.test_line(document)}", ""]
+        lines += [
+            _row(columns),
+            _row(["---"] * len(columns)),
+            *(_row(row) for row in rows),
+            "",
+            text.TABLE_NOTE,
+            "",
+        ]
+    lines += [
+        "## Data",
+        "",
+        f"- {text.data_line(document['data'])}",
+        f"- test: {text.test_line(document)}",
+        "",
+    ]
     lines += ["## What these numbers do not say", "", *(f"- {limit}" for limit in document["limits"]), ""]
-    lines += ["## Commands", "", *(f"    {entry['command']}" for entry in document["environment"]["commands"]), ""]
+    lines += [
+        "## Commands",
+        "",
+        *(f"    {entry['command']}" for entry in document["environment"]["commands"]),
+        "",
+    ]
     return "\n".join(lines)
 
 
 def _row(cells: list[str]) -> str:
-    return "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ").replace("<", "&lt;") for cell in cells) + " |"
+    return (
+        "| "
+        + " | ".join(cell.replace("|", "\\|").replace("\n", " ").replace("<", "&lt;") for cell in cells)
+        + " |"
+    )

@@ -9,9 +9,15 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 # Okabe and Ito 2008: told apart with any colour vision.
-COLORS = {"simclr": "#0072B2", "simclr_probe": "#56B4E9", "supervised": "#D55E00", "random_probe": "#8C8C8C", "pixels": "#CC79A7"}
+COLORS = {
+    "simclr": "#0072B2",
+    "simclr_probe": "#56B4E9",
+    "supervised": "#D55E00",
+    "random_probe": "#8C8C8C",
+    "pixels": "#CC79A7",
+}
 _INK = "#123456"  # stands for the page's text colour; replaced in the SVG
-_STYLE = {
+_STYLE: Any = {
     "svg.fonttype": "none",
     "font.family": "sans-serif",
     "font.size": 11,
@@ -38,9 +44,20 @@ def accuracy_against_labels(document: dict[str, Any]) -> str:
             means = [100 * entry["arms"][arm]["mean"] for entry in entries]
             color = COLORS.get(arm, _INK)
             axes.plot(labels, means, "o-", color=color, linewidth=2, markersize=5)
-            banded = [(x, entry["arms"][arm]) for x, entry in zip(labels, entries, strict=True) if entry["arms"][arm]["low"] is not None]
+            banded = [
+                (x, entry["arms"][arm])
+                for x, entry in zip(labels, entries, strict=True)
+                if entry["arms"][arm]["low"] is not None
+            ]
             if banded:
-                axes.fill_between([x for x, _ in banded], [100 * a["low"] for _, a in banded], [100 * a["high"] for _, a in banded], color=color, alpha=0.14, linewidth=0)
+                axes.fill_between(
+                    [x for x, _ in banded],
+                    [100 * a["low"] for _, a in banded],
+                    [100 * a["high"] for _, a in banded],
+                    color=color,
+                    alpha=0.14,
+                    linewidth=0,
+                )
             ends.append((means[-1], name, color))
         axes.set_xscale("log")
         axes.set_xticks(counts, [f"{count:,}" for count in counts])
@@ -61,14 +78,32 @@ def learning_curves(metrics: list[dict[str, Any]]) -> str:
         figure = Figure(figsize=(7.6, 3.1))
         panels = figure.subplots(1, 2 if seen else 1, squeeze=False)[0]
         loss = panels[0]
-        loss.plot([row["epoch"] + 1 for row in epochs], [row["loss"] for row in epochs], color=COLORS["simclr"], linewidth=2)
+        loss.plot(
+            [row["epoch"] + 1 for row in epochs],
+            [row["loss"] for row in epochs],
+            color=COLORS["simclr"],
+            linewidth=2,
+        )
         if epochs:
             loss.axhline(epochs[0]["chance"], color=_INK, linewidth=1, linestyle=(0, (4, 3)))
-            loss.annotate("chance", (epochs[-1]["epoch"] + 1, epochs[0]["chance"]), xytext=(0, -12), textcoords="offset points", ha="right")
+            loss.annotate(
+                "chance",
+                (epochs[-1]["epoch"] + 1, epochs[0]["chance"]),
+                xytext=(0, -12),
+                textcoords="offset points",
+                ha="right",
+            )
         loss.set_title("Contrastive loss", loc="left", fontsize=11)
         loss.set_xlabel("epoch")
         if seen:
-            panels[1].plot([row["epoch"] + 1 for row in seen], [100 * row["knn"] for row in seen], "o-", color=COLORS["simclr"], linewidth=2, markersize=4)
+            panels[1].plot(
+                [row["epoch"] + 1 for row in seen],
+                [100 * row["knn"] for row in seen],
+                "o-",
+                color=COLORS["simclr"],
+                linewidth=2,
+                markersize=4,
+            )
             panels[1].set_title("Nearest-neighbour accuracy in the pool, %", loc="left", fontsize=11)
             panels[1].set_xlabel("epoch")
         for panel in panels:
@@ -84,11 +119,21 @@ def _label_ends(axes: Axes, ends: list[tuple[float, str, str]]) -> None:
     placed = -math.inf
     for value, name, color in sorted(ends):
         placed = max(value, placed + gap)
-        axes.annotate(name, (1.015, placed), xycoords=("axes fraction", "data"), color=color, va="center", fontweight="bold", fontsize=10)
+        axes.annotate(
+            name,
+            (1.015, placed),
+            xycoords=("axes fraction", "data"),
+            color=color,
+            va="center",
+            fontweight="bold",
+            fontsize=10,
+        )
 
 
 def _svg(figure: Figure) -> str:
     buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", transparent=True, bbox_inches="tight", metadata={"Date": None, "Creator": None})
+    figure.savefig(
+        buffer, format="svg", transparent=True, bbox_inches="tight", metadata={"Date": None, "Creator": None}
+    )
     text = buffer.getvalue()
     return text[text.index("<svg") :].replace(_INK, "currentColor")

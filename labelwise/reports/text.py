@@ -39,12 +39,28 @@ def table(document: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     """The table of methods: columns are numbers of labels, rows are methods, the gain last."""
     summary, names = document["summary"], document["arm_names"]
     columns = ["method", *(column_name(entry) for entry in summary)]
-    rows = [[name, *(with_interval(entry["arms"][arm]) if arm in entry["arms"] else "" for entry in summary)] for arm, name in names.items()]
+    rows = [
+        [name, *(with_interval(entry["arms"][arm]) if arm in entry["arms"] else "" for entry in summary)]
+        for arm, name in names.items()
+    ]
     if any(entry["gain"] for entry in summary):
-        rows.append(["gain, in points", *(points(entry["gain"]).replace(" points", "") if entry["gain"] else "" for entry in summary)])
+        rows.append(
+            [
+                "gain, in points",
+                *(points(entry["gain"]).replace(" points", "") if entry["gain"] else "" for entry in summary),
+            ]
+        )
     for arm, name in names.items():
         if any("macro" in entry for entry in summary):
-            rows.append([f"{name}, mean over classes", *(with_interval(entry["macro"][arm]) if arm in entry.get("macro", {}) else "" for entry in summary)])
+            rows.append(
+                [
+                    f"{name}, mean over classes",
+                    *(
+                        with_interval(entry["macro"][arm]) if arm in entry.get("macro", {}) else ""
+                        for entry in summary
+                    ),
+                ]
+            )
     return columns, rows
 
 

@@ -82,6 +82,7 @@ class Bench:
 
     @property
     def normalization(self) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
+        """Mean and standard deviation per channel."""
         return self.spec.mean, self.spec.std
 
     def is_few(self, rows: Rows) -> bool:
@@ -103,12 +104,24 @@ def finetune(settings: FinetuneSettings) -> RunDirectory:
     bench = _set_up(run, settings)
     counts = _label_counts(settings, bench)
     orders = _draw(bench, counts)
-    jobs = [(method, count, draw) for method in _methods_in_order(settings.methods) for count in counts for draw in range(settings.draws)]
-    done = {(row["method"], row["labels"], row["draw"]) for row in rundir.read_jsonl(run.results) if row["signature"] == _signature(settings)}
+    jobs = [
+        (method, count, draw)
+        for method in _methods_in_order(settings.methods)
+        for count in counts
+        for draw in range(settings.draws)
+    ]
+    done = {
+        (row["method"], row["labels"], row["draw"])
+        for row in rundir.read_jsonl(run.results)
+        if row["signature"] == _signature(settings)
+    }
     _announce(bench, counts, len(jobs), len(done))
 
     features: dict[str, Floats] = {}
-    with stop_between_steps() as stop, terminal.track("comparing", len(jobs), done=len(done), unit="classifiers") as bar:
+    with (
+        stop_between_steps() as stop,
+        terminal.track("comparing", len(jobs), done=len(done), unit="classifiers") as bar,
+    ):
         for place, (method, count, draw) in enumerate(jobs):
             if (method, count, draw) in done:
                 continue
@@ -116,7 +129,9 @@ def finetune(settings: FinetuneSettings) -> RunDirectory:
             rows = bench.labeled[orders[draw][:count]]
             clock = time.monotonic()
             probabilities, chosen, tries = _run_method(method, bench, rows, draw, features)
-            row = _score(bench, method, rows, draw, probabilities, chosen, tries, time.monotonic() - clock, counts)
+            row = _score(
+                bench, method, rows, draw, probabilities, chosen, tries, time.monotonic() - clock, counts
+            )
             _store(bench, row, probabilities)
             bar.advance(1)
             if place + 1 == len(jobs) or jobs[place + 1][:2] != (method, count):
@@ -172,7 +187,12 @@ def _trials(method: Method, bench: Bench, count: int, features: dict[str, Floats
 def _simclr(bench: Bench, count: int, matrix: Floats) -> tuple[list[str], Fit]:
     """Linear probe first, then the whole network from there."""
     steps = _steps(bench, count)
-    trials = [_trial(bench, f"trunk rate {rate:g}", steps, rate, HEAD_RATE, FINETUNE_DECAY, strong=True, freeze=True) for rate in TRUNK_RATES]
+    trials = [
+        _trial(
+            bench, f"trunk rate {rate:g}", steps, rate, HEAD_RATE, FINETUNE_DECAY, strong=True, freeze=True
+        )
+        for rate in TRUNK_RATES
+    ]
 
     def fit(place: int, rows: Rows, asked: Rows, seed: int, share: float) -> Floats:
         classifier = _pretrained_classifier(bench)
@@ -186,7 +206,16 @@ def _supervised(bench: Bench, count: int) -> tuple[list[str], Fit]:
     """The same network from random weights, with light or strong augmentation."""
     steps = bench.settings.scratch_steps or 2 * _steps(bench, count)
     trials = [
-        _trial(bench, f"{'strong' if strong else 'light'} augmentation", steps, SCRATCH_RATE, SCRATCH_RATE, SCRATCH_DECAY, strong=strong, freeze=False)
+        _trial(
+            bench,
+            f"{'strong' if strong else 'light'} augmentation",
+            steps,
+            SCRATCH_RATE,
+            SCRATCH_RATE,
+            SCRATCH_DECAY,
+            strong=strong,
+            freeze=False,
+        )
         for strong in (True, False)
     ]
 
@@ -211,15 +240,38 @@ def _choose(bench: Bench, rows: Rows, seed: int, trials: int, fit: Fit) -> int:
     return int(np.argmax(scores))
 
 
-def _train_and_predict(bench: Bench, classifier: Classifier, trial: Trial, rows: Rows, asked: Rows, seed: int, share: float) -> Floats:
+def _train_and_predict(
+    bench: Bench, classifier: Classifier, trial: Trial, rows: Rows, asked: Rows, seed: int, share: float
+) -> Floats:
     trial = dataclasses.replace(trial, steps=max(1, round(trial.steps * share)))
     labels = bench.labels[rows]
     weights = class_weights(labels, len(bench.classes), balanced=bench.balanced).to(bench.device)
-    train_classifier(classifier, trial, bench.cache, rows, labels, weights, bench.normalization, bench.precision, bench.device, seed)
+    train_classifier(
+        classifier,
+        trial,
+        bench.cache,
+        rows,
+        labels,
+        weights,
+        bench.normalization,
+        bench.precision,
+        bench.device,
+        seed,
+    )
     return predict(classifier, bench.cache, asked, bench.normalization, bench.device)
 
 
-def _trial(bench: Bench, name: str, steps: int, trunk: float, head: float, decay: float, *, strong: bool, freeze: bool) -> Trial:
+def _trial(
+    bench: Bench,
+    name: str,
+    steps: int,
+    trunk: float,
+    head: float,
+    decay: float,
+    *,
+    strong: bool,
+    freeze: bool,
+) -> Trial:
     policy = strengthen(bench.policy, strong=strong, crop_scale=bench.settings.crop_scale)
     return Trial(name, steps, bench.settings.batch_size, trunk, head, decay, policy, freeze)
 
@@ -242,7 +294,9 @@ def _pretrained_network(bench: Bench) -> tuple[torch.nn.Module, int]:
 
 def _features(method: str, bench: Bench, known: dict[str, Floats]) -> Floats:
     """Features of every image, one row per cache row, computed once per kind."""
-    kind = {"simclr_probe": "encoder", "simclr": "network", "random_probe": "random", "pixels": "pixels"}[method]
+    kind = {"simclr_probe": "encoder", "simclr": "network", "random_probe": "random", "pixels": "pixels"}[
+        method
+    ]
     if kind in known:
         return known[kind]
     rows = np.arange(len(bench.names))
@@ -259,8 +313,15 @@ def _features(method: str, bench: Bench, known: dict[str, Floats]) -> Floats:
     network = bench.precision.arrange(network).to(bench.device)
     if kind == "random":
         _settle_statistics(network, bench)
-    known[kind] = extract_features(network, bench.cache.evaluations, rows, bench.normalization, bench.device).numpy()
-    if kind == "encoder" and isinstance(network, Encoder) and "network" not in known and read_metadata(bench.run.head).get("layers") != "3":
+    known[kind] = extract_features(
+        network, bench.cache.evaluations, rows, bench.normalization, bench.device
+    ).numpy()
+    if (
+        kind == "encoder"
+        and isinstance(network, Encoder)
+        and "network" not in known
+        and read_metadata(bench.run.head).get("layers") != "3"
+    ):
         known["network"] = known[kind]
     return known[kind]
 
@@ -280,12 +341,22 @@ def _settle_statistics(network: torch.nn.Module, bench: Bench) -> None:
 def _small_pixels(pixels: npt.NDArray[np.uint8], side: int = 32) -> Floats:
     """Pixels as features, images above 32 px averaged down to it, (N, 3 side^2)."""
     images = torch.from_numpy(np.ascontiguousarray(pixels)).permute(0, 3, 1, 2)
-    chunks = [torch.nn.functional.adaptive_avg_pool2d(chunk.float() / 255, min(side, pixels.shape[1])) for chunk in images.split(1024)]
+    chunks = [
+        torch.nn.functional.adaptive_avg_pool2d(chunk.float() / 255, min(side, pixels.shape[1]))
+        for chunk in images.split(1024)
+    ]
     return torch.cat(chunks).flatten(1).numpy()
 
 
 def _fit_probe(bench: Bench, matrix: Floats, rows: Rows, strength: float) -> Probe:
-    return fit_probe(matrix[rows], bench.labels[rows], len(bench.classes), strength, balanced=bench.balanced, reference=matrix[bench.pool])
+    return fit_probe(
+        matrix[rows],
+        bench.labels[rows],
+        len(bench.classes),
+        strength,
+        balanced=bench.balanced,
+        reference=matrix[bench.pool],
+    )
 
 
 def _softmax(logits: Floats) -> Floats:
@@ -301,27 +372,40 @@ def _set_up(run: RunDirectory, settings: FinetuneSettings) -> Bench:
     data = rundir.read_json(run.data)
     images = _open_images(data["sources"], settings)
     with terminal.track("reading images", len(images.names)) as bar:
-        cache = build_cache(images, side=data["cache_side"], evaluation_size=spec.image_size, progress=bar.advance)
+        cache = build_cache(
+            images, side=data["cache_side"], evaluation_size=spec.image_size, progress=bar.advance
+        )
     lock = rundir.read_json(run.test_lock)
     if lock["names"] and settings.test is None:
         lock = lock_test(images, cache.keys, cache.readable, None, 0, locked=lock)
     elif "test" in images.splits:
-        terminal.warn("the test images came after pretraining: the encoder may have seen them, without labels.")
+        terminal.warn(
+            "the test images came after pretraining: the encoder may have seen them, without labels."
+        )
         lock = lock_test(images, cache.keys, cache.readable, None, 0)
     classes = sorted({label for label in images.labels if label is not None})
     if len(classes) < 2:
         found = f"only class {classes[0]!r} was found" if classes else "no labels were found"
-        raise DataError(f"{data['root']}: {found}; comparing needs two classes or more: class folders, or --labels FILE.")
+        raise DataError(
+            f"{data['root']}: {found}; comparing needs two classes or more: class folders, or --labels FILE."
+        )
     labels = np.array([classes.index(label) if label is not None else -1 for label in images.labels])
     place = {name: row for row, name in enumerate(images.names)}
-    test = np.array([place[name] for name in lock["names"] if labels[place[name]] >= 0 and cache.readable[place[name]]], dtype=np.int64)
+    test = np.array(
+        [place[name] for name in lock["names"] if labels[place[name]] >= 0 and cache.readable[place[name]]],
+        dtype=np.int64,
+    )
     if not len(test):
-        raise DataError(f"{run.path}: none of its {len(lock['names'])} test images has a label; label them, or give --test FOLDER.")
+        raise DataError(
+            f"{run.path}: none of its {len(lock['names'])} test images has a label; label them, or give --test FOLDER."
+        )
     pool = pool_indices(images, cache.readable, lock)
     labeled = pool[labels[pool] >= 0]
     missing = sorted(set(range(len(classes))) - set(labels[labeled].tolist()))
     if missing:
-        raise DataError(f"{data['root']}: class {classes[missing[0]]!r} has no labeled image outside the test set; label one, or leave the class out.")
+        raise DataError(
+            f"{data['root']}: class {classes[missing[0]]!r} has no labeled image outside the test set; label one, or leave the class out."
+        )
     plan = rundir.read_json(run.environment)["plan"]
     policy = _view_policy(read_run_config(run.config), plan)
     sizes = np.bincount(labels[labeled], minlength=len(classes))
@@ -335,13 +419,19 @@ def _set_up(run: RunDirectory, settings: FinetuneSettings) -> Bench:
 def _open_images(sources: dict[str, str | None], settings: FinetuneSettings) -> ImageSet:
     """Open the images pretraining saw, with the labels given now or then."""
     given = {"labels": settings.labels, "labels_root": settings.labels_root, "test": settings.test}
-    paths = {name: path or (Path(known) if (known := sources[name]) else None) for name, path in given.items()}
+    paths = {
+        name: path or (Path(known) if (known := sources[name]) else None) for name, path in given.items()
+    }
     return open_images(Path(str(sources["images"])), **paths)
 
 
 def _view_policy(config: dict[str, Any], plan: dict[str, Any]) -> Policy:
     names = {field.name for field in dataclasses.fields(Policy)} - {"size", "blur"}
-    values = {name: tuple(value) if isinstance(value, list) else value for name, value in config.items() if name in names}
+    values: dict[str, Any] = {
+        name: tuple(value) if isinstance(value, list) else value
+        for name, value in config.items()
+        if name in names
+    }
     return Policy(size=plan["image_size"], blur=plan["blur"], **values)
 
 
@@ -352,11 +442,16 @@ def _label_counts(settings: FinetuneSettings, bench: Bench) -> list[int]:
         raise UsageError("--fraction and --label-counts say the same thing twice; give one.")
     asked: list[tuple[str, int]]
     if settings.fraction:
-        asked = [(f"{share:.3g} of {len(bench.pool):,} images", round(share * len(bench.pool))) for share in settings.fraction]
+        asked = [
+            (f"{share:.3g} of {len(bench.pool):,} images", round(share * len(bench.pool)))
+            for share in settings.fraction
+        ]
     elif settings.label_counts:
         asked = [(str(count), there if count == "all" else int(count)) for count in settings.label_counts]
     else:
-        asked = [(f"{each} per class", each * classes) for each in LADDER if each * classes < there] + [("all", there)]
+        asked = [(f"{each} per class", each * classes) for each in LADDER if each * classes < there] + [
+            ("all", there)
+        ]
     counts = set()
     for words, count in asked:
         if count < classes:
@@ -375,7 +470,9 @@ def _draw(bench: Bench, counts: Sequence[int]) -> list[list[int]]:
     for draw, order in enumerate(orders):
         chosen = [names[index] for index in order[: counts[-1]]]
         sets = {str(count): hash_names(chosen[:count]) for count in counts}
-        rundir.write_json(bench.run.splits / f"draw-{bench.settings.seed}-{draw}.json", {"order": chosen, "sha256": sets})
+        rundir.write_json(
+            bench.run.splits / f"draw-{bench.settings.seed}-{draw}.json", {"order": chosen, "sha256": sets}
+        )
     return orders
 
 
@@ -387,12 +484,32 @@ def _methods_in_order(methods: Sequence[Method]) -> list[Method]:
 
 def _signature(settings: FinetuneSettings) -> str:
     """Hash of what decides a classifier besides method, labels and draw; rows of another one are not reused."""
-    kept = settings.model_dump(mode="json", include={"seed", "batch_size", "crop_scale", "steps", "scratch_steps", "labels", "labels_root", "test"})
+    kept = settings.model_dump(
+        mode="json",
+        include={
+            "seed",
+            "batch_size",
+            "crop_scale",
+            "steps",
+            "scratch_steps",
+            "labels",
+            "labels_root",
+            "test",
+        },
+    )
     return hash_names([f"{key}={value}" for key, value in sorted(kept.items())])[:16]
 
 
 def _score(
-    bench: Bench, method: Method, rows: Rows, draw: int, probabilities: Floats, chosen: str, tries: int, seconds: float, counts: Sequence[int]
+    bench: Bench,
+    method: Method,
+    rows: Rows,
+    draw: int,
+    probabilities: Floats,
+    chosen: str,
+    tries: int,
+    seconds: float,
+    counts: Sequence[int],
 ) -> dict[str, Any]:
     truth, predicted = bench.labels[bench.test], probabilities.argmax(axis=1)
     fractions = {round(share * len(bench.pool)): share for share in bench.settings.fraction or ()}
@@ -405,7 +522,10 @@ def _score(
         "n_test": len(truth),
         "accuracy": accuracy(predicted, truth),
         "macro_accuracy": macro_accuracy(predicted, truth),
-        "per_class": {bench.classes[index]: float((predicted[truth == index] == index).mean()) for index in np.unique(truth)},
+        "per_class": {
+            bench.classes[index]: float((predicted[truth == index] == index).mean())
+            for index in np.unique(truth)
+        },
         "balanced": not bench.balanced,
         "seconds": round(seconds, 2),
         "tries": tries,
@@ -418,11 +538,24 @@ def _score(
 def _store(bench: Bench, row: dict[str, Any], probabilities: Floats) -> None:
     """Add predictions first, then the result: a result on disk always has its predictions."""
     path = bench.run.predictions
-    columns = read_predictions(path) if path.exists() else {name: [] for name in ("method", "labels", "draw", "name", "label", "prediction", "probabilities")}
-    same = [i for i, key in enumerate(zip(columns["method"], columns["labels"], columns["draw"], strict=True)) if key == (row["method"], row["labels"], row["draw"])]
+    columns = (
+        read_predictions(path)
+        if path.exists()
+        else {
+            name: [] for name in ("method", "labels", "draw", "name", "label", "prediction", "probabilities")
+        }
+    )
+    same = [
+        i
+        for i, key in enumerate(zip(columns["method"], columns["labels"], columns["draw"], strict=True))
+        if key == (row["method"], row["labels"], row["draw"])
+    ]
     if same:
         gone = set(same)
-        columns = {name: [value for i, value in enumerate(values) if i not in gone] for name, values in columns.items()}
+        columns = {
+            name: [value for i, value in enumerate(values) if i not in gone]
+            for name, values in columns.items()
+        }
     count = len(bench.test)
     columns["method"] += [row["method"]] * count
     columns["labels"] += [row["labels"]] * count
@@ -433,29 +566,47 @@ def _store(bench: Bench, row: dict[str, Any], probabilities: Floats) -> None:
     columns["probabilities"] += [values.tolist() for values in probabilities]
     write_predictions(path, columns)
     key = ("method", "labels", "draw")
-    others = [old for old in rundir.read_jsonl(bench.run.results) if [old[name] for name in key] != [row[name] for name in key]]
+    others = [
+        old
+        for old in rundir.read_jsonl(bench.run.results)
+        if [old[name] for name in key] != [row[name] for name in key]
+    ]
     rundir.rewrite_jsonl(bench.run.results, [*others, row])
 
 
 def _line(bench: Bench, method: str, count: int) -> str:
     """One method at one number of labels, in one line."""
-    scores = [row["accuracy"] for row in rundir.read_jsonl(bench.run.results) if (row["method"], row["labels"]) == (method, count)]
+    scores = [
+        row["accuracy"]
+        for row in rundir.read_jsonl(bench.run.results)
+        if (row["method"], row["labels"]) == (method, count)
+    ]
     spread = f" +/- {np.std(scores, ddof=1):.1%}" if len(scores) > 1 else ""
     return f"{count:>6,} labels  {method:<13} {np.mean(scores):.1%}{spread} over {len(scores)} draws"
 
 
 def _announce(bench: Bench, counts: Sequence[int], jobs: int, done: int) -> None:
-    terminal.say(f"classes    {len(bench.classes)}" + (", unbalanced: weighed by size, macro accuracy beside accuracy" if bench.balanced else ""))
-    terminal.say(f"labels     {', '.join(f'{count:,}' for count in counts)} of {len(bench.labeled):,}, {bench.settings.draws} random draws each, written to {bench.run.splits}")
+    terminal.say(
+        f"classes    {len(bench.classes)}"
+        + (", unbalanced: weighed by size, macro accuracy beside accuracy" if bench.balanced else "")
+    )
+    terminal.say(
+        f"labels     {', '.join(f'{count:,}' for count in counts)} of {len(bench.labeled):,}, {bench.settings.draws} random draws each, written to {bench.run.splits}"
+    )
     share = 1.96 * math.sqrt(0.25 / len(bench.test))
-    terminal.say(f"test       {len(bench.test):,} images, never trained on; they alone leave up to +/-{share:.1%}")
+    terminal.say(
+        f"test       {len(bench.test):,} images, never trained on; they alone leave up to +/-{share:.1%}"
+    )
     if done:
         terminal.say(f"going on   {done} of {jobs} classifiers are there already")
 
 
 def _stop_if_asked(stop: StopRequest, run: RunDirectory) -> None:
     if stop:
-        raise Interrupted(f"finished classifiers are saved in {run.path}; the same command goes on.", stop.signal_number or 0)
+        raise Interrupted(
+            f"finished classifiers are saved in {run.path}; the same command goes on.",
+            stop.signal_number or 0,
+        )
 
 
 def _refit(bench: Bench, features: dict[str, Floats]) -> None:
@@ -466,12 +617,40 @@ def _refit(bench: Bench, features: dict[str, Floats]) -> None:
     terminal.say(f"training the classifier to keep on all {len(rows):,} labels")
     matrix = _features("simclr", bench, features)
     classifier = _pretrained_classifier(bench)
-    classifier.start_from(_fit_probe(bench, matrix, rows, PROBE_STRENGTHS[0] if bench.is_few(rows) else PROBE_STRENGTHS[1]))
-    trial = _trial(bench, "", _steps(bench, len(rows)), TRUNK_RATES[0], HEAD_RATE, FINETUNE_DECAY, strong=True, freeze=True)
+    classifier.start_from(
+        _fit_probe(bench, matrix, rows, PROBE_STRENGTHS[0] if bench.is_few(rows) else PROBE_STRENGTHS[1])
+    )
+    trial = _trial(
+        bench,
+        "",
+        _steps(bench, len(rows)),
+        TRUNK_RATES[0],
+        HEAD_RATE,
+        FINETUNE_DECAY,
+        strong=True,
+        freeze=True,
+    )
     weights = class_weights(bench.labels[rows], len(bench.classes), balanced=bench.balanced).to(bench.device)
-    train_classifier(classifier, trial, bench.cache, rows, bench.labels[rows], weights, bench.normalization, bench.precision, bench.device, bench.settings.seed)
+    train_classifier(
+        classifier,
+        trial,
+        bench.cache,
+        rows,
+        bench.labels[rows],
+        weights,
+        bench.normalization,
+        bench.precision,
+        bench.device,
+        bench.settings.seed,
+    )
     save_module(bench.run.classifier, classifier, bench.spec.to_metadata())
-    facts = {"classes": bench.classes, "labels": len(rows), "encoder": bench.spec.to_metadata(), "method": "simclr", "steps": trial.steps}
+    facts = {
+        "classes": bench.classes,
+        "labels": len(rows),
+        "encoder": bench.spec.to_metadata(),
+        "method": "simclr",
+        "steps": trial.steps,
+    }
     rundir.write_json(bench.run.classifier_json, facts)
 
 

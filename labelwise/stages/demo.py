@@ -34,7 +34,16 @@ def demo(out: Path, *, quick: bool = False) -> RunDirectory:
         raise UsageError(f"{out}: is not empty and not a demo; choose another --out.")
     write_digits(images)
     fractions = "0.01,0.05,0.1"
-    pretrain = ["pretrain", str(images), "--recipe", "digits", "--holdout", str(_TEST_SHARE), "--out", str(run)]
+    pretrain = [
+        "pretrain",
+        str(images),
+        "--recipe",
+        "digits",
+        "--holdout",
+        str(_TEST_SHARE),
+        "--out",
+        str(run),
+    ]
     finetune = ["finetune", "--run", str(run), "--recipe", "digits", "--fraction", fractions]
     if quick:
         pretrain += ["--epochs", "2", "--precision", "fp32"]
@@ -59,8 +68,12 @@ def _run(command: list[str], *, quiet: bool) -> None:
     terminal.heading(f"$ labelwise {shlex.join(command)}")
     stdout = subprocess.DEVNULL if quiet else None  # the report that follows prints the same table
     environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
-    status = subprocess.run([sys.executable, "-m", "labelwise", *command], stdout=stdout, env=environment, check=False).returncode
+    status = subprocess.run(
+        [sys.executable, "-m", "labelwise", *command], stdout=stdout, env=environment, check=False
+    ).returncode
     if status < 0 or status in (130, 143):
         raise KeyboardInterrupt
     if status:
-        raise LabelwiseError(f"demo: `labelwise {command[0]}` failed with exit code {status}; its message stands above.")
+        raise LabelwiseError(
+            f"demo: `labelwise {command[0]}` failed with exit code {status}; its message stands above."
+        )

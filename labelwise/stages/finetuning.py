@@ -103,7 +103,9 @@ def train_classifier(
     """
     precision.arrange(classifier.network)
     optimizer = create_optimizer(
-        "adamw", [(classifier.network, trial.trunk_rate), (classifier.linear, trial.head_rate)], trial.weight_decay
+        "adamw",
+        [(classifier.network, trial.trunk_rate), (classifier.linear, trial.head_rate)],
+        trial.weight_decay,
     )
     squares = torch.from_numpy(cache.squares[rows]).to(device)  # (n, S, S, 3)
     sizes, keys = cache.sizes[rows], cache.keys[rows]
@@ -127,7 +129,9 @@ def train_classifier(
     classifier.eval()
 
 
-def predict(classifier: Classifier, cache: ImageCache, rows: Rows, normalization: Normalization, device: torch.device) -> Floats:
+def predict(
+    classifier: Classifier, cache: ImageCache, rows: Rows, normalization: Normalization, device: torch.device
+) -> Floats:
     """Class probabilities of images, (M, C)."""
     logits = extract_features(classifier, cache.evaluations, rows, normalization, device)
     return F.softmax(logits, dim=1).numpy()
@@ -147,8 +151,8 @@ def strengthen(policy: Policy, *, strong: bool, crop_scale: tuple[float, float])
     Light is crop and flip, and whatever turning and shearing the views have; strong keeps the colour
     distortion of the views as well.
     """
-    color = {} if strong else {"color": 0.0, "grayscale": 0.0, "blur": 0.0}
-    return dataclasses.replace(policy, crop_scale=crop_scale, **color)
+    policy = dataclasses.replace(policy, crop_scale=crop_scale)
+    return policy if strong else dataclasses.replace(policy, color=0.0, grayscale=0.0, blur=0.0)
 
 
 def _batch(step: int, count: int, batch_size: int, seed: int) -> Rows:

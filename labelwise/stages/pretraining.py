@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from labelwise import environment, rundir, seeding, terminal
 from labelwise.config import PretrainSettings, to_toml
-from labelwise.errors import CheckpointError, DataError, Interrupted, UsageError
+from labelwise.errors import DataError, Interrupted, LabelwiseError, UsageError
 from labelwise.images.cache import ImageCache, build_cache, sample_sizes
 from labelwise.images.duplicates import unique_keys
 from labelwise.images.source import ImageSet, open_images
@@ -35,7 +35,13 @@ from labelwise.learning.optimization import (
 from labelwise.learning.precision import Precision, arrange_images, calibrate, choose_device, synchronize
 from labelwise.measures import health
 from labelwise.measures.knn import knn_accuracy, nearest
-from labelwise.models.encoder import Encoder, EncoderSpec, choose_stem, create_encoder, pretrained_normalization
+from labelwise.models.encoder import (
+    Encoder,
+    EncoderSpec,
+    choose_stem,
+    create_encoder,
+    pretrained_normalization,
+)
 from labelwise.models.features import extract_features
 from labelwise.models.heads import create_head
 from labelwise.models.weights import load_encoder, load_module, save_encoder, save_module
@@ -80,10 +86,44 @@ class Pool:
     keys: npt.NDArray[np.uint64]
     labels: list[str | None]
 
-    def squares(self, members: npt.NDArray[np.int64], device: torch.device) -> tuple[Tensor, npt.NDArray[np.int32]]:
+    def squares(
+        self, members: npt.NDArray[np.int64], device: torch.device
+    ) -> tuple[Tensor, npt.NDArray[np.int32]]:
         """Cached squares, uint8 (B, S, S, 3), and true sizes, (B, 2)."""
         rows = self.rows[members]
         return torch.from_numpy(self.cache.squares[rows]).to(device), self.cache.sizes[rows]
+
+
+@dataclasses.dataclass(frozen=True)
+class Learner:
+    """What is trained, and how one step of it goes."""
+
+    encoder: Encoder
+    head: nn.Module
+    optimizer: torch.optim.Optimizer
+    precision: Precision
+    device: torch.device
+    temperature: float
+
+    @property
+    def modules(self) -> dict[str, nn.Module]:
+        """What a checkpoint holds besides the optimizer."""
+        return {"encoder": self.encoder, "head": self.head}
+
+    def step(self, views: Tensor) -> float:
+        """Pull the two views of each image together, once; give the loss.
+
+        Args:
+            views: Normalised, row i and row B + i of the same image, (2B, 3, H, W).
+        """
+        views = arrange_images(views, self.precision)
+        with self.precision.autocast(self.device):
+            projections = self.head(self.encoder(views))  # (2B, D)
+        loss = nt_xent(projections, self.temperature)
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        self.optimizer.step()
+        return loss.item()
 
 
 def pretrain(settings: PretrainSettings) -> RunDirectory:
@@ -101,7 +141,9 @@ def pretrain(settings: PretrainSettings) -> RunDirectory:
     device = choose_device(settings.device)
     torch.manual_seed(settings.seed)
 
-    images = open_images(settings.images, labels=settings.labels, labels_root=settings.labels_root, test=settings.test)
+    images = open_images(
+        settings.images, labels=settings.labels, labels_root=settings.labels_root, test=settings.test
+    )
     size, side = _choose_sizes(settings, images, device)
     with terminal.track("reading images", len(images.names)) as bar:
         cache = build_cache(images, side=side, evaluation_size=size, progress=bar.advance)
@@ -114,22 +156,24 @@ def pretrain(settings: PretrainSettings) -> RunDirectory:
         plan = _make_plan(settings, spec, pool, normalization, side, device)
         _write_start(run, settings, plan, images, cache, lock, pool)
     spec = dataclasses.replace(spec, stem=plan.stem)
-    policy = view_policy(settings, plan)
     _announce(run, plan, spec, pool, lock, images, is_new)
-    _save_mosaic(run, policy, pool, settings.seed)
+    _save_mosaic(run, view_policy(settings, plan), pool, settings.seed)
 
-    torch.manual_seed(settings.seed)
-    encoder, head = _build_model(settings, spec, device)
-    precision = Precision(plan.precision, plan.layout, plan.reason)
-    precision.arrange(encoder)
-    optimizer = create_optimizer(
-        settings.optimizer, [(encoder, plan.learning_rate), (head, plan.learning_rate)], plan.weight_decay
+    learner = _make_learner(settings, plan, spec, Precision(plan.precision, plan.layout, plan.reason), device)
+    _train(run, settings, plan, pool, normalization, learner)
+
+    save_module(
+        run.head,
+        learner.head,
+        {
+            "kind": settings.head,
+            "layers": str(settings.head_layers),
+            "width": str(settings.head_width or ""),
+            "output": str(settings.projection_width),
+        },
     )
-    _train(run, settings, plan, policy, pool, normalization, encoder, head, optimizer, precision, device)
-
-    save_module(run.head, head, {"kind": settings.head, "layers": str(settings.head_layers), "width": str(settings.head_width or ""), "output": str(settings.projection_width)})
-    _save_neighbours(run, pool, encoder, normalization, images, device)
-    save_encoder(run.encoder, encoder, spec)
+    _save_neighbours(run, pool, learner.encoder, normalization, images, device)
+    save_encoder(run.encoder, learner.encoder, spec)
     environment.finish(run, time.monotonic() - started)
     rundir.point_latest(run)
     terminal.say(f"encoder saved: {run.encoder}")
@@ -140,74 +184,99 @@ def _train(
     run: RunDirectory,
     settings: PretrainSettings,
     plan: Plan,
-    policy: Policy,
     pool: Pool,
     normalization: Normalization,
-    encoder: Encoder,
-    head: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    precision: Precision,
-    device: torch.device,
+    learner: Learner,
 ) -> None:
     """Run SimCLR from wherever the run stands to its last epoch."""
-    modules = {"encoder": encoder, "head": head}
+    policy = view_policy(settings, plan)
     steps_per_epoch = len(pool.rows) // plan.batch_size
     steps = plan.epochs * steps_per_epoch
     warmup_steps = round(plan.warmup_epochs * steps_per_epoch)
     chance = chance_loss(plan.batch_size)
-    at = load_checkpoint(run.checkpoints, modules, optimizer) or Position(0, 0, 0)
-    _drop_rows_after(run, at.step)
+    look_every = max(1, plan.epochs // CHECKS)
+    at = load_checkpoint(run.checkpoints, learner.modules, learner.optimizer) or Position(0, 0, 0)
+    losses = _rewind_metrics(run, at)
+    saved_at, said = time.monotonic(), ""
+    figures: dict[str, float] = {}
     if at.step:
         terminal.say(f"going on after step {at.step:,} of {steps:,}")
-    saved_at, figures = time.monotonic(), {}
-    look_every = max(1, plan.epochs // CHECKS)
 
-    with stop_between_steps() as stop, terminal.track("pretraining", steps * plan.batch_size, done=at.step * plan.batch_size) as bar:
+    with (
+        stop_between_steps() as stop,
+        terminal.track("pretraining", steps * plan.batch_size, done=at.step * plan.batch_size) as bar,
+    ):
         while at.epoch < plan.epochs:
             order = seeding.permutation(settings.seed, at.epoch, len(pool.rows))
-            epoch_started, epoch_from, losses = time.monotonic(), at.batch, []
+            epoch_started, epoch_from = time.monotonic(), at.batch
             while at.batch < steps_per_epoch:
                 members = order[at.batch * plan.batch_size : (at.batch + 1) * plan.batch_size]
-                squares, sizes = pool.squares(members, device)
-                views = make_views(policy, squares, sizes, pool.keys[members], settings.seed, at.epoch)  # (2B, 3, H, W)
-                views = arrange_images(normalize(views, normalization), precision)
-                share = warmup_cosine(at.step, steps, warmup_steps)
-                set_rate(optimizer, share)
+                squares, sizes = pool.squares(members, learner.device)
+                views = make_views(
+                    policy, squares, sizes, pool.keys[members], settings.seed, at.epoch
+                )  # (2B, 3, H, W)
+                rate = warmup_cosine(at.step, steps, warmup_steps)
+                set_rate(learner.optimizer, rate)
                 torch.manual_seed(settings.seed * 1_000_003 + at.step)  # stochastic depth, dropout
+                loss = learner.step(normalize(views, normalization))
+                if not math.isfinite(loss):
+                    raise LabelwiseError(
+                        f"{run.path}: the loss is {loss} at step {at.step}; lower --learning-rate."
+                    )
 
-                with precision.autocast(device):
-                    projections = head(encoder(views))  # (2B, D)
-                loss = nt_xent(projections, settings.temperature)
-                optimizer.zero_grad(set_to_none=True)
-                loss.backward()
-                value = loss.item()
-                if not math.isfinite(value):
-                    raise CheckpointError(f"{run.path}: the loss is {value} at step {at.step}; lower --learning-rate.")
-                optimizer.step()
-
-                losses.append(value)
-                rundir.append_jsonl(run.metrics, {"kind": "step", "step": at.step, "epoch": at.epoch, "loss": value, "learning_rate": share * plan.learning_rate})
+                losses.append(loss)
+                rundir.append_jsonl(
+                    run.metrics,
+                    {
+                        "kind": "step",
+                        "step": at.step,
+                        "epoch": at.epoch,
+                        "loss": loss,
+                        "learning_rate": rate * plan.learning_rate,
+                    },
+                )
                 at = Position(at.step + 1, at.epoch, at.batch + 1)
-                bar.advance(plan.batch_size, loss=value, chance=chance, **figures)
+                bar.advance(plan.batch_size, loss=loss, chance=chance, **figures)
                 if stop or time.monotonic() - saved_at > SAVE_SECONDS:
-                    save_checkpoint(run.checkpoints, at, modules, optimizer)
+                    save_checkpoint(run.checkpoints, at, learner.modules, learner.optimizer)
                     saved_at = time.monotonic()
                 if stop:
-                    raise Interrupted(f"saved step {at.step:,} of {steps:,} in {run.path}; the same command goes on.", stop.signal_number or 0)
+                    raise Interrupted(
+                        f"saved step {at.step:,} of {steps:,} in {run.path}; the same command goes on.",
+                        stop.signal_number or 0,
+                    )
 
             seconds = time.monotonic() - epoch_started
-            row = {"kind": "epoch", "epoch": at.epoch, "step": at.step, "loss": float(np.mean(losses)) if losses else None, "chance": chance, "effective_rank": None, "knn": None, "images_per_second": (steps_per_epoch - epoch_from) * plan.batch_size / seconds, "seconds": seconds}
+            row = {
+                "kind": "epoch",
+                "epoch": at.epoch,
+                "step": at.step,
+                "loss": float(np.mean(losses)),
+                "chance": chance,
+                "effective_rank": None,
+                "knn": None,
+                "images_per_second": (steps_per_epoch - epoch_from) * plan.batch_size / seconds,
+                "seconds": seconds,
+            }
             at = Position(at.step, at.epoch + 1, 0)
             if at.epoch % look_every == 0 or at.epoch == plan.epochs:
-                look = _look(pool, encoder, normalization, device)
-                figures = {key: value for key, value in look.items() if value is not None}
+                look = _look(pool, learner.encoder, normalization, learner.device)
+                figures = {name: value for name, value in look.items() if value is not None}
                 row |= look
-                trouble = health.diagnose(row["loss"] or 0.0, chance, row["effective_rank"] or 1.0, encoder.features, at.epoch / plan.epochs)
-                if trouble:
+                trouble = health.diagnose(
+                    float(np.mean(losses)),
+                    chance,
+                    figures["effective_rank"],
+                    learner.encoder.features,
+                    at.epoch / plan.epochs,
+                )
+                if trouble and not said:
                     bar.note(f"epoch {at.epoch}: {trouble}")
+                    said = trouble
             rundir.append_jsonl(run.metrics, row)
+            losses = []
             if time.monotonic() - saved_at > SAVE_SECONDS / 4 or at.epoch == plan.epochs:
-                save_checkpoint(run.checkpoints, at, modules, optimizer)
+                save_checkpoint(run.checkpoints, at, learner.modules, learner.optimizer)
                 saved_at = time.monotonic()
 
 
@@ -269,7 +338,9 @@ def _choose_sizes(settings: PretrainSettings, images: ImageSet, device: torch.de
     return size, settings.cache_side or side
 
 
-def _test_lock(run: RunDirectory, settings: PretrainSettings, images: ImageSet, cache: ImageCache) -> dict[str, Any]:
+def _test_lock(
+    run: RunDirectory, settings: PretrainSettings, images: ImageSet, cache: ImageCache
+) -> dict[str, Any]:
     """Lock the test images, or take the lock this run (or the one it goes on from) already has."""
     earlier = run.test_lock
     if not earlier.exists() and _is_run(settings.init):
@@ -281,7 +352,9 @@ def _test_lock(run: RunDirectory, settings: PretrainSettings, images: ImageSet, 
 def _make_pool(images: ImageSet, cache: ImageCache, lock: dict[str, Any], settings: PretrainSettings) -> Pool:
     rows = pool_indices(images, cache.readable, lock)
     if len(rows) < SMALLEST_POOL:
-        raise DataError(f"{settings.images}: {len(rows)} images to train on; SimCLR needs at least {SMALLEST_POOL}.")
+        raise DataError(
+            f"{settings.images}: {len(rows)} images to train on; SimCLR needs at least {SMALLEST_POOL}."
+        )
     if settings.batch_size > len(rows):
         raise UsageError(
             f"--batch-size {settings.batch_size}: larger than the {len(rows)} images to train on; use at most "
@@ -290,11 +363,18 @@ def _make_pool(images: ImageSet, cache: ImageCache, lock: dict[str, Any], settin
     return Pool(cache, rows, unique_keys(cache.keys[rows]), [images.labels[row] for row in rows])
 
 
-def _specify_encoder(settings: PretrainSettings, size: int, cache: ImageCache) -> tuple[EncoderSpec, Normalization]:
+def _specify_encoder(
+    settings: PretrainSettings, size: int, cache: ImageCache
+) -> tuple[EncoderSpec, Normalization]:
     if _is_run(settings.init):
         _, spec = load_encoder(Path(str(settings.init)))
-        if (spec.backbone, spec.image_size) != (settings.backbone, size) and "backbone" in settings.model_fields_set:
-            raise UsageError(f"--init {settings.init}: holds a {spec.backbone} at {spec.image_size} px; leave --backbone and --image-size out.")
+        if (spec.backbone, spec.image_size) != (
+            settings.backbone,
+            size,
+        ) and "backbone" in settings.model_fields_set:
+            raise UsageError(
+                f"--init {settings.init}: holds a {spec.backbone} at {spec.image_size} px; leave --backbone and --image-size out."
+            )
         return spec, (spec.mean, spec.std)
     mean, std = cache.mean, cache.std
     if settings.init == "pretrained":
@@ -305,14 +385,29 @@ def _specify_encoder(settings: PretrainSettings, size: int, cache: ImageCache) -
     return EncoderSpec(settings.backbone, settings.backbone_args, stem, size, mean, std), (mean, std)
 
 
-def _build_model(settings: PretrainSettings, spec: EncoderSpec, device: torch.device) -> tuple[Encoder, nn.Module]:
+def _build_model(
+    settings: PretrainSettings, spec: EncoderSpec, device: torch.device
+) -> tuple[Encoder, nn.Module]:
     encoder = create_encoder(spec, pretrained=settings.init == "pretrained")
-    head = create_head(settings.head, encoder.features, settings.head_layers, settings.head_width, settings.projection_width)
+    head = create_head(
+        settings.head, encoder.features, settings.head_layers, settings.head_width, settings.projection_width
+    )
     if _is_run(settings.init):
         before = rundir.open_run(Path(str(settings.init)))
         load_module(before.encoder, encoder.backbone)
         load_module(before.head, head)
     return encoder.to(device), head.to(device)
+
+
+def _make_learner(
+    settings: PretrainSettings, plan: Plan, spec: EncoderSpec, precision: Precision, device: torch.device
+) -> Learner:
+    torch.manual_seed(settings.seed)
+    encoder, head = _build_model(settings, spec, device)
+    precision.arrange(encoder)
+    parts = [(encoder, plan.learning_rate), (head, plan.learning_rate)]
+    optimizer = create_optimizer(settings.optimizer, parts, plan.weight_decay)
+    return Learner(encoder, head, optimizer, precision, device, settings.temperature)
 
 
 def _is_run(init: str | None) -> bool:
@@ -323,7 +418,14 @@ def _read_plan(run: RunDirectory) -> Plan | None:
     return Plan(**rundir.read_json(run.environment)["plan"]) if run.environment.exists() else None
 
 
-def _make_plan(settings: PretrainSettings, spec: EncoderSpec, pool: Pool, normalization: Normalization, side: int, device: torch.device) -> Plan:
+def _make_plan(
+    settings: PretrainSettings,
+    spec: EncoderSpec,
+    pool: Pool,
+    normalization: Normalization,
+    side: int,
+    device: torch.device,
+) -> Plan:
     """Decide what was left open; time some steps for the precision and the epochs."""
     default_rate, default_decay = DEFAULTS[settings.optimizer]
     plan = Plan(
@@ -335,14 +437,20 @@ def _make_plan(settings: PretrainSettings, spec: EncoderSpec, pool: Pool, normal
         layout="channels_last",
         reason="",
         batch_size=settings.batch_size,
-        learning_rate=scaled_rate(settings.learning_rate or default_rate, settings.batch_size, settings.rate_scaling),
+        learning_rate=scaled_rate(
+            settings.learning_rate or default_rate, settings.batch_size, settings.rate_scaling
+        ),
         weight_decay=default_decay if settings.weight_decay is None else settings.weight_decay,
-        warmup_epochs=min(10.0, settings.epochs / 10) if settings.warmup_epochs is None else settings.warmup_epochs,
+        warmup_epochs=min(10.0, settings.epochs / 10)
+        if settings.warmup_epochs is None
+        else settings.warmup_epochs,
         blur=(0.5 if spec.image_size > 64 else 0.0) if settings.blur is None else settings.blur,
         seconds_per_step=None,
     )
     if settings.precision != "auto" and settings.time_limit is None:
-        return dataclasses.replace(plan, precision=settings.precision, reason=f"--precision {settings.precision}")
+        return dataclasses.replace(
+            plan, precision=settings.precision, reason=f"--precision {settings.precision}"
+        )
     terminal.say("timing some steps")
     trial = _TrialStep(settings, plan, spec, pool, normalization, device)
     precision, seconds = calibrate(trial, device, settings.precision)
@@ -353,13 +461,21 @@ def _make_plan(settings: PretrainSettings, spec: EncoderSpec, pool: Pool, normal
         synchronize(device)
         seconds[f"{precision.number} {precision.layout}"] = time.perf_counter() - start
     per_step = seconds[f"{precision.number} {precision.layout}"]
-    plan = dataclasses.replace(plan, precision=precision.number, layout=precision.layout, reason=precision.reason, seconds_per_step=per_step)
+    plan = dataclasses.replace(
+        plan,
+        precision=precision.number,
+        layout=precision.layout,
+        reason=precision.reason,
+        seconds_per_step=per_step,
+    )
     if settings.time_limit is None:
         return plan
     limit = parse_duration(settings.time_limit) * _LIMIT_SHARE
     epochs = int(limit / (per_step * (len(pool.rows) // settings.batch_size)))
     if epochs < 1:
-        raise UsageError(f"--time-limit {settings.time_limit}: one epoch takes about {terminal.duration(limit / max(limit, 1e-9) * per_step * (len(pool.rows) // settings.batch_size))}; allow more, or use a smaller --backbone or --image-size.")
+        raise UsageError(
+            f"--time-limit {settings.time_limit}: one epoch takes about {terminal.duration(limit / max(limit, 1e-9) * per_step * (len(pool.rows) // settings.batch_size))}; allow more, or use a smaller --backbone or --image-size."
+        )
     warmup = min(10.0, epochs / 10) if settings.warmup_epochs is None else settings.warmup_epochs
     return dataclasses.replace(plan, epochs=epochs, warmup_epochs=warmup)
 
@@ -367,29 +483,35 @@ def _make_plan(settings: PretrainSettings, spec: EncoderSpec, pool: Pool, normal
 class _TrialStep:
     """One real training step on throw-away weights, for timing."""
 
-    def __init__(self, settings: PretrainSettings, plan: Plan, spec: EncoderSpec, pool: Pool, normalization: Normalization, device: torch.device) -> None:
-        self.settings, self.plan, self.spec, self.pool, self.normalization, self.device = settings, plan, spec, pool, normalization, device
-        self.model: tuple[Precision, Encoder, nn.Module, torch.optim.Optimizer] | None = None
+    def __init__(
+        self,
+        settings: PretrainSettings,
+        plan: Plan,
+        spec: EncoderSpec,
+        pool: Pool,
+        normalization: Normalization,
+        device: torch.device,
+    ) -> None:
+        self.settings, self.plan, self.spec, self.pool, self.normalization, self.device = (
+            settings,
+            plan,
+            spec,
+            pool,
+            normalization,
+            device,
+        )
+        self.learner: Learner | None = None
 
     def __call__(self, precision: Precision) -> float:
-        if self.model is None or self.model[0] != precision:
-            torch.manual_seed(self.settings.seed)
-            encoder, head = _build_model(self.settings.model_copy(update={"init": None}), self.spec, self.device)
-            precision.arrange(encoder)
-            optimizer = create_optimizer(self.settings.optimizer, [(encoder, 0.0), (head, 0.0)], 0.0)
-            self.model = (precision, encoder, head, optimizer)
-        _, encoder, head, optimizer = self.model
+        if self.learner is None or self.learner.precision != precision:
+            settings = self.settings.model_copy(update={"init": None})
+            self.learner = _make_learner(settings, self.plan, self.spec, precision, self.device)
+            set_rate(self.learner.optimizer, 0.0)
         members = np.arange(self.settings.batch_size)
         squares, sizes = self.pool.squares(members, self.device)
-        views = make_views(view_policy(self.settings, self.plan), squares, sizes, self.pool.keys[members], 0, 0)
-        views = arrange_images(normalize(views, self.normalization), precision)
-        with precision.autocast(self.device):
-            projections = head(encoder(views))
-        loss = nt_xent(projections, self.settings.temperature)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        optimizer.step()
-        return loss.item()
+        policy = view_policy(self.settings, self.plan)
+        views = make_views(policy, squares, sizes, self.pool.keys[members], self.settings.seed, 0)
+        return self.learner.step(normalize(views, self.normalization))
 
 
 def parse_duration(text: str) -> float:
@@ -405,11 +527,27 @@ def parse_duration(text: str) -> float:
     return hours * 3600 + minutes * 60 + seconds
 
 
-def _write_start(run: RunDirectory, settings: PretrainSettings, plan: Plan, images: ImageSet, cache: ImageCache, lock: dict[str, Any], pool: Pool) -> None:
+def _write_start(
+    run: RunDirectory,
+    settings: PretrainSettings,
+    plan: Plan,
+    images: ImageSet,
+    cache: ImageCache,
+    lock: dict[str, Any],
+    pool: Pool,
+) -> None:
     """Write what is known before step 0: lock, data, settings, and last of all the environment."""
     rundir.write_json(run.test_lock, lock)
     counts = Counter(label for label in images.labels if label is not None)
-    sources = {name: str(path.resolve()) if path else None for name, path in (("images", settings.images), ("labels", settings.labels), ("labels_root", settings.labels_root), ("test", settings.test))}
+    sources = {
+        name: str(path.resolve()) if path else None
+        for name, path in (
+            ("images", settings.images),
+            ("labels", settings.labels),
+            ("labels_root", settings.labels_root),
+            ("test", settings.test),
+        )
+    }
     data = {
         "root": str(settings.images.resolve()),
         "sources": sources,
@@ -431,27 +569,63 @@ def _write_start(run: RunDirectory, settings: PretrainSettings, plan: Plan, imag
     rundir.write_json(run.data, data)
     resolved = settings.model_dump(mode="json", exclude={"images", "out", "time_limit"}, exclude_none=True)
     chosen = dataclasses.asdict(plan)
-    resolved |= {key: chosen[key] for key in ("image_size", "cache_side", "stem", "epochs", "precision", "weight_decay", "warmup_epochs", "blur")}
+    resolved |= {
+        key: chosen[key]
+        for key in (
+            "image_size",
+            "cache_side",
+            "stem",
+            "epochs",
+            "precision",
+            "weight_decay",
+            "warmup_epochs",
+            "blur",
+        )
+    }
     resolved["learning_rate"] = settings.learning_rate or DEFAULTS[settings.optimizer][0]
     rundir.write_text(run.config, to_toml({"pretrain": resolved}))
-    environment.start(run, asked=settings.model_dump(mode="json", exclude={"out"}), plan=chosen, precision={"number": plan.precision, "layout": plan.layout, "reason": plan.reason})
+    environment.start(
+        run,
+        asked=settings.model_dump(mode="json", exclude={"out"}),
+        plan=chosen,
+        precision={"number": plan.precision, "layout": plan.layout, "reason": plan.reason},
+    )
 
 
-def _announce(run: RunDirectory, plan: Plan, spec: EncoderSpec, pool: Pool, lock: dict[str, Any], images: ImageSet, is_new: bool) -> None:
+def _announce(
+    run: RunDirectory,
+    plan: Plan,
+    spec: EncoderSpec,
+    pool: Pool,
+    lock: dict[str, Any],
+    images: ImageSet,
+    is_new: bool,
+) -> None:
     """Print the plan."""
     steps = plan.epochs * (len(pool.rows) // plan.batch_size)
-    hours = "" if plan.seconds_per_step is None else f", about {terminal.duration(steps * plan.seconds_per_step)}"
+    hours = (
+        "" if plan.seconds_per_step is None else f", about {terminal.duration(steps * plan.seconds_per_step)}"
+    )
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     terminal.say(f"run        {run.path}" + ("" if is_new else " (continued)"))
-    terminal.say(f"images     {len(pool.rows):,} to train on, {len(lock['names']):,} test images locked away ({lock['method']})")
+    terminal.say(
+        f"images     {len(pool.rows):,} to train on, {len(lock['names']):,} test images locked away ({lock['method']})"
+    )
     if pool.cache.quarantined:
         first = pool.cache.quarantined[0]
-        terminal.warn(f"{len(pool.cache.quarantined)} unreadable images left out, e.g. {first['file']}: {first['reason']} (all in data.json)")
+        terminal.warn(
+            f"{len(pool.cache.quarantined)} unreadable images left out, e.g. {first['file']}: {first['reason']} (all in data.json)"
+        )
     for note in images.notes:
         terminal.say(f"note       {note}")
-    terminal.say(f"model      {spec.backbone}, {plan.stem} stem, {plan.image_size} px views from {plan.cache_side} px squares")
+    terminal.say(
+        f"model      {spec.backbone}, {plan.stem} stem, {plan.image_size} px views from {plan.cache_side} px squares"
+    )
     terminal.say(f"training   {plan.epochs} epochs, batch {plan.batch_size}, {steps:,} steps{hours}")
-    terminal.say(f"precision  {plan.precision}, {plan.layout.replace('_', ' ')}" + (f" ({plan.reason})" if plan.reason else ""))
+    terminal.say(
+        f"precision  {plan.precision}, {plan.layout.replace('_', ' ')}"
+        + (f" ({plan.reason})" if plan.reason else "")
+    )
     terminal.say(f"memory     {peak / 2**30:.1f} GiB so far")
 
 
@@ -468,7 +642,9 @@ def _save_mosaic(run: RunDirectory, policy: Policy, pool: Pool, seed: int, rows:
 # --- beside the loop
 
 
-def _look(pool: Pool, encoder: Encoder, normalization: Normalization, device: torch.device) -> dict[str, float | None]:
+def _look(
+    pool: Pool, encoder: Encoder, normalization: Normalization, device: torch.device
+) -> dict[str, float | None]:
     """Effective rank of the features, and kNN accuracy within the pool where labels exist (monitoring only)."""
     members = _monitored(pool)
     features = extract_features(encoder, pool.cache.evaluations, pool.rows[members], normalization, device)
@@ -488,26 +664,47 @@ def _monitored(pool: Pool) -> npt.NDArray[np.int64]:
     return np.sort(order[:MONITORED])
 
 
-def _drop_rows_after(run: RunDirectory, step: int) -> None:
-    """Forget metrics of steps that were done after the checkpoint and will be done again."""
+def _rewind_metrics(run: RunDirectory, at: Position) -> list[float]:
+    """Forget metrics of steps that will be done again; give the losses of the epoch that goes on."""
     rows = rundir.read_jsonl(run.metrics)
-    kept = [row for row in rows if row["step"] < step + (row["kind"] == "epoch")]
+    kept = [
+        row for row in rows if row["step"] < at.step or (row["kind"] == "epoch" and row["epoch"] < at.epoch)
+    ]
     if len(kept) < len(rows):
         rundir.rewrite_jsonl(run.metrics, kept)
+    return [row["loss"] for row in kept if row["kind"] == "step" and row["epoch"] == at.epoch]
 
 
-def _save_neighbours(run: RunDirectory, pool: Pool, encoder: Encoder, normalization: Normalization, images: ImageSet, device: torch.device, queries: int = 6) -> None:
+def _save_neighbours(
+    run: RunDirectory,
+    pool: Pool,
+    encoder: Encoder,
+    normalization: Normalization,
+    images: ImageSet,
+    device: torch.device,
+    queries: int = 6,
+) -> None:
     """Write the nearest images of a few, for a person to look at."""
     members = _monitored(pool)
     features = extract_features(encoder, pool.cache.evaluations, pool.rows[members], normalization, device)
 
     def card(member: int) -> dict[str, Any]:
         row = pool.rows[member]
-        return {"name": images.names[row], "label": images.labels[row], "thumbnail": encode_thumbnail(pool.cache.evaluations[row])}
+        return {
+            "name": images.names[row],
+            "label": images.labels[row],
+            "thumbnail": encode_thumbnail(pool.cache.evaluations[row]),
+        }
 
     asked = np.linspace(0, len(members) - 1, queries).astype(int)
     cards = [
-        {**card(members[query]), "neighbours": [{**card(members[near]), "similarity": similarity} for near, similarity in nearest(features, int(query), 6)]}
+        {
+            **card(members[query]),
+            "neighbours": [
+                {**card(members[near]), "similarity": similarity}
+                for near, similarity in nearest(features, int(query), 6)
+            ],
+        }
         for query in asked
     ]
     rundir.write_json(run.neighbours, {"queries": cards})

@@ -5,7 +5,15 @@ from pathlib import Path
 from typing import Any
 
 from labelwise import rundir, terminal
-from labelwise.measures.statistics import HELPS, HURTS, UNCLEAR, interval, paired_difference, test_set_margin, verdict
+from labelwise.measures.statistics import (
+    HELPS,
+    HURTS,
+    UNCLEAR,
+    interval,
+    paired_difference,
+    test_set_margin,
+    verdict,
+)
 from labelwise.predictions import read_predictions
 from labelwise.reports import html, markdown, text
 from labelwise.rundir import RunDirectory
@@ -17,7 +25,12 @@ ARMS = {
     "random_probe": "Random features, probe",
     "pixels": "Pixels, logistic regression",
 }
-_COMPARED = (("simclr", "supervised"), ("simclr_probe", "supervised"), ("simclr", "simclr_probe"), ("simclr", "pixels"))
+_COMPARED = (
+    ("simclr", "supervised"),
+    ("simclr_probe", "supervised"),
+    ("simclr", "simclr_probe"),
+    ("simclr", "pixels"),
+)
 
 Result = dict[str, Any]
 
@@ -87,8 +100,17 @@ def _summarize(results: list[Result]) -> list[dict[str, Any]]:
         for arm, against in _COMPARED:
             difference = paired_difference(arms.get(arm, {}), arms.get(against, {}))
             if difference is not None:
-                comparisons.append({"arm": arm, "against": against, **difference.to_json(), "verdict": verdict(difference)})
-        gain = next(({key: entry[key] for key in ("mean", "low", "high")} for entry in comparisons if (entry["arm"], entry["against"]) == ("simclr", "supervised")), None)
+                comparisons.append(
+                    {"arm": arm, "against": against, **difference.to_json(), "verdict": verdict(difference)}
+                )
+        gain = next(
+            (
+                {key: entry[key] for key in ("mean", "low", "high")}
+                for entry in comparisons
+                if (entry["arm"], entry["against"]) == ("simclr", "supervised")
+            ),
+            None,
+        )
         entry: dict[str, Any] = {
             "fraction": fractions.get(labels),
             "labels": labels,
@@ -97,7 +119,9 @@ def _summarize(results: list[Result]) -> list[dict[str, Any]]:
             "comparisons": comparisons,
         }
         if not is_balanced:
-            entry["macro"] = {arm: interval(list(draws.values())).to_json() for arm, draws in macros[labels].items()}
+            entry["macro"] = {
+                arm: interval(list(draws.values())).to_json() for arm, draws in macros[labels].items()
+            }
         summary.append(entry)
     return summary
 
@@ -106,23 +130,33 @@ def _verdict(summary: list[dict[str, Any]], pool: int) -> str:
     """The answer in words, for every number of labels: fine-tuned SimCLR against training from scratch."""
     said: dict[str, list[str]] = {HELPS: [], UNCLEAR: [], HURTS: []}
     for entry in summary:
-        best = next((c for c in entry["comparisons"] if c["arm"] == "simclr" and c["against"] == "supervised"), None)
+        best = next(
+            (c for c in entry["comparisons"] if c["arm"] == "simclr" and c["against"] == "supervised"), None
+        )
         best = best or next((c for c in entry["comparisons"] if c["against"] == "supervised"), None)
         if best is None:
             continue
-        share = f"{entry['labels']:,} labels" + (f" ({entry['fraction']:.3g})" if entry["fraction"] and entry["fraction"] > 1 else "")
+        share = f"{entry['labels']:,} labels" + (
+            f" ({entry['fraction']:.3g})" if entry["fraction"] and entry["fraction"] > 1 else ""
+        )
         share = f"{entry['labels']:,} labels ({entry['labels'] / pool:.1%} of the images)" if pool else share
         said[best["verdict"]].append(f"{text.points(best)} with {share}")
     if not any(said.values()):
         done = {arm for entry in summary for arm in entry["arms"]}
-        return "No comparison with training from scratch yet." + (f" Measured so far: {', '.join(sorted(done))}." if done else " Run `labelwise finetune`.")
+        return "No comparison with training from scratch yet." + (
+            f" Measured so far: {', '.join(sorted(done))}." if done else " Run `labelwise finetune`."
+        )
     sentences = []
     if said[HELPS]:
         sentences.append(f"Pretraining on your images helps: {'; '.join(said[HELPS])}.")
     if said[HURTS]:
-        sentences.append(f"{'It' if sentences else 'Pretraining on your images'} hurts: {'; '.join(said[HURTS])}.")
+        sentences.append(
+            f"{'It' if sentences else 'Pretraining on your images'} hurts: {'; '.join(said[HURTS])}."
+        )
     if said[UNCLEAR]:
-        sentences.append(f"No difference{' is' if sentences else ' between pretraining and training from scratch is'} shown: {'; '.join(said[UNCLEAR])}.")
+        sentences.append(
+            f"No difference{' is' if sentences else ' between pretraining and training from scratch is'} shown: {'; '.join(said[UNCLEAR])}."
+        )
     return " ".join(sentences)
 
 
@@ -136,10 +170,20 @@ def _confusion(summary: list[dict[str, Any]], predictions: dict[str, list[Any]])
     if not summary:
         return None
     last = summary[-1]
-    arm = "simclr" if "simclr" in last["arms"] else max(last["arms"], key=lambda name: last["arms"][name]["mean"])
+    arm = (
+        "simclr"
+        if "simclr" in last["arms"]
+        else max(last["arms"], key=lambda name: last["arms"][name]["mean"])
+    )
     pairs = [
         (label, predicted)
-        for method, labels, label, predicted in zip(predictions["method"], predictions["labels"], predictions["label"], predictions["prediction"], strict=True)
+        for method, labels, label, predicted in zip(
+            predictions["method"],
+            predictions["labels"],
+            predictions["label"],
+            predictions["prediction"],
+            strict=True,
+        )
         if (method, labels) == (arm, last["labels"])
     ]
     classes = sorted({name for pair in pairs for name in pair})
@@ -162,25 +206,41 @@ def _limits(summary: list[dict[str, Any]], results: list[Result], data: dict[str
         )
         draws = {arm["n"] for entry in summary for arm in entry["arms"].values()}
         if 1 in draws:
-            limits.append("With one label draw there is no interval, and no verdict can be more than 'no difference shown'.")
+            limits.append(
+                "With one label draw there is no interval, and no verdict can be more than 'no difference shown'."
+            )
         if any(entry["labels"] >= data["pool"] for entry in summary):
-            limits.append("With all labels every draw is the same set: the intervals there show only the noise of training.")
-        limits.append(f"The test set was used {len(results):,} times, once per method, number of labels and draw; nothing was chosen on it.")
-    limits.append("One encoder was pretrained: how much another seed of pretraining would change is not in the intervals.")
-    limits.append(f"SimCLR also used {data['pool']:,} images without their labels and the time to train on them; training from scratch did not.")
+            limits.append(
+                "With all labels every draw is the same set: the intervals there show only the noise of training."
+            )
+        limits.append(
+            f"The test set was used {len(results):,} times, once per method, number of labels and draw; nothing was chosen on it."
+        )
+    limits.append(
+        "One encoder was pretrained: how much another seed of pretraining would change is not in the intervals."
+    )
+    limits.append(
+        f"SimCLR also used {data['pool']:,} images without their labels and the time to train on them; training from scratch did not."
+    )
     if data["excluded_duplicates"]:
         limits.append(f"{data['excluded_duplicates']} copies of test images were kept out of training.")
     return limits
 
 
 def _next_steps(run: RunDirectory, summary: list[dict[str, Any]]) -> list[str]:
-    where = f"--run {run.path.relative_to(Path.cwd())}" if run.path.is_relative_to(Path.cwd()) else f"--run {run.path}"
+    where = (
+        f"--run {run.path.relative_to(Path.cwd())}"
+        if run.path.is_relative_to(Path.cwd())
+        else f"--run {run.path}"
+    )
     if not summary:
         return [f"labelwise finetune {where} --fraction 0.01"]
     steps = []
     gain = summary[0]["gain"]
     if gain and gain["low"] is not None and gain["low"] <= 0:
-        steps.append("the few-label gain is not clear: pretrain longer (--epochs), or take more draws (--draws 10)")
+        steps.append(
+            "the few-label gain is not clear: pretrain longer (--epochs), or take more draws (--draws 10)"
+        )
     if run.classifier.exists():
         steps.append(f"the classifier trained on all labels is {run.classifier}")
     return steps

@@ -68,21 +68,32 @@ def show(document: dict[str, Any]) -> None:
     terminal.emit(f"images       {document['images']:,} ({document['layout']})")
     if document["sizes"]:
         sizes = document["sizes"]
-        terminal.emit(f"sizes        {sizes['smallest']} to {sizes['largest']} px on the short side, middle {sizes['median']}")
+        terminal.emit(
+            f"sizes        {sizes['smallest']} to {sizes['largest']} px on the short side, middle {sizes['median']}"
+        )
     if document["classes"]:
         shown = ", ".join(f"{label} {count:,}" for label, count in list(document["classes"].items())[:12])
-        terminal.emit(f"classes      {len(document['classes'])}: {shown}{' ...' if len(document['classes']) > 12 else ''}")
+        terminal.emit(
+            f"classes      {len(document['classes'])}: {shown}{' ...' if len(document['classes']) > 12 else ''}"
+        )
     else:
         terminal.emit("classes      no labels found")
-    terminal.emit(f"unreadable   {len(bad)}" + "".join(f"\n             {entry['file']}: {entry['reason']}" for entry in bad[:10]))
+    terminal.emit(
+        f"unreadable   {len(bad)}"
+        + "".join(f"\n             {entry['file']}: {entry['reason']}" for entry in bad[:10])
+    )
     terminal.emit(f"duplicates   {sum(map(len, copies)) - len(copies)} copies in {len(copies)} groups")
     if document["ignored"]:
-        shown = ", ".join(f"{count} {suffix or 'without suffix'}" for suffix, count in document["ignored"].items())
+        shown = ", ".join(
+            f"{count} {suffix or 'without suffix'}" for suffix, count in document["ignored"].items()
+        )
         terminal.emit(f"not images   {shown}")
     for note in document["notes"]:
         terminal.emit(f"note         {note}")
     estimate = document["estimate"]
-    terminal.emit(f"estimate     {estimate['image_size']} px views, {estimate['cache_mb']:,} MB of image cache")
+    terminal.emit(
+        f"estimate     {estimate['image_size']} px views, {estimate['cache_mb']:,} MB of image cache"
+    )
 
 
 def _examine(images: ImageSet, row: int) -> tuple[int, tuple[int, int], bool] | str:

@@ -37,4 +37,6 @@ def _band(sigma: Tensor, size: int, radius: int) -> Tensor:
     source = (target + offsets.long()).abs()
     source = torch.where(source >= size, 2 * (size - 1) - source, source)  # (size, 2 radius + 1)
     band = torch.zeros(len(sigma), size, size, device=sigma.device, dtype=sigma.dtype)
-    return band.scatter_add_(2, source.expand(len(sigma), -1, -1), kernel[:, None].expand(-1, size, -1).contiguous())
+    return band.scatter_add_(
+        2, source.expand(len(sigma), -1, -1), kernel[:, None].expand(-1, size, -1).contiguous()
+    )

@@ -16,7 +16,8 @@ _LUMA = (0.2989, 0.587, 0.114)  # ITU-R BT.601, as torchvision rounds it
 def luma(images: Tensor) -> Tensor:
     """Brightness of each pixel, (B, 1, H, W)."""
     red, green, blue = images.split(1, dim=1)
-    return _LUMA[0] * red + _LUMA[1] * green + _LUMA[2] * blue
+    brightness: Tensor = _LUMA[0] * red + _LUMA[1] * green + _LUMA[2] * blue
+    return brightness
 
 
 def adjust_brightness(images: Tensor, factor: Tensor) -> Tensor:

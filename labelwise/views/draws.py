@@ -77,7 +77,12 @@ class Draws:
 
 
 def draw_views(
-    policy: Policy, sizes: npt.NDArray[np.int32], seed: int, epoch: int, keys: npt.NDArray[np.uint64], view: int
+    policy: Policy,
+    sizes: npt.NDArray[np.int32],
+    seed: int,
+    epoch: int,
+    keys: npt.NDArray[np.uint64],
+    view: int,
 ) -> Draws:
     """Draw one view of each image.
 

@@ -5,9 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def crop_and_resize(
-    squares: Tensor, sizes: Tensor, box: Tensor, flipped: Tensor, size: int
-) -> Tensor:
+def crop_and_resize(squares: Tensor, sizes: Tensor, box: Tensor, flipped: Tensor, size: int) -> Tensor:
     """Cut each image's box and resample it to a square, antialiased, as two batched matrix products.
 
     The images are squares that hold the whole image squeezed to S x S. A box in original pixels is
@@ -31,8 +29,7 @@ def crop_and_resize(
     columns = torch.where(flipped[:, None, None], columns.flip(1), columns)
     batch = len(squares)
     across = torch.bmm(squares.reshape(batch, 3 * side, side), columns.mT)  # (B, 3 S, size)
-    down = torch.matmul(rows[:, None], across.reshape(batch, 3, side, size))  # (B, 3, size, size)
-    return down
+    return torch.matmul(rows[:, None], across.reshape(batch, 3, side, size))  # (B, 3, size, size)
 
 
 def _resampling(start: Tensor, length: Tensor, side: int, size: int) -> Tensor:

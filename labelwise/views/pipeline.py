@@ -34,7 +34,9 @@ def make_views(
         0-1, (V B, 3, size, size).
     """
     drawn = [draw_views(policy, sizes, seed, epoch, keys, view) for view in views]
-    merged = Draws(**{name: np.concatenate([getattr(each, name) for each in drawn]) for name in Draws.__slots__})
+    merged = Draws(
+        **{name: np.concatenate([getattr(each, name) for each in drawn]) for name in Draws.__slots__}
+    )
     images = squares.permute(0, 3, 1, 2).float().div_(255).repeat(len(views), 1, 1, 1)  # (V B, 3, S, S)
     return apply_draws(policy, images, np.tile(sizes, (len(views), 1)), merged)
 
