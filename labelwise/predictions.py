@@ -3,7 +3,10 @@
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from labelwise import rundir
@@ -23,14 +26,43 @@ _SCHEMA = pa.schema(
 COLUMNS = tuple(_SCHEMA.names)
 
 
-def write_predictions(path: Path, columns: dict[str, list[Any]]) -> None:
-    """Replace the file in one step.
+def store_predictions(
+    path: Path,
+    method: str,
+    draw: int,
+    labels: int,
+    *,
+    names: list[str],
+    truth: list[str],
+    predicted: list[str],
+    probabilities: npt.NDArray[np.float32],
+) -> None:
+    """Put one classifier's predictions into the file, in place of earlier ones of the same three.
 
     Args:
         path: predictions.parquet.
-        columns: One list per column of `COLUMNS`, all of one length.
+        method, draw, labels: Which classifier; `labels` is how many it learned from.
+        names, truth, predicted: Of T test images.
+        probabilities: In the order of the classes' names, (T, C).
     """
+    count = len(names)
+    columns = {
+        "method": [method] * count,
+        "labels": [labels] * count,
+        "draw": [draw] * count,
+        "name": names,
+        "label": truth,
+        "prediction": predicted,
+        "probabilities": list(probabilities),
+    }
     table = pa.table(columns, schema=_SCHEMA)
+    if path.exists():
+        before = _read(path)
+        same = pc.and_(
+            pc.and_(pc.equal(before["method"], method), pc.equal(before["labels"], labels)),
+            pc.equal(before["draw"], draw),
+        )
+        table = pa.concat_tables([before.filter(pc.invert(same)), table])
     rundir.write_atomically(path, lambda fresh: pq.write_table(table, fresh))
 
 
@@ -42,10 +74,14 @@ def read_predictions(path: Path) -> dict[str, list[Any]]:
     """
     if not path.exists():
         return {name: [] for name in COLUMNS}
+    columns: dict[str, list[Any]] = _read(path).to_pydict()
+    return columns
+
+
+def _read(path: Path) -> pa.Table:
     try:
-        columns: dict[str, list[Any]] = pq.read_table(path, schema=_SCHEMA).to_pydict()
+        return pq.read_table(path, schema=_SCHEMA)
     except (OSError, pa.ArrowException) as error:
         raise CheckpointError(
             f"{path}: damaged ({error}); delete {path.parent} and run `labelwise finetune` again."
         ) from None
-    return columns

@@ -109,11 +109,12 @@ def sample_sizes(images: ImageSet, count: int = 200) -> npt.NDArray[np.int64]:
         DataError: None of them can be read.
     """
     sizes = []
-    for row in np.unique(np.linspace(0, len(images.names) - 1, count).astype(int)):
-        try:
-            sizes.append(decoding.header_size(images.read(int(row))))
-        except (UnreadableImage, OSError):
-            continue
+    with decoding.without_warnings():
+        for row in np.unique(np.linspace(0, len(images.names) - 1, count).astype(int)):
+            try:
+                sizes.append(decoding.header_size(images.read(int(row))))
+            except (UnreadableImage, OSError):
+                continue
     if not sizes:
         raise DataError(
             f"{images.root}: none of its images can be read; `labelwise scan {images.root}` says why."
@@ -131,7 +132,7 @@ def _fill(
     )
     sizes, keys = np.ones((count, 2), np.int32), np.zeros(count, np.uint64)
     quarantined: list[dict[str, str]] = []
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    with decoding.without_warnings(), ThreadPoolExecutor(os.cpu_count()) as pool:
         intensity_range = _set_range(images, pool)
 
         def decode(row: int) -> tuple[Pixels, Pixels, tuple[int, int], int] | str:
@@ -197,7 +198,7 @@ def _open_cache(folder: Path) -> ImageCache:
 def _fingerprint(images: ImageSet, side: int, evaluation_size: int) -> str:
     """Hash of what the files are and what is made of them."""
     digest = hashlib.sha256(
-        f"{_VERSION} {decoding.HAS_HEIF} {side} {evaluation_size} {images.table._fingerprint if images.layout == 'dataset' else ''}".encode()
+        f"{_VERSION} {decoding.HAS_HEIF} {side} {evaluation_size} {images.table._fingerprint if images.layout.startswith('dataset') else ''}".encode()
     )
     digest.update(str(images.root.resolve()).encode("utf-8", "surrogateescape"))
     for row, name in enumerate(images.names):
@@ -235,7 +236,7 @@ def _set_range(images: ImageSet, pool: ThreadPoolExecutor) -> Range | None:
     rows = [
         row
         for row, name in enumerate(images.names)
-        if name.lower().endswith(deep_suffixes) or images.layout == "dataset"
+        if name.lower().endswith(deep_suffixes) or images.layout.startswith("dataset")
     ]
     ranges = [found for found in pool.map(measure, rows) if found is not None]
     return (min(low for low, _ in ranges), max(high for _, high in ranges)) if ranges else None

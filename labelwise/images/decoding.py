@@ -17,6 +17,7 @@ from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 # Pillow opens 40 more, some of which run other programs (EPS) or parse rare formats.
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "JPEG2000", "AVIF")
 LARGEST_PIXELS = 64_000_000
+_LONGEST = 8  # times the short side: what evaluation looks at of a very long image
 _DEEP_MODES = ("I", "I;16", "I;16B", "I;16L", "I;16N", "F")
 
 Pixels = npt.NDArray[np.uint8]
@@ -83,7 +84,8 @@ def header_size(data: bytes) -> tuple[int, int]:
     """
     with _reasons(data):
         image = _open(data)
-        turned = image.getexif().get(0x0112, 1) in (5, 6, 7, 8)
+        # Pillow has turned a TIFF's size already
+        turned = image.format != "TIFF" and _orientation(image) in (5, 6, 7, 8)
         width, height = image.size
         return (width, height) if turned else (height, width)
 
@@ -104,6 +106,13 @@ def evaluation_pixels(image: Image.Image, size: int) -> Pixels:
     """
     short = size if size <= 64 else round(size / 0.875)
     width, height = image.size
+    most = _LONGEST * min(width, height)
+    if (
+        max(width, height) > most
+    ):  # the ends of a strip are not looked at; enlarging them could fill the memory
+        left, top = max(0, (width - most) // 2), max(0, (height - most) // 2)
+        image = image.crop((left, top, width - left, height - top))
+        width, height = image.size
     scale = short / min(width, height)
     target = (max(short, round(width * scale)), max(short, round(height * scale)))
     if target != image.size:
@@ -132,12 +141,18 @@ def _open(data: bytes) -> Image.Image:
 
 
 @contextmanager
+def without_warnings() -> Iterator[None]:
+    """Silence what Pillow says of odd files, around all decoding: filters are the process's, not a thread's."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+@contextmanager
 def _reasons(data: bytes) -> Iterator[None]:
     """Turn whatever Pillow raises into a reason; it raises ValueError, SyntaxError, struct.error and more."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
+        yield
     except UnreadableImage:
         raise
     except MemoryError:
@@ -150,7 +165,7 @@ def _reason(data: bytes, error: Exception) -> str:
     start = data[:512].lstrip().lower()
     if start.startswith((b"<!doctype", b"<html", b"<?xml", b"<svg")):
         return "not an image (HTML or XML)"
-    if b"ftypheic" in data[:64] or b"ftypmif1" in data[:64]:
+    if data[4:12] in (b"ftypheic", b"ftypheix", b"ftypmif1", b"ftypmsf1", b"ftyphevc"):
         return "HEIC: pip install 'labelwise[heic]' reads it"
     if isinstance(error, Image.DecompressionBombError):
         return "too large: a decompression bomb by its header"
@@ -166,6 +181,15 @@ def _upright(image: Image.Image) -> Image.Image:
         return ImageOps.exif_transpose(image)
     except Exception:  # noqa: BLE001 - a damaged EXIF block does not make the pixels wrong
         return image
+
+
+def _orientation(image: Image.Image) -> int | None:
+    """EXIF orientation, 1 to 8; None where there is none or the block is damaged."""
+    try:
+        orientation: int | None = image.getexif().get(0x0112)
+    except Exception:  # noqa: BLE001 - a damaged EXIF block does not make the pixels wrong
+        return None
+    return orientation
 
 
 def _has_alpha(image: Image.Image) -> bool:
@@ -191,7 +215,7 @@ def _shallow(image: Image.Image, intensity_range: Range) -> Image.Image:
     low, high = intensity_range
     values = np.nan_to_num(np.asarray(image, dtype=np.float64), nan=low, posinf=high, neginf=low)
     scaled = np.clip((values - low) / max(high - low, 1e-12), 0, 1)
-    orientation = image.getexif().get(0x0112)
+    orientation = _orientation(image)
     result = Image.fromarray((scaled * 255).round().astype(np.uint8))
     if orientation:
         result.getexif()[0x0112] = orientation

@@ -1,5 +1,8 @@
 """Label files: read as text, matched to images by path or by unique base name."""
 
+import csv
+import io
+import json
 import os
 import unicodedata
 from collections import defaultdict
@@ -7,13 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import datasets
-
 from labelwise.errors import DataError
 
 PATH_COLUMNS = ("file_name", "image_path", "image", "path", "filename", "file")
 LABEL_COLUMNS = ("label", "class", "choice", "category", "tag")
+OUTSIDE = ("test:", "labels:")  # before the name of an image that lies outside the image folder
 _LISTED = 5
+
+Table = tuple[list[str], list[tuple[int, dict[str, Any]]]]  # columns; line number and cells of each row
 
 
 @dataclass(frozen=True)
@@ -34,14 +38,13 @@ def read_label_table(file: Path) -> list[LabelRow]:
     """
     if not file.exists():
         raise DataError(f"--labels {file}: no such file.")
-    rows: list[dict[str, Any]] = (
+    columns, rows = (
         _read_jsonl(file) if file.suffix.lower() in (".jsonl", ".ndjson") else _read_delimited(file)
     )
-    columns = list(rows[0]) if rows else []
     path_column = _column(file, columns, PATH_COLUMNS, "path")
     label_column = _column(file, columns, LABEL_COLUMNS, "label")
     result = []
-    for line, row in enumerate(rows, start=2 if file.suffix.lower() not in (".jsonl", ".ndjson") else 1):
+    for line, row in rows:
         path, label = row.get(path_column), row.get(label_column)
         if isinstance(label, list) or _holds_several(label):
             raise DataError(
@@ -73,10 +76,16 @@ def match_labels(
     Raises:
         DataError: Nothing matches, or rows of one image disagree.
     """
-    by_path = {_normal(os.path.normpath(root.resolve() / name)): name for name in names if ":" not in name}
+    by_path = {
+        _normal(os.path.normpath(root.resolve() / name)): name
+        for name in names
+        if not name.startswith(OUTSIDE)
+    }
     by_base: dict[str, list[str]] = defaultdict(list)
     for name in names:
-        by_base[_normal(os.path.basename(name))].append(name)
+        by_base[_normal(os.path.basename(name.removeprefix(OUTSIDE[0]).removeprefix(OUTSIDE[1])))].append(
+            name
+        )
     starts = [file.resolve().parent, *([labels_root.resolve()] if labels_root else []), root.resolve()]
     labels: dict[str, str] = {}
     splits: dict[str, str] = {}
@@ -92,7 +101,7 @@ def match_labels(
             )
         labels[match] = row.label
         if row.split in ("train", "val", "test"):
-            splits[name] = row.split
+            splits[match] = row.split
     if not labels:
         raise DataError(
             f"{file}: none of its {len(rows)} paths matches an image in {root}, e.g. {rows[0].path}; name their folder with --labels-root."
@@ -119,41 +128,46 @@ def _normal(path: str) -> str:
     return unicodedata.normalize("NFC", path)
 
 
-def _read_delimited(file: Path) -> list[dict[str, Any]]:
+def _read_delimited(file: Path) -> Table:
     data = file.read_bytes()
     encoding = "utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
     try:
-        header = data.decode(encoding).splitlines()[0]
+        text = data.decode(encoding)
+        header = text.splitlines()[0]
     except (UnicodeDecodeError, IndexError):
         raise DataError(f"{file}: empty, or not text in UTF-8 or UTF-16.") from None
-    delimiter = max(",;\t", key=header.count)
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=max(",;\t", key=header.count))
+    columns = [column.strip() for column in next(reader)]
+    rows: list[tuple[int, dict[str, Any]]] = []
+    line = reader.line_num + 1
+    for cells in reader:
+        if len(cells) > len(columns):
+            raise DataError(
+                f"{file}: not a table: line {line} has {len(cells)} cells and the header {len(columns)}."
+            )
+        if cells:
+            rows.append((line, dict(zip(columns, cells, strict=False))))
+        line = reader.line_num + 1
+    return columns, rows
+
+
+def _read_jsonl(file: Path) -> Table:
+    rows: list[tuple[int, dict[str, Any]]] = []
     try:
-        table = datasets.Dataset.from_csv(
-            str(file),
-            sep=delimiter,
-            dtype=str,
-            keep_default_na=False,
-            encoding=encoding,
-            cache_dir=None,
-            keep_in_memory=True,
-        )
-    except Exception as error:  # noqa: BLE001 - whatever pandas says of a user's file is the user's error
-        raise DataError(f"{file}: not a table: {_root_cause(error)}.") from None
-    return [{key.strip(): value for key, value in row.items()} for row in table.to_list()]
-
-
-def _read_jsonl(file: Path) -> list[dict[str, Any]]:
-    try:
-        table = datasets.Dataset.from_json(str(file), keep_in_memory=True)
-    except Exception as error:  # noqa: BLE001 - whatever pyarrow says of a user's file is the user's error
-        raise DataError(f"{file}: not JSON lines: {_root_cause(error)}.") from None
-    return list(table.to_list())
-
-
-def _root_cause(error: BaseException) -> str:
-    while error.__cause__ is not None:
-        error = error.__cause__
-    return str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+        lines = file.read_bytes().decode("utf-8-sig").splitlines()
+    except UnicodeDecodeError:
+        raise DataError(f"{file}: not text in UTF-8.") from None
+    for line, text in enumerate(lines, start=1):
+        if not text.strip():
+            continue
+        try:
+            row = json.loads(text)
+        except ValueError as error:
+            raise DataError(f"{file}: not JSON lines: line {line}: {error}.") from None
+        if not isinstance(row, dict):
+            raise DataError(f"{file}: not JSON lines: line {line} is not an object in braces.")
+        rows.append((line, row))
+    return list(rows[0][1]) if rows else [], rows
 
 
 def _column(file: Path, columns: list[str], known: tuple[str, ...], what: str) -> str:

@@ -1,6 +1,8 @@
 """Which images there are, and what is known of each. With `labels`, the door of `datasets`."""
 
+import glob
 import os
+import re
 from collections import Counter
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
@@ -8,7 +10,7 @@ from pathlib import Path, PurePosixPath
 import datasets
 
 from labelwise.errors import DataError
-from labelwise.images.labels import match_labels, read_label_table
+from labelwise.images.labels import OUTSIDE, match_labels, read_label_table
 
 SUFFIXES = (
     ".jpg",
@@ -93,7 +95,7 @@ def open_images(
         images = replace(
             images,
             labels=[
-                known.get(name, label if name.startswith("test:") else None)
+                known.get(name, label if name.startswith(OUTSIDE[0]) else None)
                 for name, label in zip(images.names, images.labels, strict=True)
             ],
             splits=[splits.get(name, split) for name, split in zip(images.names, images.splits, strict=True)],
@@ -114,18 +116,30 @@ def _open_folder(root: Path) -> ImageSet:
     if not paths:
         parquet = sorted(str(path) for path in root.rglob("*.parquet"))
         if parquet:
-            return _from_datasets(root, datasets.load_dataset("parquet", data_files=parquet, split="train"))
+            files = _parquet_splits(root, parquet)
+            loaded = datasets.load_dataset("parquet", data_files=files)
+            return _from_datasets(root, loaded if len(files) > 1 else next(iter(loaded.values())))
         found = ", ".join(
             f"{count} {suffix or 'without suffix'}" for suffix, count in Counter(ignored).most_common(5)
         )
         raise DataError(
             f"{root}: no images found; looked for {' '.join(SUFFIXES[:6])} ... in it and its folders, "
-            f"found {found or 'nothing'}."
+            f"found {found or 'nothing'}." + "".join(f" {note}." for note in notes)
         )
     names = [path.as_posix() for path in paths]
     labels, splits, layout, layout_notes = _read_layout(paths)
     table = _table([str(root / path) for path in paths])
     return ImageSet(root, names, labels, splits, layout, ignored, notes + layout_notes, table)
+
+
+def _parquet_splits(root: Path, files: list[str]) -> dict[str, list[str]]:
+    """Sort Parquet files by the split that a folder or the file's name tells; train where none does."""
+    splits: dict[str, list[str]] = {}
+    for file in files:
+        words = re.split(r"[/_.-]", os.path.relpath(file, root).lower())
+        split = next((SPLITS[word] for word in words if word in SPLITS), "train")
+        splits.setdefault(split, []).append(glob.escape(file))
+    return splits
 
 
 def _table(paths: list[str]) -> datasets.Dataset:
@@ -211,7 +225,7 @@ def _from_datasets(root: Path, loaded: datasets.Dataset | datasets.DatasetDict) 
         labels += _label_texts(piece, label) if label else [None] * len(piece)
         tables.append(
             piece.select_columns(image)
-            .rename_column(image, "image")
+            .rename_columns({} if image == "image" else {image: "image"})
             .cast_column("image", datasets.Image(decode=False))
         )
     return ImageSet(root, names, labels, splits, "dataset", {}, [], datasets.concatenate_datasets(tables))
@@ -256,6 +270,10 @@ def _add_labeled_folder(images: ImageSet, labels: Path) -> ImageSet:
     if labels.resolve() == images.root.resolve():
         return images
     labeled = _open_folder(labels)
+    if labels.resolve().is_relative_to(images.root.resolve()):
+        inside = labels.resolve().relative_to(images.root.resolve()).as_posix() + "/"
+        known = {inside + name: label for name, label in zip(labeled.names, labeled.labels, strict=True)}
+        return replace(images, labels=[known.get(name) for name in images.names])
     if not any(label is not None for label in labeled.labels):
         raise DataError(
             f"--labels {labels}: a folder without class folders in it; put each class into its own folder."
@@ -264,7 +282,7 @@ def _add_labeled_folder(images: ImageSet, labels: Path) -> ImageSet:
 
 
 def _append(images: ImageSet, more: ImageSet, split: str | None, words: str) -> ImageSet:
-    prefix = "test:" if split == "test" else "labels:"
+    prefix = OUTSIDE[0] if split == "test" else OUTSIDE[1]
     return replace(
         images,
         names=images.names + [prefix + name for name in more.names],

@@ -45,7 +45,7 @@ def lock_test(
     if locked is not None:
         kept = set(locked["names"])
         rows = [row for row, name in enumerate(images.names) if name in kept]
-        method = locked["method"]
+        method, seed = locked["method"], locked["seed"]
         if len(rows) < len(kept):
             raise DataError(
                 f"{images.root}: {len(kept) - len(rows)} of the locked test images are gone, e.g. {sorted(kept - set(images.names))[0]}; put them back."
@@ -125,6 +125,18 @@ def hash_names(names: list[str]) -> str:
     return hashlib.sha256(json.dumps(names).encode()).hexdigest()
 
 
+def _quotas(sizes: dict[str, int], most: int) -> dict[str, int]:
+    """Share `most` test images among classes by size, by largest remainder; one of each class stays trainable."""
+    shares = {label: most * size / max(1, sum(sizes.values())) for label, size in sizes.items()}
+    quotas = {label: min(int(share), sizes[label] - 1) for label, share in shares.items()}
+    rest = most - sum(quotas.values())
+    for label in sorted(sizes, key=lambda label: (int(shares[label]) - shares[label], hash_names([label]))):
+        if rest > 0 and quotas[label] < sizes[label] - 1:
+            quotas[label] += 1
+            rest -= 1
+    return quotas
+
+
 def _hold_out(
     images: ImageSet, keys: npt.NDArray[np.uint64], readable: npt.NDArray[np.bool_], share: float, seed: int
 ) -> tuple[list[int], str]:
@@ -140,11 +152,10 @@ def _hold_out(
         most = min(MOST_HELD_OUT_UNLABELED, round(share * len(rows)))
         groups = {"": _copies_together(images, keys, rows)}
         words = f"{share:.0%} held out at random, to be labeled later"
-    total = sum(len(group) for class_groups in groups.values() for group in class_groups)
     chosen: list[int] = []
+    quotas = _quotas({label: sum(map(len, class_groups)) for label, class_groups in groups.items()}, most)
     for label, class_groups in sorted(groups.items()):
-        size = sum(len(group) for group in class_groups)
-        quota = min(round(most * size / max(total, 1)), size - 1)  # a class of one image stays trainable
+        quota = quotas[label]
         for place in seeding.generator(seed, "holdout", label).permutation(len(class_groups)):
             if quota <= 0:
                 break

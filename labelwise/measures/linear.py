@@ -30,8 +30,7 @@ class Probe:
 
     def logits(self, features: Floats) -> Floats:
         """Score features, (M, F) -> (M, C)."""
-        logits: Floats = ((features - self.mean) / self.scale) @ self.weight.T + self.bias  # type: ignore[assignment]
-        return logits
+        return (((features - self.mean) / self.scale) @ self.weight.T + self.bias).astype(np.float32)
 
     def folded(self) -> tuple[Floats, Floats]:
         """The same classifier as weight (C, F) and bias (C,) on features as they come."""
@@ -49,14 +48,17 @@ def fit_probe(
         features: Of the labeled images, (n, F).
         labels: Class indices, (n,); every class occurs.
         classes: Number of classes, C.
-        strength: scikit-learn's C: larger regularises less.
+        strength: scikit-learn's C, on features scaled to rows of about unit length: larger regularises less.
         balanced: Weigh each class by the inverse of its size.
         reference: Features whose mean and spread standardise all others, (N, F); unlabeled images do.
 
     Source: the protocol of Chen et al. 2020 (arXiv 2002.05709), App. B.8: L-BFGS, no augmentation.
     """
-    mean = reference.mean(axis=0)
-    scale = reference.std(axis=0) + 1e-6 + 0.01 * float(reference.std(axis=0).mean())
+    mean, spread = reference.mean(axis=0), reference.std(axis=0)
+    flat = 0.01 * float(spread.mean()) + 1e-6  # a feature that hardly moves is not blown up
+    scale = (spread + flat) * np.sqrt(
+        reference.shape[1]
+    )  # rows of about unit length, so that C means the same at any F
     model = LogisticRegression(
         C=strength, max_iter=_ITERATIONS, class_weight="balanced" if balanced else None
     )
@@ -64,7 +66,7 @@ def fit_probe(
     weight, bias = model.coef_, model.intercept_
     if classes == 2:  # scikit-learn keeps one row for two classes
         weight, bias = np.concatenate([-weight, weight]) / 2, np.concatenate([-bias, bias]) / 2
-    return Probe(mean, scale, weight.astype(np.float32), bias.astype(np.float32))
+    return Probe(mean, scale.astype(np.float32), weight.astype(np.float32), bias.astype(np.float32))
 
 
 def stratified_folds(labels: Indices, folds: int, seed: int) -> list[tuple[Indices, Indices]]:

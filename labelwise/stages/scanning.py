@@ -9,7 +9,13 @@ import numpy as np
 import numpy.typing as npt
 
 from labelwise import terminal
-from labelwise.images.decoding import UnreadableImage, content_key, decode_image, evaluation_pixels
+from labelwise.images.decoding import (
+    UnreadableImage,
+    content_key,
+    decode_image,
+    evaluation_pixels,
+    without_warnings,
+)
 from labelwise.images.duplicates import exact_duplicates
 from labelwise.images.source import ImageSet, open_images
 
@@ -32,7 +38,11 @@ def scan(images: Path, *, labels: Path | None = None, labels_root: Path | None =
     count = len(found.names)
     keys, shapes, flat = np.zeros(count, np.uint64), np.zeros((count, 2), np.int64), 0
     quarantined = []
-    with ThreadPoolExecutor(_WORKERS) as workers, terminal.track("scanning", count) as bar:
+    with (
+        without_warnings(),
+        ThreadPoolExecutor(_WORKERS) as workers,
+        terminal.track("scanning", count) as bar,
+    ):
         for start in range(0, count, _CHUNK):
             rows = range(start, min(start + _CHUNK, count))
             for row, result in zip(rows, workers.map(lambda row: _examine(found, row), rows), strict=True):

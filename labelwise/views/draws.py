@@ -91,7 +91,7 @@ def draw_views(
         sizes: True height and width of each image, (B, 2).
         seed, epoch, keys, view: The counter; see `seeding.uniform`. `keys` is (B,).
     """
-    count = 2 * CROP_ATTEMPTS + 19
+    count = 2 * CROP_ATTEMPTS + 20
     numbers = seeding.uniform(seed, epoch, keys, view, count)  # (B, count)
     crop, rest = numbers[:, : 2 * CROP_ATTEMPTS + 2], numbers[:, 2 * CROP_ATTEMPTS + 2 :]
     spread = 2.0 * rest - 1.0  # uniform in [-1, 1)

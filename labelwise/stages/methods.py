@@ -1,0 +1,320 @@
+"""The methods that are compared, each a way from a few labels to predictions of the test images.
+
+Every method has two tries. At five labels a class or fewer it takes the first; above that it chooses
+between them by the same folds inside the labels. Nothing here ever sees a test label.
+"""
+
+import dataclasses
+from collections.abc import Callable
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import nn
+
+from labelwise import seeding
+from labelwise.config import FinetuneSettings, Method
+from labelwise.images.cache import ImageCache
+from labelwise.learning.precision import Precision
+from labelwise.measures.linear import Probe, accuracy, fit_probe, macro_accuracy, stratified_folds
+from labelwise.models.encoder import EncoderSpec, create_encoder
+from labelwise.models.features import extract_features
+from labelwise.models.heads import keep_first_layer
+from labelwise.models.weights import load_encoder, read_metadata
+from labelwise.rundir import RunDirectory
+from labelwise.stages.finetuning import (
+    Classifier,
+    Floats,
+    Rows,
+    Trial,
+    class_weights,
+    predict,
+    strengthen,
+    train_classifier,
+)
+from labelwise.views.draws import Policy
+
+FEW_PER_CLASS = 5  # up to here folds are so small that they choose by chance
+FOLDS = 2
+UNBALANCED = 1.5
+
+# The first of each pair is the default at few labels. Measured on CIFAR-10 and digits, recipes/LOG.md.
+PROBE_STRENGTHS = (3.0, 30.0)
+TRUNK_RATES = (3e-4, 1e-3)
+HEAD_RATE = 1e-3
+SCRATCH_RATE = 2e-3
+FINETUNE_DECAY = 1e-4
+SCRATCH_DECAY = 0.05
+FEWEST_STEPS, MOST_STEPS = 100, 1000  # of `simclr`
+PASSES = 15  # over the labels, between the two
+PIXEL_SIDE = 32
+
+
+@dataclasses.dataclass(frozen=True)
+class Bench:
+    """Everything the methods share.
+
+    Attributes:
+        names, labels: Of every image of the set, (N,); label -1 where unknown.
+        classes: Their names; a label is a place in this list.
+        labeled, test, pool: Rows that may be drawn as labels, that are tested, that were pretrained on.
+        policy: Views of pretraining.
+        unbalanced: The classes of the whole set differ in size; macro accuracy is what is chosen by.
+        features: Frozen features by kind, filled on first use.
+    """
+
+    run: RunDirectory
+    settings: FinetuneSettings
+    cache: ImageCache
+    names: list[str]
+    labels: npt.NDArray[np.int64]
+    classes: list[str]
+    labeled: Rows
+    test: Rows
+    pool: Rows
+    spec: EncoderSpec
+    policy: Policy
+    precision: Precision
+    device: torch.device
+    unbalanced: bool
+    features: dict[str, Floats] = dataclasses.field(default_factory=dict)
+
+    @property
+    def normalization(self) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
+        """Mean and standard deviation per channel."""
+        return self.spec.mean, self.spec.std
+
+
+@dataclasses.dataclass(frozen=True)
+class Way:
+    """One way to train a method: `fit(rows, asked, seed, share)` trains on rows and predicts others.
+
+    `share` is the share of the steps to take: folds train on fewer labels for fewer steps.
+    """
+
+    name: str
+    fit: Callable[[Rows, Rows, int, float], Floats]
+
+
+def run_method(method: Method, bench: Bench, rows: Rows, draw: int) -> tuple[Floats, str, int]:
+    """Choose a way inside the labels if there are enough, train on all of them, predict the test images.
+
+    Returns:
+        Class probabilities, (T, C); the way that was chosen; how many were tried.
+    """
+    seed = int(seeding.combine(bench.settings.seed, draw, len(rows))) % 2**31
+    ways = _ways(method, bench, len(rows))
+    if is_few(bench, rows):
+        return ways[0].fit(rows, bench.test, seed, 1.0), ways[0].name, 1
+    best = _choose(bench, rows, seed, ways)
+    return best.fit(rows, bench.test, seed, 1.0), best.name, len(ways)
+
+
+def refit(bench: Bench) -> tuple[Classifier, Trial]:
+    """Train `simclr` once more on every label outside the test set: the classifier to keep."""
+    rows = bench.labeled
+    trial = _finetuning_trials(bench, len(rows))[0]
+    classifier = _pretrained_classifier(bench, rows)
+    _train(bench, classifier, trial, rows, bench.settings.seed)
+    return classifier, trial
+
+
+def is_few(bench: Bench, rows: Rows) -> bool:
+    """Whether these labels are too few to choose anything by cross-validation."""
+    sizes = np.bincount(bench.labels[rows], minlength=len(bench.classes))
+    return len(rows) <= FEW_PER_CLASS * len(bench.classes) or int(sizes.min()) < FOLDS
+
+
+def is_unbalanced(labels: npt.NDArray[np.int64], classes: int) -> bool:
+    """Whether the largest class is so much larger than the smallest that classes are weighed."""
+    sizes = np.bincount(labels, minlength=classes)
+    return bool(sizes.max() >= UNBALANCED * sizes.min())
+
+
+def _choose(bench: Bench, rows: Rows, seed: int, ways: list[Way]) -> Way:
+    """Pick the way with the best out-of-fold accuracy; the first one on a tie."""
+    truth = bench.labels[rows]
+    score = macro_accuracy if bench.unbalanced else accuracy
+    scores = []
+    for way in ways:
+        predicted = np.empty(len(rows), dtype=np.int64)
+        for train, held in stratified_folds(truth, FOLDS, seed):
+            predicted[held] = way.fit(rows[train], rows[held], seed, 1 - 1 / FOLDS).argmax(axis=1)
+        scores.append(score(predicted, truth))
+    return ways[int(np.argmax(scores))]
+
+
+def _ways(method: Method, bench: Bench, count: int) -> list[Way]:
+    if method == "supervised":
+        return [_train_from_scratch(bench, trial) for trial in _scratch_trials(bench, count)]
+    if method == "simclr":
+        return [_finetune(bench, trial) for trial in _finetuning_trials(bench, count)]
+    kind = {"simclr_probe": "encoder", "random_probe": "random", "pixels": "pixels"}[method]
+    return [_probe(bench, kind, strength) for strength in PROBE_STRENGTHS]
+
+
+def _probe(bench: Bench, kind: str, strength: float) -> Way:
+    """Logistic regression on frozen features."""
+
+    def fit(rows: Rows, asked: Rows, seed: int, share: float) -> Floats:
+        logits = _fit_probe(bench, kind, rows, strength).logits(_features(bench, kind)[asked])
+        return torch.softmax(torch.from_numpy(logits), dim=1).numpy()
+
+    return Way(f"C = {strength:g}", fit)
+
+
+def _finetune(bench: Bench, trial: Trial) -> Way:
+    """Linear probe first, then the whole network from there."""
+
+    def fit(rows: Rows, asked: Rows, seed: int, share: float) -> Floats:
+        classifier = _pretrained_classifier(bench, rows)
+        _train(bench, classifier, trial, rows, seed, share)
+        return predict(classifier, bench.cache, asked, bench.normalization, bench.device)
+
+    return Way(trial.name, fit)
+
+
+def _train_from_scratch(bench: Bench, trial: Trial) -> Way:
+    """The same network from random weights."""
+
+    def fit(rows: Rows, asked: Rows, seed: int, share: float) -> Floats:
+        torch.manual_seed(seed)
+        encoder = create_encoder(bench.spec)
+        classifier = Classifier(encoder, encoder.features, len(bench.classes)).to(bench.device)
+        _train(bench, classifier, trial, rows, seed, share)
+        return predict(classifier, bench.cache, asked, bench.normalization, bench.device)
+
+    return Way(trial.name, fit)
+
+
+def _finetuning_trials(bench: Bench, count: int) -> list[Trial]:
+    settings = bench.settings
+    policy = strengthen(bench.policy, strong=True, crop_scale=settings.crop_scale)
+    return [
+        Trial(
+            name=f"trunk rate {rate:g}",
+            steps=_steps(bench, count),
+            batch_size=settings.batch_size,
+            trunk_rate=rate,
+            head_rate=HEAD_RATE,
+            weight_decay=FINETUNE_DECAY,
+            policy=policy,
+            freeze_statistics=True,
+        )
+        for rate in TRUNK_RATES
+    ]
+
+
+def _scratch_trials(bench: Bench, count: int) -> list[Trial]:
+    settings = bench.settings
+    return [
+        Trial(
+            name=f"{'strong' if strong else 'light'} augmentation",
+            steps=settings.scratch_steps or 2 * _steps(bench, count),
+            batch_size=settings.batch_size,
+            trunk_rate=SCRATCH_RATE,
+            head_rate=SCRATCH_RATE,
+            weight_decay=SCRATCH_DECAY,
+            policy=strengthen(bench.policy, strong=strong, crop_scale=settings.crop_scale),
+            freeze_statistics=False,
+        )
+        for strong in (True, False)
+    ]
+
+
+def _steps(bench: Bench, count: int) -> int:
+    passes = round(PASSES * count / bench.settings.batch_size)
+    return bench.settings.steps or max(FEWEST_STEPS, min(MOST_STEPS, passes))
+
+
+def _train(
+    bench: Bench, classifier: Classifier, trial: Trial, rows: Rows, seed: int, share: float = 1.0
+) -> None:
+    labels = bench.labels[rows]
+    train_classifier(
+        classifier,
+        dataclasses.replace(trial, steps=max(1, round(trial.steps * share))),
+        bench.cache,
+        rows,
+        labels,
+        class_weights(labels, len(bench.classes), balanced=is_unbalanced(labels, len(bench.classes))).to(
+            bench.device
+        ),
+        bench.normalization,
+        bench.precision,
+        bench.device,
+        seed,
+    )
+
+
+def _pretrained_classifier(bench: Bench, rows: Rows) -> Classifier:
+    """The pretrained network with a last layer that starts where a linear probe on these labels ended."""
+    network, width = _pretrained_network(bench)
+    classifier = Classifier(network, width, len(bench.classes)).to(bench.device)
+    classifier.start_from(_fit_probe(bench, "network", rows, PROBE_STRENGTHS[0]))
+    return classifier
+
+
+def _pretrained_network(bench: Bench) -> tuple[nn.Module, int]:
+    """The encoder, with the first layer of its projection head when that has three (SimCLRv2)."""
+    encoder, _ = load_encoder(bench.run.path)
+    return keep_first_layer(encoder, bench.run.head, read_metadata(bench.run.head))
+
+
+def _fit_probe(bench: Bench, kind: str, rows: Rows, strength: float) -> Probe:
+    features, labels, classes = _features(bench, kind), bench.labels[rows], len(bench.classes)
+    return fit_probe(
+        features[rows],
+        labels,
+        classes,
+        strength,
+        balanced=is_unbalanced(labels, classes),
+        reference=features[bench.pool],
+    )
+
+
+# --- frozen features
+
+
+def _features(bench: Bench, kind: str) -> Floats:
+    """Features of every image of the set, (N, F), computed once per kind."""
+    if kind not in bench.features:
+        bench.features[kind] = _small_pixels(bench) if kind == "pixels" else _network_features(bench, kind)
+    return bench.features[kind]
+
+
+def _network_features(bench: Bench, kind: str) -> Floats:
+    if kind == "random":
+        torch.manual_seed(bench.settings.seed)
+        network: nn.Module = create_encoder(bench.spec)
+    elif kind == "network":
+        network, _ = _pretrained_network(bench)
+    else:
+        network, _ = load_encoder(bench.run.path)
+    network = bench.precision.arrange(network).to(bench.device)
+    if kind == "random":
+        _settle_statistics(bench, network)
+    rows = np.arange(len(bench.names))
+    return extract_features(network, bench.cache.evaluations, rows, bench.normalization, bench.device).numpy()
+
+
+@torch.no_grad()
+def _settle_statistics(bench: Bench, network: nn.Module, images: int = 512) -> None:
+    """Let a random network's batch norms see some images: else its features are badly scaled."""
+    rows = bench.pool[:: max(1, len(bench.pool) // images)][:images]
+    pixels = torch.from_numpy(bench.cache.evaluations[rows]).permute(0, 3, 1, 2).float() / 255
+    mean, std = (torch.tensor(value)[:, None, None] for value in bench.normalization)
+    network.train()
+    for _ in range(20):  # momentum 0.1: after 20 passes 88 % of the statistics are the images' own
+        network(((pixels - mean) / std).to(bench.device))
+    network.eval()
+
+
+def _small_pixels(bench: Bench) -> Floats:
+    """Pixels as features, averaged down to 32 px where they are larger, (N, 3 * 32^2)."""
+    side = min(PIXEL_SIDE, bench.spec.image_size)
+    chunks = []
+    for start in range(0, len(bench.names), 1024):
+        pixels = torch.from_numpy(np.array(bench.cache.evaluations[start : start + 1024])).permute(0, 3, 1, 2)
+        chunks.append(nn.functional.adaptive_avg_pool2d(pixels.float() / 255, side).flatten(1))
+    return torch.cat(chunks).numpy()

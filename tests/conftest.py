@@ -1,0 +1,32 @@
+"""Fixtures of all tests: a cache of one's own, and images to put into folders."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Folder that the test's image caches lie in."""
+    folder = tmp_path / "cache"
+    monkeypatch.setenv("LABELWISE_CACHE", str(folder))
+    return folder
+
+
+@pytest.fixture
+def photo() -> Callable[..., Image.Image]:
+    """Write a random image with structure, of (width, height), and give it as it was before the file's format."""
+
+    def write(path: Path, seed: int = 0, size: tuple[int, int] = (40, 30)) -> Image.Image:
+        rng = np.random.default_rng(seed)
+        coarse = rng.integers(0, 256, (4, 5, 3), dtype=np.uint8)
+        image = Image.fromarray(coarse).resize(size, Image.Resampling.BICUBIC)
+        image.paste(tuple(rng.integers(0, 256, 3).tolist()), (2, 3, 2 + size[0] // 3, 3 + size[1] // 4))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        image.save(path)
+        return image
+
+    return write

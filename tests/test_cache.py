@@ -1,0 +1,351 @@
+"""Decode once: what is in the cache, when it is used again, and that the user's folder is left alone."""
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+from PIL import Image
+
+from labelwise.errors import DataError, ResourceError
+from labelwise.images.cache import ImageCache, build_cache, cache_root, list_caches, sample_sizes
+from labelwise.images.decoding import decode_image, evaluation_pixels, square_pixels
+from labelwise.images.duplicates import exact_duplicates, unique_keys
+from labelwise.images.source import open_images
+
+Photo = Callable[..., Image.Image]
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    return tmp_path / "photos"
+
+
+def build(root: Path, side: int = 24, evaluation_size: int = 16) -> ImageCache:
+    return build_cache(open_images(root), side=side, evaluation_size=evaluation_size)
+
+
+def state(folder: Path) -> dict[str, tuple[int, int, int]]:
+    """Size, time and inode of all there is in a folder, itself included."""
+    found = [folder, *sorted(folder.rglob("*"))]
+    return {
+        str(path): (path.stat().st_size, path.stat().st_mtime_ns, path.stat().st_ino)
+        for path in found
+        if path != folder or folder.is_dir()
+    }
+
+
+def test_rows_are_the_square_and_the_evaluation_image_of_each_file(root: Path, photo: Photo) -> None:
+    for seed, (name, size) in enumerate([("b/1.png", (40, 30)), ("a/2.bmp", (20, 60)), ("c.tif", (24, 24))]):
+        photo(root / name, seed, size)
+    images = open_images(root)
+    cache = build_cache(images, side=24, evaluation_size=16)
+    assert cache.squares.shape == (3, 24, 24, 3)
+    assert cache.evaluations.shape == (3, 16, 16, 3)
+    for row, name in enumerate(images.names):
+        image = decode_image((root / name).read_bytes())
+        assert np.array_equal(cache.squares[row], square_pixels(image, 24))
+        assert np.array_equal(cache.evaluations[row], evaluation_pixels(image, 16))
+        assert tuple(cache.sizes[row]) == (image.height, image.width)
+    assert cache.readable.all()
+    assert cache.quarantined == []
+
+
+def test_unreadable_files_are_set_aside_with_reasons_and_the_rest_goes_on(root: Path, photo: Photo) -> None:
+    photo(root / "a.png", 0)
+    whole = photo(root / "b.jpg", 1) and (root / "b.jpg").read_bytes()
+    (root / "b.jpg").write_bytes(whole[: len(whole) // 2])
+    (root / "c.jpg").write_bytes(b"")
+    (root / "d.jpg").write_bytes(b"<!DOCTYPE html><p>Not found")
+    (root / "e.jpg").write_bytes(b"hello")
+    last = photo(root / "f.png", 2)
+    cache = build(root)
+    assert cache.quarantined == [
+        {"file": "b.jpg", "reason": "truncated"},
+        {"file": "c.jpg", "reason": "empty file"},
+        {"file": "d.jpg", "reason": "not an image (HTML or XML)"},
+        {"file": "e.jpg", "reason": "not an image we can read"},
+    ]
+    assert cache.readable.tolist() == [True, False, False, False, False, True]
+    assert (cache.keys != 0).tolist() == cache.readable.tolist()
+    assert not cache.squares[1:5].any()
+    assert not cache.evaluations[1:5].any()
+    assert np.array_equal(cache.squares[5], square_pixels(last, 24))
+
+
+def test_a_file_that_vanishes_is_set_aside(root: Path, photo: Photo) -> None:
+    photo(root / "a.png", 0)
+    photo(root / "b.png", 1)
+    images = open_images(root)
+    (root / "a.png").unlink()
+    cache = build_cache(images, side=8, evaluation_size=8)
+    assert cache.quarantined == [{"file": "a.png", "reason": "cannot be read (No such file or directory)"}]
+
+
+def test_an_image_as_thin_as_a_thread_never_stops_the_rest(root: Path, photo: Photo) -> None:
+    photo(root / "a.png", 0)
+    Image.new("L", (1, 4_300_000), 128).save(root / "b.png")
+    cache = build(root, 8, 448)
+    assert cache.readable[0]
+
+
+def test_a_folder_of_unreadable_files_is_refused_and_leaves_no_cache(root: Path, cache: Path) -> None:
+    root.mkdir()
+    for name in ("a.jpg", "b.jpg"):
+        (root / name).write_bytes(b"")
+    with pytest.raises(DataError) as caught:
+        build(root)
+    assert str(caught.value) == f"{root}: none of its 2 images can be read, e.g. a.jpg: empty file."
+    assert list(cache.iterdir()) == []
+
+
+def test_the_same_images_use_the_same_cache_untouched(root: Path, photo: Photo, cache: Path) -> None:
+    for seed in range(3):
+        photo(root / f"{seed}.png", seed)
+    done: list[int] = []
+    images = open_images(root)
+    first = build_cache(images, side=8, evaluation_size=8, progress=done.append)
+    assert sum(done) == 3
+    before = state(cache)
+    second = build_cache(open_images(root), side=8, evaluation_size=8, progress=done.append)
+    assert sum(done) == 6
+    assert second.folder == first.folder
+    assert state(cache) == before
+    assert np.array_equal(first.squares, second.squares)
+    assert (first.mean, first.std, first.intensity_range) == (second.mean, second.std, second.intensity_range)
+    assert np.array_equal(first.keys, second.keys)
+
+
+def test_a_changed_file_gets_another_cache(root: Path, photo: Photo) -> None:
+    photo(root / "a.bmp", 0)
+    first = build(root)
+    photo(root / "a.bmp", 1)
+    os.utime(root / "a.bmp", ns=(1, 1))  # an older file copied over it, of the same size
+    second = build(root)
+    assert second.folder != first.folder
+    assert not np.array_equal(second.squares, first.squares)
+
+
+def test_added_renamed_and_removed_files_get_another_cache(root: Path, photo: Photo) -> None:
+    photo(root / "a.png", 0)
+    folders = [build(root).folder]
+    photo(root / "b.png", 1)
+    folders.append(build(root).folder)
+    (root / "b.png").rename(root / "c.png")
+    folders.append(build(root).folder)
+    (root / "a.png").unlink()
+    folders.append(build(root).folder)
+    assert len(set(folders)) == 4
+
+
+def test_other_sizes_get_another_cache(root: Path, photo: Photo) -> None:
+    photo(root / "a.png", 0)
+    assert len({build(root, 8, 8).folder, build(root, 16, 8).folder, build(root, 8, 16).folder}) == 3
+
+
+def saved_dataset(folder: Path, seeds: list[int], *, deep: bool = False) -> None:
+    pixels = [np.random.default_rng(seed).integers(0, 1000 * (seed + 1), (8, 8)) for seed in seeds]
+    pictures = [Image.fromarray(values.astype(np.uint16 if deep else np.uint8)) for values in pixels]
+    features = datasets.Features({"img": datasets.Image(), "label": datasets.Value("string")})
+    columns = {"img": pictures, "label": ["x"] * len(seeds)}
+    datasets.Dataset.from_dict(columns, features=features).save_to_disk(folder)
+
+
+@pytest.mark.parametrize("with_test_folder", [False, True])
+def test_a_saved_dataset_written_anew_gets_another_cache(
+    tmp_path: Path, photo: Photo, with_test_folder: bool
+) -> None:
+    photo(tmp_path / "exam/a.png", 5)
+    found = []
+    for seed in (0, 1):
+        shutil.rmtree(tmp_path / "set", ignore_errors=True)
+        saved_dataset(tmp_path / "set", [seed, 2])
+        images = open_images(tmp_path / "set", test=tmp_path / "exam" if with_test_folder else None)
+        found.append(build_cache(images, side=8, evaluation_size=8))
+    assert found[0].folder != found[1].folder
+    assert not np.array_equal(found[0].squares[0], found[1].squares[0])
+
+
+def test_deep_images_of_a_saved_dataset_share_one_range(tmp_path: Path, photo: Photo) -> None:
+    saved_dataset(tmp_path / "set", [1, 9], deep=True)
+    photo(tmp_path / "exam/a.png", 5)
+    alone = build(tmp_path / "set", 8, 8)
+    images = open_images(tmp_path / "set", test=tmp_path / "exam")
+    beside_a_test_folder = build_cache(images, side=8, evaluation_size=8)
+    assert alone.intensity_range is not None
+    assert alone.intensity_range[1] > 9000
+    assert alone.squares[0].max() < 64
+    assert beside_a_test_folder.intensity_range == alone.intensity_range
+
+
+def test_the_cache_lies_where_the_environment_says(
+    root: Path, photo: Photo, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    photo(root / "a.png", 0)
+    assert cache_root() == cache
+    assert build(root).folder.parent == cache
+    monkeypatch.delenv("LABELWISE_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    assert cache_root() == tmp_path / "xdg/labelwise"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    assert cache_root() == tmp_path / "home/.cache/labelwise"
+
+
+def test_the_folder_of_images_is_never_written_to(root: Path, photo: Photo) -> None:
+    for name in ("cat/1.png", "dog/2.jpg"):
+        photo(root / name)
+    (root / "broken.jpg").write_bytes(b"")
+    before = state(root)
+    assert len(before) == 6
+    build(root)
+    build(root)
+    sample_sizes(open_images(root))
+    assert state(root) == before
+
+
+def test_a_cache_that_does_not_fit_is_refused_before_work_starts(
+    root: Path, photo: Photo, cache: Path
+) -> None:
+    photo(root / "a.png", 0)
+    done: list[int] = []
+    with pytest.raises(ResourceError) as caught:
+        build_cache(open_images(root), side=10**7, evaluation_size=8, progress=done.append)
+    assert "the image cache needs 279396.8 GiB and" in str(caught.value)
+    assert str(caught.value).endswith(
+        "GiB are free; free some, name another place in LABELWISE_CACHE, or use a smaller --image-size."
+    )
+    assert caught.value.exit_code == 5
+    assert done == []
+    assert list(cache.iterdir()) == []
+
+
+@pytest.mark.parametrize("place", ["taken", "taken/deeper"])
+def test_a_cache_that_cannot_be_made_is_refused(
+    root: Path, photo: Photo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    photo(root / "a.png", 0)
+    (tmp_path / "taken").write_text("a file")
+    monkeypatch.setenv("LABELWISE_CACHE", str(tmp_path / place))
+    with pytest.raises(
+        ResourceError, match=r"cannot hold the image cache .* name another place in LABELWISE_C"
+    ):
+        build(root)
+
+
+def test_a_stopped_build_leaves_nothing_and_can_be_repeated(root: Path, photo: Photo, cache: Path) -> None:
+    for seed in range(3):
+        photo(root / f"{seed}.png", seed)
+
+    def stop(count: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        build_cache(open_images(root), side=8, evaluation_size=8, progress=stop)
+    assert list(cache.iterdir()) == []
+    assert build(root).readable.all()
+
+
+def test_mean_and_spread_are_those_of_the_readable_squares(root: Path, photo: Photo) -> None:
+    for seed in range(7):
+        photo(root / f"{seed}.png", seed)
+    (root / "3.png").write_bytes(b"")
+    cache = build(root)
+    values = np.delete(cache.squares, 3, axis=0).reshape(-1, 3).astype(np.float64) / 255
+    assert cache.mean == pytest.approx(values.mean(0))
+    assert cache.std == pytest.approx(values.std(0))
+
+
+def test_images_of_one_colour_have_a_spread_to_divide_by(root: Path) -> None:
+    root.mkdir()
+    Image.new("RGB", (8, 8), (51, 102, 255)).save(root / "a.png")
+    cache = build(root)
+    assert cache.mean == pytest.approx((0.2, 0.4, 1.0))
+    assert min(cache.std) > 0
+
+
+def test_the_range_of_deep_images_is_kept_in_the_facts(root: Path, photo: Photo) -> None:
+    photo(root / "a.png", 0)
+    Image.fromarray(np.array([[300, 700]], np.uint16)).save(root / "b.png")
+    cache = build(root)
+    assert cache.intensity_range == (300, 700)
+    facts = json.loads((cache.folder / "facts.json").read_text(encoding="utf-8"))
+    assert facts["intensity_range"] == [300, 700]
+    assert facts["images"] == 2
+
+
+def test_caches_are_listed_with_their_bytes_and_images(root: Path, photo: Photo, cache: Path) -> None:
+    assert list_caches() == []
+    photo(root / "a.png", 0)
+    photo(root / "b.png", 1)
+    small, large = build(root, 8, 8).folder, build(root, 64, 8).folder
+    (cache / "something else").mkdir()
+    found = {folder: (size, count) for folder, size, count in list_caches()}
+    assert found.keys() == {small, large}
+    for folder, (size, count) in found.items():
+        assert size == sum((folder / name).stat().st_size for name in os.listdir(folder))
+        assert count == 2
+    assert found[large][0] - found[small][0] == 2 * 3 * (64**2 - 8**2)
+
+
+def test_sampled_sizes_are_true_sizes(root: Path, photo: Photo) -> None:
+    for seed in range(5):
+        photo(root / f"{seed}.png", seed, (30 + seed, 20))
+    (root / "2.png").write_bytes(b"")
+    assert sample_sizes(open_images(root)).tolist() == [[20, 30], [20, 31], [20, 33], [20, 34]]
+    assert sample_sizes(open_images(root), 2).tolist() == [[20, 30], [20, 34]]
+
+
+def test_sampling_a_folder_of_unreadable_files_is_refused(root: Path) -> None:
+    root.mkdir()
+    (root / "a.png").write_bytes(b"")
+    with pytest.raises(
+        DataError, match=r"none of its images can be read; `labelwise scan .*photos` says why"
+    ):
+        sample_sizes(open_images(root))
+
+
+# Copies
+
+
+def test_files_with_equal_pixels_are_grouped_whatever_their_format(root: Path, photo: Photo) -> None:
+    for name in ("a.png", "b.bmp", "sub/c.tif"):
+        photo(root / name, 0)
+    photo(root / "d.png", 1)
+    photo(root / "e.png", 0, (40, 31))
+    for name in ("f.png", "g.png"):
+        (root / name).write_bytes(b"")
+    images = open_images(root)
+    cache = build_cache(images, side=8, evaluation_size=8)
+    assert exact_duplicates(images.names, cache.keys) == [["a.png", "b.bmp", "sub/c.tif"]]
+
+
+def test_unreadable_images_are_no_copies_of_each_other() -> None:
+    keys = np.array([0, 5, 0, 6, 5, 6, 7], np.uint64)
+    assert exact_duplicates(list("abcdefg"), keys) == [["b", "e"], ["d", "f"]]
+    assert exact_duplicates([], np.array([], np.uint64)) == []
+
+
+def test_names_and_keys_of_unequal_number_are_refused() -> None:
+    with pytest.raises(ValueError, match="zip"):
+        exact_duplicates(["a"], np.array([1, 2], np.uint64))
+
+
+def test_copies_get_keys_of_their_own_and_the_first_keeps_its_key() -> None:
+    keys = np.array([5, 9, 5, 5, 9, 2**64 - 1, 2**64 - 1], np.uint64)
+    before = keys.copy()
+    found = unique_keys(keys)
+    assert len(set(found.tolist())) == 7
+    assert found[[0, 1, 5]].tolist() == keys[[0, 1, 5]].tolist()
+    assert found.dtype == np.uint64
+    assert np.array_equal(keys, before)
+    assert np.array_equal(unique_keys(keys), found)
+
+
+def test_keys_without_copies_stay_as_they_are() -> None:
+    keys = np.array([3, 1, 2], np.uint64)
+    assert np.array_equal(unique_keys(keys), keys)

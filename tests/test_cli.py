@@ -1,0 +1,401 @@
+"""The command line: exit codes, words, streams, and what a terminal must never see."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from labelwise import cli, terminal
+
+HEAVY = ("torch", "timm", "datasets", "sklearn", "matplotlib", "pyarrow", "scipy")
+
+
+class Ran(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+
+Command = Callable[..., Ran]
+
+
+@pytest.fixture(autouse=True)
+def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Work in an empty folder, with a cache and a terminal of its own."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("LABELWISE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("COLUMNS", "200")
+    for name in ("NO_COLOR", "FORCE_COLOR"):
+        monkeypatch.delenv(name, raising=False)
+    handler = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, handler)
+
+
+@pytest.fixture
+def labelwise(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
+    """Run a command in this process."""
+
+    def run(*words: str) -> Ran:
+        monkeypatch.setattr(sys, "argv", ["labelwise", *words])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        return Ran(ended.value.code, *capsys.readouterr())
+
+    return run
+
+
+def _process(*words: str, **more: str) -> Ran:
+    """Run a command in a process of its own."""
+    ran = subprocess.run(
+        [sys.executable, "-m", "labelwise", *words],
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+        env={**os.environ, **more},
+    )
+    return Ran(ran.returncode, ran.stdout, ran.stderr)
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    """40 random PNGs in one folder."""
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    for number in range(40):
+        pixels = rng.integers(0, 256, (24, 24, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{number:02d}.png")
+    return folder
+
+
+# --- start
+
+
+def test_help_does_not_wait_for_torch() -> None:
+    program = f"import sys, labelwise, labelwise.cli; print([n for n in {HEAVY!r} if n in sys.modules])"
+    ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert ran.stdout.strip() == "[]"
+
+
+def test_version_names_what_matters(labelwise: Command) -> None:
+    code, out, err = labelwise("--version")
+    assert (code, err) == (0, "")
+    assert [part.split()[0] for part in out.strip().split(", ")] == ["labelwise", "torch", "timm", "datasets"]
+
+
+def test_help_names_every_command(labelwise: Command) -> None:
+    code, out, err = labelwise("--help")
+    assert (code, err) == (0, "")
+    for name in ("demo", "scan", "pretrain", "finetune", "report", "recipes", "doctor", "runs"):
+        assert f" {name} " in out
+    assert "Add --debug to any command for a traceback." in out
+
+
+# --- exit codes and words
+
+
+def test_a_missing_folder_ends_with_3(labelwise: Command) -> None:
+    assert labelwise("scan", "nowhere") == Ran(3, "", "error: nowhere: no such folder.\n")
+
+
+def test_a_folder_without_images_ends_with_3_and_says_what_was_there(
+    labelwise: Command, tmp_path: Path
+) -> None:
+    (tmp_path / "empty").mkdir()
+    code, out, err = labelwise("scan", "empty")
+    assert (code, out) == (3, "")
+    assert err.startswith("error: empty: no images found; looked for .jpg .jpeg .png")
+    assert err.endswith("found nothing.\n")
+    (tmp_path / "empty" / "notes.txt").write_text("x")
+    assert labelwise("pretrain", "empty").err.endswith("found 1 .txt.\n")
+
+
+def test_a_file_in_place_of_a_folder_ends_with_3(labelwise: Command, photos: Path) -> None:
+    code, _, err = labelwise("scan", str(photos / "00.png"))
+    assert (code, err) == (3, f"error: {photos / '00.png'}: a file, not a folder of images.\n")
+
+
+@pytest.mark.parametrize(
+    ("words", "meant"),
+    [
+        (("pretrain", "x", "--epoch", "5"), "--epochs"),
+        (("finetune", "--label-count", "5"), "--label-counts"),
+        (("scan", "x", "--lables", "y"), "--labels"),
+        (("recipez",), "recipes"),
+    ],
+)
+def test_a_misspelt_word_ends_with_2_and_a_suggestion(
+    labelwise: Command, words: tuple[str, ...], meant: str
+) -> None:
+    code, out, err = labelwise(*words)
+    assert (code, out) == (2, "")
+    assert meant in err
+    assert "Traceback" not in err
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (("--epochs", "0"), "error: epochs = 0: input should be greater than or equal to 1.\n"),
+        (("--head", "none", "--flip", "7"), "error: flip = 7.0: input should be less than or equal to 1.\n"),
+        (("--recipe", "digit"), "error: --recipe digit: no such file or recipe; did you mean 'digits'?\n"),
+        (("--device", "tpu"), "error: --device tpu: not available on this machine; available: "),
+        (("--batch-size", "64"), "error: --batch-size 64: larger than the 32 images to train on"),
+        (("--batch-size", "16", "--backbone", "resnet19"), "timm has no such model; did you mean resnet18"),
+        (("--batch-size", "16", "--backbone", "resnet18.no_such_tag"), "resnet18.no_such_tag"),
+        (("--batch-size", "16", "--stem", "half", "--backbone", "vgg11"), "error: --stem half: vgg11 has no"),
+        (("--init", "nowhere", "--batch-size", "16"), "nowhere: no run found here"),
+    ],
+)  # fmt: skip
+def test_a_wrong_setting_ends_with_2_and_leaves_nothing_behind(
+    labelwise: Command, photos: Path, words: tuple[str, ...], expected: str
+) -> None:
+    before = sorted(photos.parent.rglob("*"))
+    code, out, err = labelwise("pretrain", str(photos), *words)
+    assert expected in err
+    assert (code, out) == (2, "")
+    assert "Traceback" not in err
+    left = [path for path in sorted(photos.parent.rglob("*")) if path not in before]
+    assert [path for path in left if "cache" not in path.parts] == []
+
+
+def test_an_output_folder_among_the_images_ends_with_3(labelwise: Command, photos: Path) -> None:
+    code, _, err = labelwise("pretrain", str(photos), "--out", str(photos / "run"))
+    assert code == 3
+    assert "lies inside the image folder" in err
+    assert not (photos / "run").exists()
+
+
+@pytest.mark.parametrize("words", [("finetune",), ("report",), ("finetune", "--run", "runs/x")])
+def test_no_run_ends_with_2_and_says_how_to_start_one(labelwise: Command, words: tuple[str, ...]) -> None:
+    code, out, err = labelwise(*words)
+    assert (code, out) == (2, "")
+    assert "no run found here; start one with `labelwise pretrain IMAGES`, or name one with --run DIR." in err
+
+
+def test_a_damaged_run_ends_with_4(labelwise: Command, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.toml").write_text("[pretrain")
+    (tmp_path / "run" / "environment.json").write_text("{")
+    code, _, err = labelwise("report", "--run", "run")
+    assert code == 4
+    assert err.startswith("error: ")
+    assert "Traceback" not in err
+
+
+def test_debug_shows_the_traceback_wherever_it_stands(labelwise: Command) -> None:
+    for words in (("scan", "nowhere", "--debug"), ("--debug", "scan", "nowhere")):
+        code, out, err = labelwise(*words)
+        assert (code, out) == (3, "")
+        assert "Traceback (most recent call last):" in err
+        assert err.endswith("error: nowhere: no such folder.\n")
+
+
+@pytest.mark.slow
+def test_exit_codes_of_real_processes(photos: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    expected = {
+        ("scan", "nowhere"): 3,
+        ("scan", "empty"): 3,
+        ("scan", str(photos), "--lables", "x"): 2,
+        ("pretrain", str(photos), "--backbone", "resnet19", "--batch-size", "16"): 2,
+        ("finetune",): 2,
+        ("scan", str(photos)): 0,
+    }
+    for words, code in expected.items():
+        ran = _process(*words)
+        assert ran.code == code, (words, ran)
+        assert "Traceback" not in ran.err
+        assert bool(ran.out) == (code == 0)
+        assert bool(ran.err) == (code != 0)
+
+
+# --- one JSON document on stdout
+
+
+@pytest.mark.parametrize(
+    ("words", "kind", "keys"),
+    [
+        (("scan", "photos"), dict, {"images", "quarantined", "notes", "duplicates", "layout", "estimate"}),
+        (("recipes",), list, None),
+        (("doctor",), dict, {"checks"}),
+        (("runs", "list"), dict, {"runs", "caches"}),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
+)
+@pytest.mark.usefixtures("photos")
+def test_json_is_one_document_on_stdout(
+    labelwise: Command, words: tuple[str, ...], kind: type, keys: set[str] | None
+) -> None:
+    code, out, err = labelwise(*words, "--json")
+    assert (code, err) == (0, "")
+    document = json.loads(out)
+    assert isinstance(document, kind)
+    if keys is not None:
+        assert keys <= document.keys()
+
+
+def test_json_of_a_scan_says_what_is_there(labelwise: Command, photos: Path) -> None:
+    (photos / "copy.png").write_bytes((photos / "03.png").read_bytes())
+    (photos / "broken.jpg").write_bytes(b"not a photo")
+    document = json.loads(labelwise("scan", "photos", "--json").out)
+    assert document["images"] == 42
+    assert [entry["file"] for entry in document["quarantined"]] == ["broken.jpg"]
+    assert [sorted(group) for group in document["duplicates"]] == [["03.png", "copy.png"]]
+    assert document["layout"] == "flat folder"
+
+
+def test_plain_output_of_the_listing_commands(labelwise: Command) -> None:
+    code, out, _ = labelwise("recipes")
+    assert code == 0
+    assert out.splitlines()[0].startswith("cifar10-cpu ")
+    assert labelwise("runs", "list") == Ran(
+        0, "no runs here; start one with `labelwise pretrain IMAGES`\n", ""
+    )
+    code, out, _ = labelwise("doctor")
+    assert code == 0
+    assert all(line.startswith(("ok  ", "FIX ", "    ")) for line in out.splitlines())
+
+
+# --- pipes
+
+
+def _into_a_closed_pipe(*words: str) -> Ran:
+    """Run a command whose reader has gone away, as after `| head -1`."""
+    read, write = os.pipe()
+    os.close(read)
+    try:
+        ran = subprocess.run(
+            [sys.executable, "-m", "labelwise", *words], stdout=write, stderr=subprocess.PIPE, text=True
+        )
+    finally:
+        os.close(write)
+    return Ran(ran.returncode, "", ran.stderr)
+
+
+@pytest.mark.parametrize("words", [("recipes",), ("recipes", "--json"), ("--version",), ("--help",)], ids=str)
+def test_a_closed_pipe_is_no_crash(words: tuple[str, ...]) -> None:
+    assert _into_a_closed_pipe(*words) == Ran(1, "", "")
+
+
+@pytest.mark.parametrize("more", [(), ("--json",)], ids=str)
+def test_a_scan_into_a_closed_pipe_is_no_crash(photos: Path, more: tuple[str, ...]) -> None:
+    assert _into_a_closed_pipe("scan", str(photos), *more) == Ran(1, "", "")
+
+
+def test_a_scan_into_head_shows_its_first_line(photos: Path) -> None:
+    line = f"'{sys.executable}' -m labelwise scan '{photos}' | head -1"
+    ran = subprocess.run(line, shell=True, capture_output=True, text=True)
+    assert (ran.returncode, ran.stdout, ran.stderr) == (0, "images       40 (flat folder)\n", "")
+
+
+# --- text of the user's
+
+
+ODD = (
+    "[red]x.png",
+    "[/red].png",
+    "a[b]\x1b[31mc.png",
+    "new\nline.png",
+    ":smile:.png",
+    "ä 图.png",
+    "b\x07l.png",
+)
+
+
+def test_odd_file_names_are_shown_literally(labelwise: Command, tmp_path: Path) -> None:
+    folder = tmp_path / "[bold]odd"
+    folder.mkdir()
+    for name in ODD:
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_bytes(b"not a photo")
+    code, out, err = labelwise("scan", "[bold]odd")
+    assert (code, err) == (0, "")
+    shown = [line.strip().split(": not an image")[0] for line in out.splitlines() if "not an image" in line]
+    literal = [
+        name.replace("\x1b", "\\x1b").replace("\n", "\\n").replace("\x07", "\\x07").removeprefix(" ")
+        for name in ODD
+    ]
+    assert sorted(shown) == sorted(literal)
+    assert "\x1b" not in out
+    assert "\x07" not in out
+    document = json.loads(labelwise("scan", "[bold]odd", "--json").out)
+    assert sorted(entry["file"] for entry in document["quarantined"]) == sorted(ODD)
+
+
+def test_an_error_shows_odd_names_literally(labelwise: Command) -> None:
+    assert labelwise("scan", "[red]no\x1b[2Jwhere").err == "error: [red]no\\x1b[2Jwhere: no such folder.\n"
+
+
+def test_a_file_name_that_is_not_utf8_is_left_out_and_said(labelwise: Command, photos: Path) -> None:
+    with open(os.fsencode(photos) + b"/caf\xe9.png", "wb") as file:
+        file.write(b"x")
+    code, out, err = labelwise("scan", "photos")
+    assert (code, err) == (0, "")
+    assert "images       40" in out
+    assert "1 files left out because their names are not UTF-8; rename them" in out
+
+
+def test_a_folder_whose_name_is_not_utf8_is_no_crash(labelwise: Command, photos: Path) -> None:
+    odd = os.fsdecode(os.fsencode(photos.parent) + b"/caf\xe9")
+    photos.rename(odd)
+    code, out, err = labelwise("scan", odd)
+    assert "Traceback" not in err
+    assert code == 0 or (code == 3 and err.startswith("error: ")), (code, out, err)
+
+
+# --- colour
+
+
+@pytest.mark.parametrize(("no_color", "is_red"), [(None, True), ("1", False)])
+def test_no_color_is_respected(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], no_color: str | None, is_red: bool
+) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TERM", "xterm-256color")
+    if no_color:
+        monkeypatch.setenv("NO_COLOR", no_color)
+    terminal.fail("no such folder")
+    shown = capsys.readouterr().err
+    assert "no such folder" in shown
+    assert ("31m" in shown) is is_red  # 31 is red
+
+
+def test_off_a_terminal_there_is_no_escape_and_no_line_is_cut(capsys: pytest.CaptureFixture[str]) -> None:
+    path = "a long/path/" * 60
+    terminal.fail(path)
+    terminal.emit(path)
+    assert capsys.readouterr() == (f"{path}\n", f"error: {path}\n")
+
+
+def test_a_table_off_a_terminal_cuts_no_cell(capsys: pytest.CaptureFixture[str]) -> None:
+    terminal.emit_table("", ["run", "[size]"], [["r" * 90, "1,000"], ["[b]x", "7"]])
+    out = capsys.readouterr().out
+    assert "r" * 90 in out
+    assert "[b]x" in out
+    assert "[size]" in out
+    assert "…" not in out
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"),
+    [
+        (45.4, "45 s"),
+        (89, "89 s"),
+        (90, "2 min"),
+        (720, "12 min"),
+        (5399, "1 h 30 min"),
+        (12000, "3 h 20 min"),
+    ],
+)
+def test_durations_are_written_as_people_say_them(seconds: float, words: str) -> None:
+    assert terminal.duration(seconds) == words

@@ -1,0 +1,341 @@
+"""Label files as people and spreadsheets write them, and how their rows find their images."""
+
+import json
+import unicodedata
+from pathlib import Path
+
+import datasets
+import pytest
+
+from labelwise.errors import DataError
+from labelwise.images.labels import LabelRow, match_labels, read_label_table
+
+
+@pytest.fixture(autouse=True)
+def _own_datasets_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets")
+
+
+def written(tmp_path: Path, text: str | bytes, name: str = "labels.csv") -> Path:
+    file = tmp_path / name
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_bytes(text.encode() if isinstance(text, str) else text)
+    return file
+
+
+def pairs(file: Path) -> list[tuple[str, str]]:
+    return [(row.path, row.label) for row in read_label_table(file)]
+
+
+def rows(*paths_and_labels: tuple[str, str]) -> list[LabelRow]:
+    return [LabelRow(line, path, label, None) for line, (path, label) in enumerate(paths_and_labels, start=2)]
+
+
+def refusal(file: Path) -> str:
+    with pytest.raises(DataError) as caught:
+        read_label_table(file)
+    return str(caught.value)
+
+
+# Reading
+
+
+@pytest.mark.parametrize(("mark", "suffix"), [(",", ".csv"), (";", ".csv"), ("\t", ".tsv"), ("\t", ".txt")])
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_tables_are_read_whatever_separates_the_cells(
+    tmp_path: Path, mark: str, suffix: str, end: str
+) -> None:
+    lines = [["file_name", "note", "label"], ["a b.jpg", "x", "cat"], ["c.jpg", "", "dog"]]
+    file = written(tmp_path, end.join(mark.join(line) for line in lines) + end, f"labels{suffix}")
+    assert read_label_table(file) == [
+        LabelRow(2, "a b.jpg", "cat", None),
+        LabelRow(3, "c.jpg", "dog", None),
+    ]
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".ndjson"])
+def test_json_lines_are_read(tmp_path: Path, suffix: str) -> None:
+    lines = [{"label": "cat", "file_name": "a.jpg"}, {"label": "dog", "file_name": "b.jpg", "split": "Test"}]
+    file = written(tmp_path, "\n".join(json.dumps(line) for line in lines), f"labels{suffix}")
+    assert read_label_table(file) == [LabelRow(1, "a.jpg", "cat", None), LabelRow(2, "b.jpg", "dog", "test")]
+
+
+@pytest.mark.parametrize("column", ["file_name", "image_path", "image", "path", "filename", "file"])
+def test_every_path_column_of_the_contract_is_found(tmp_path: Path, column: str) -> None:
+    assert pairs(written(tmp_path, f"label,{column}\ncat,a.jpg\n")) == [("a.jpg", "cat")]
+
+
+@pytest.mark.parametrize("column", ["label", "class", "choice", "category", "tag"])
+def test_every_label_column_of_the_contract_is_found(tmp_path: Path, column: str) -> None:
+    assert pairs(written(tmp_path, f"file_name,{column}\na.jpg,cat\n")) == [("a.jpg", "cat")]
+
+
+def test_the_first_known_column_wins_and_spaces_around_names_do_not_matter(tmp_path: Path) -> None:
+    file = written(tmp_path, "image, path , file_name,tag, label \nx,y,a.jpg,z,cat\n")
+    assert pairs(file) == [("a.jpg", "cat")]
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-16-be"])
+def test_byte_order_marks_and_utf16_are_understood(tmp_path: Path, encoding: str) -> None:
+    text = "file_name,label\nbär.jpg,日本\n"
+    mark = b"\xfe\xff" if encoding == "utf-16-be" else b""
+    assert pairs(written(tmp_path, mark + text.encode(encoding))) == [("bär.jpg", "日本")]
+
+
+def test_json_lines_with_a_byte_order_mark_are_understood(tmp_path: Path) -> None:
+    line = '{"file_name": "a.jpg", "label": "cat"}\n'
+    assert pairs(written(tmp_path, line.encode("utf-8-sig"), "labels.jsonl")) == [("a.jpg", "cat")]
+
+
+TEXTS = ["001", "NA", "null", "nan", "1.0", "True", "1e3", "2024-05-01", "None", "N/A"]
+
+
+def test_labels_and_paths_of_a_table_stay_text(tmp_path: Path) -> None:
+    file = written(tmp_path, "file_name,label\n" + "".join(f"{text},{text}\n" for text in TEXTS))
+    assert pairs(file) == [(text, text) for text in TEXTS]
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_a_column_of_one_kind_stays_text(tmp_path: Path, text: str) -> None:
+    assert pairs(written(tmp_path, f"file_name,label\n{text},{text}\n")) == [(text, text)]
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_texts_of_json_lines_stay_text(tmp_path: Path, text: str) -> None:
+    line = json.dumps({"file_name": text, "label": text})
+    assert pairs(written(tmp_path, line, "labels.jsonl")) == [(text, text)]
+
+
+def test_numbers_of_json_lines_become_text(tmp_path: Path) -> None:
+    lines = '{"file_name": "a.jpg", "label": 7}\n{"file_name": "b.jpg", "label": 12}\n'
+    assert pairs(written(tmp_path, lines, "labels.jsonl")) == [("a.jpg", "7"), ("b.jpg", "12")]
+
+
+def test_spaces_around_a_label_do_not_make_another_class(tmp_path: Path) -> None:
+    file = written(tmp_path, "file_name,label\na.jpg, cat \nb.jpg,cat\n")
+    assert {row.label for row in read_label_table(file)} == {"cat"}
+
+
+def test_quotes_hold_separators_and_line_ends_together(tmp_path: Path) -> None:
+    file = written(tmp_path, 'file_name,note,label\n"a, b.jpg","two\nlines",cat\n"say ""x"".jpg",,dog\n')
+    assert pairs(file) == [("a, b.jpg", "cat"), ('say "x".jpg', "dog")]
+
+
+def test_rows_without_a_label_are_left_out(tmp_path: Path) -> None:
+    file = written(tmp_path, "file_name,label\na.jpg,\nb.jpg,dog\nc.jpg,  \n,cat\n")
+    assert read_label_table(file) == [LabelRow(3, "b.jpg", "dog", None)]
+    lines = '{"file_name": "a.jpg", "label": null}\n{"file_name": "b.jpg", "label": "dog"}\n'
+    assert read_label_table(written(tmp_path, lines, "labels.jsonl")) == [LabelRow(2, "b.jpg", "dog", None)]
+
+
+def test_the_split_column_is_read(tmp_path: Path) -> None:
+    file = written(tmp_path, "file_name,label,split\na.jpg,cat,Test\nb.jpg,dog, train \nc.jpg,cat,\n")
+    assert [row.split for row in read_label_table(file)] == ["test", "train", None]
+
+
+def test_a_label_file_in_a_folder_with_brackets_is_read(tmp_path: Path) -> None:
+    for name in ("photos [2024]/labels.csv", "labels[1].csv"):
+        assert pairs(written(tmp_path, "file_name,label\na.jpg,cat\n", name)) == [("a.jpg", "cat")]
+
+
+def test_a_rewritten_label_file_is_read_again(tmp_path: Path) -> None:
+    assert pairs(written(tmp_path, "file_name,label\na.jpg,cat\n")) == [("a.jpg", "cat")]
+    assert pairs(written(tmp_path, "file_name,label\na.jpg,dog\n")) == [("a.jpg", "dog")]
+
+
+# Refusing
+
+
+@pytest.mark.parametrize("cell", ['"cat,dog"', "cat|dog", "cat;dog", "[cat]", '"[""cat"", ""dog""]"'])
+def test_several_labels_in_one_cell_are_refused_with_the_line(tmp_path: Path, cell: str) -> None:
+    file = written(tmp_path, f"file_name,label\na.jpg,cat\nb.jpg,{cell}\n")
+    plain = cell.strip('"').replace('""', '"')
+    assert refusal(file) == (
+        f"{file}, line 3: several labels in one cell ({plain}); "
+        "Labelwise classifies with one label per image."
+    )
+
+
+def test_a_list_of_labels_in_json_is_refused_with_the_line(tmp_path: Path) -> None:
+    line = '{"file_name": "a.jpg", "label": ["cat", "dog"]}\n'
+    file = written(tmp_path, line, "labels.jsonl")
+    assert refusal(file).startswith(f"{file}, line 1: several labels in one cell")
+
+
+@pytest.mark.parametrize("before", ["\n\n", 'a.jpg,"two\nlines\nthree",cat\n'])
+def test_the_line_named_is_the_line_of_the_file(tmp_path: Path, before: str) -> None:
+    text = f"file_name,note,label\n{before}b.jpg,,cat|dog\n"
+    line = 1 + text[: text.index("b.jpg")].count("\n")
+    assert f"line {line}: several labels" in refusal(written(tmp_path, text))
+
+
+def test_a_missing_column_is_refused_with_the_columns_found(tmp_path: Path) -> None:
+    file = written(tmp_path, "file_name,breed\na.jpg,cat\n")
+    assert refusal(file) == (
+        f"{file}: no label column; looked for label, class, choice, category, tag, found file_name, breed."
+    )
+    assert "no path column; looked for file_name, image_path, image" in refusal(
+        written(tmp_path, "name,label\na.jpg,cat\n")
+    )
+
+
+@pytest.mark.parametrize("text", ["file_name,label\n", "file_name,label\na.jpg,\nb.jpg,\n"])
+def test_a_table_without_labels_is_refused(tmp_path: Path, text: str) -> None:
+    file = written(tmp_path, text)
+    assert refusal(file) == f"{file}: no labeled rows in it."
+
+
+@pytest.mark.parametrize("data", [b"", b"\xff\xfe", b"file_name,label\nb\xe4r.jpg,cat\n"])
+def test_an_empty_file_and_one_in_another_encoding_are_refused(tmp_path: Path, data: bytes) -> None:
+    file = written(tmp_path, data)
+    assert refusal(file) == f"{file}: empty, or not text in UTF-8 or UTF-16."
+
+
+def test_a_missing_file_is_refused(tmp_path: Path) -> None:
+    assert refusal(tmp_path / "lables.csv") == f"--labels {tmp_path}/lables.csv: no such file."
+
+
+@pytest.mark.parametrize(
+    ("text", "name", "words"),
+    [
+        ("file_name,label\na.jpg,cat\nb.jpg,dog,extra,cells\n", "labels.csv", "not a table"),
+        ('{"file_name": "a.jpg", "label": \n', "labels.jsonl", "not JSON lines"),
+        ("", "labels.jsonl", "labels.jsonl: "),
+        ("[1, 2]\n", "labels.jsonl", "labels.jsonl: "),
+    ],
+)
+def test_a_broken_file_is_refused_and_never_a_traceback(
+    tmp_path: Path, text: str, name: str, words: str
+) -> None:
+    assert words in refusal(written(tmp_path, text, name))
+
+
+# Matching
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    folder = tmp_path / "set/photos"
+    folder.mkdir(parents=True)
+    return folder
+
+
+def matched(
+    found: list[LabelRow], file: Path, names: list[str], root: Path, labels_root: Path | None = None
+) -> tuple[dict[str, str], str]:
+    labels, _, notes = match_labels(found, file, names, root, labels_root)
+    assert len(notes) == 1
+    return labels, notes[0]
+
+
+NAMES = ["a/1.jpg", "a/2.jpg", "b/1.jpg", "b/3.jpg"]
+
+
+def test_paths_relative_to_the_label_file_are_matched(root: Path) -> None:
+    found = rows(("photos/a/1.jpg", "cat"), ("./photos/a/../b/1.jpg", "dog"))
+    labels, note = matched(found, root.parent / "labels.csv", NAMES, root)
+    assert labels == {"a/1.jpg": "cat", "b/1.jpg": "dog"}
+    assert note == "2 rows: 2 matched, 0 unknown"
+
+
+def test_paths_relative_to_the_images_are_matched(root: Path, tmp_path: Path) -> None:
+    labels, _ = matched(rows(("b/1.jpg", "dog")), tmp_path / "elsewhere/labels.csv", NAMES, root)
+    assert labels == {"b/1.jpg": "dog"}
+
+
+def test_absolute_paths_are_matched(root: Path, tmp_path: Path) -> None:
+    labels, _ = matched(rows((f"{root}/b/1.jpg", "dog")), tmp_path / "labels.csv", NAMES, root)
+    assert labels == {"b/1.jpg": "dog"}
+
+
+def test_paths_relative_to_labels_root_are_matched(root: Path, tmp_path: Path) -> None:
+    file = tmp_path / "elsewhere/labels.csv"
+    labels, _ = matched(rows(("1.jpg", "dog"), ("x.jpg", "cat")), file, NAMES, root, root / "b")
+    assert labels == {"b/1.jpg": "dog"}
+
+
+def test_the_label_file_comes_before_labels_root(root: Path) -> None:
+    labels, _ = matched(rows(("1.jpg", "dog")), root / "a/labels.csv", NAMES, root, root / "b")
+    assert labels == {"a/1.jpg": "dog"}
+
+
+def test_a_base_name_is_matched_where_it_is_unique(root: Path, tmp_path: Path) -> None:
+    found = rows(("/mnt/disk/2.jpg", "cat"), ("3.jpg", "dog"), ("old/place/1.jpg", "cat"))
+    labels, note = matched(found, tmp_path / "labels.csv", NAMES, root)
+    assert labels == {"a/2.jpg": "cat", "b/3.jpg": "dog"}
+    assert note == "3 rows: 2 matched, 1 unknown: old/place/1.jpg (line 4)"
+
+
+def test_unknown_rows_are_counted_and_the_first_are_listed_with_their_lines(root: Path) -> None:
+    names = [f"{number}.jpg" for number in range(291)]
+    found = rows(*((f"{number}.jpg", "cat") for number in range(300)))
+    _, note = matched(found, root / "labels.csv", names, root)
+    assert note == (
+        "300 rows: 291 matched, 9 unknown: 291.jpg (line 293), 292.jpg (line 294), 293.jpg (line 295), "
+        "294.jpg (line 296), 295.jpg (line 297) and 4 more"
+    )
+
+
+def test_windows_paths_are_matched(root: Path) -> None:
+    labels, _ = matched(rows(("a\\1.jpg", "cat"), (".\\b\\1.jpg", "dog")), root / "l.csv", NAMES, root)
+    assert labels == {"a/1.jpg": "cat", "b/1.jpg": "dog"}
+
+
+@pytest.mark.parametrize(("disk", "table"), [("NFC", "NFD"), ("NFD", "NFC")])
+def test_accents_are_matched_however_they_are_composed(root: Path, disk: str, table: str) -> None:
+    names = [unicodedata.normalize(disk, f"{folder}/bär.jpg") for folder in ("Übung", "b")]
+    found = rows((unicodedata.normalize(table, "Übung/bär.jpg"), "bear"))
+    labels, _ = matched(found, root / "labels.csv", names, root)
+    assert labels == {names[0]: "bear"}
+
+
+def test_a_colon_in_a_name_is_part_of_the_name(root: Path) -> None:
+    names = ["cam1/12:30.jpg", "cam2/12:30.jpg"]
+    labels, _ = matched(
+        rows(("cam1/12:30.jpg", "day"), ("cam2/12:30.jpg", "night")), root / "l.csv", names, root
+    )
+    assert labels == {"cam1/12:30.jpg": "day", "cam2/12:30.jpg": "night"}
+
+
+def test_rows_that_disagree_are_refused_with_both_labels_and_the_line(root: Path) -> None:
+    found = rows(("a/1.jpg", "cat"), ("b/1.jpg", "cat"), ("./a/1.jpg", "dog"))
+    file = root / "labels.csv"
+    with pytest.raises(DataError) as caught:
+        match_labels(found, file, NAMES, root, None)
+    assert str(caught.value) == (
+        f"{file}, line 4: ./a/1.jpg is labeled 'dog' here and 'cat' before; keep one."
+    )
+
+
+def test_rows_that_say_the_same_twice_are_accepted(root: Path) -> None:
+    labels, note = matched(rows(("a/1.jpg", "cat"), ("a/1.jpg", "cat")), root / "l.csv", NAMES, root)
+    assert labels == {"a/1.jpg": "cat"}
+    assert note == "2 rows: 2 matched, 0 unknown"
+
+
+def test_a_file_that_matches_nothing_is_refused_with_an_example(root: Path, tmp_path: Path) -> None:
+    file = tmp_path / "labels.csv"
+    with pytest.raises(DataError) as caught:
+        match_labels(rows(("x.jpg", "cat"), ("y.jpg", "dog")), file, NAMES, root, None)
+    assert str(caught.value) == (
+        f"{file}: none of its 2 paths matches an image in {root}, e.g. x.jpg; "
+        "name their folder with --labels-root."
+    )
+
+
+def test_each_split_goes_to_the_image_of_its_row(root: Path) -> None:
+    found = [
+        LabelRow(2, "a/1.jpg", "cat", "test"),
+        LabelRow(3, "a/2.jpg", "dog", "train"),
+        LabelRow(4, "b/1.jpg", "cat", None),
+        LabelRow(5, "b/3.jpg", "cat", "holiday"),
+    ]
+    _, splits, _ = match_labels(found, root / "labels.csv", NAMES, root, None)
+    assert splits == {"a/1.jpg": "test", "a/2.jpg": "train"}
+
+
+def test_a_path_out_of_the_images_finds_nothing(root: Path) -> None:
+    found = rows(("../../../../etc/passwd", "x"), ("/etc/hostname", "x"), ("a/1.jpg", "cat"))
+    labels, note = matched(found, root / "labels.csv", NAMES, root)
+    assert labels == {"a/1.jpg": "cat"}
+    assert note.startswith("3 rows: 1 matched, 2 unknown")
