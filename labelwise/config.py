@@ -6,11 +6,12 @@ each command reads its own. `config.toml` of a run is itself a recipe.
 
 import difflib
 import json
+import re
 import tomllib
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from labelwise.errors import CheckpointError, UsageError
 
@@ -39,6 +40,38 @@ class Settings(BaseModel):
 
 
 Unit = Annotated[float, Field(ge=0, le=1)]
+Share = Annotated[float, Field(gt=0, le=1)]
+Ratio = Annotated[float, Field(gt=0)]
+Count = Annotated[int, Field(ge=1)]
+
+
+def _is_ascending(values: tuple[float, float]) -> tuple[float, float]:
+    if values[0] > values[1]:
+        raise ValueError("the first number must not be above the second")
+    return values
+
+
+def parse_duration(text: str) -> float:
+    """Read `90s`, `30m`, `2h` or `1h30m` as seconds.
+
+    Raises:
+        ValueError: It is none of these.
+    """
+    parts = re.fullmatch(r"(?:(\d+(?:\.\d+)?)h)?(?:(\d+(?:\.\d+)?)m)?(?:(\d+(?:\.\d+)?)s)?", text.strip())
+    if not text.strip() or parts is None:
+        raise ValueError("write it like 90s, 30m, 2h or 1h30m")
+    hours, minutes, seconds = (float(part or 0) for part in parts.groups())
+    return hours * 3600 + minutes * 60 + seconds
+
+
+def _is_duration(text: str) -> str:
+    parse_duration(text)
+    return text
+
+
+ShareRange = Annotated[tuple[Share, Share], AfterValidator(_is_ascending)]
+RatioRange = Annotated[tuple[Ratio, Ratio], AfterValidator(_is_ascending)]
+Duration = Annotated[str, AfterValidator(_is_duration)]
 
 
 class PretrainSettings(Settings):
@@ -117,10 +150,10 @@ class PretrainSettings(Settings):
         description="side of the cached squares; default 1.25 x image size",
         json_schema_extra={"panel": "Views"},
     )
-    crop_scale: tuple[float, float] = Field(
+    crop_scale: ShareRange = Field(
         (0.08, 1.0), description="area range of the random crop", json_schema_extra={"panel": "Views"}
     )
-    crop_ratio: tuple[float, float] = Field(
+    crop_ratio: RatioRange = Field(
         (3 / 4, 4 / 3), description="aspect range of the random crop", json_schema_extra={"panel": "Views"}
     )
     flip: Unit = Field(0.5, description="chance of a horizontal flip", json_schema_extra={"panel": "Views"})
@@ -190,7 +223,7 @@ class PretrainSettings(Settings):
         description="default a tenth of the epochs, at most 10",
         json_schema_extra={"panel": "Training"},
     )
-    time_limit: str | None = Field(
+    time_limit: Duration | None = Field(
         None,
         description="for example 30m or 2h: choose the epochs that fit",
         json_schema_extra={"panel": "Training"},
@@ -212,12 +245,12 @@ class FinetuneSettings(Settings):
     table: ClassVar[str] = "finetune"
 
     run: Path = Field(Path("runs/latest"), description="run folder", json_schema_extra={"panel": "Data"})
-    fraction: tuple[float, ...] | None = Field(
+    fraction: tuple[Share, ...] | None = Field(
         None,
         description="share of the non-test images to use as labels, e.g. 0.01,0.1",
         json_schema_extra={"panel": "Data"},
     )
-    label_counts: tuple[int | Literal["all"], ...] | None = Field(
+    label_counts: tuple[Count | Literal["all"], ...] | None = Field(
         None, description="numbers of labels, e.g. 25,50,all", json_schema_extra={"panel": "Data"}
     )
     draws: int = Field(
@@ -240,7 +273,7 @@ class FinetuneSettings(Settings):
         METHODS, description="which methods to compare", json_schema_extra={"panel": "Training"}
     )
     batch_size: int = Field(64, ge=2, description="images per step", json_schema_extra={"panel": "Training"})
-    crop_scale: tuple[float, float] = Field(
+    crop_scale: ShareRange = Field(
         (0.25, 1.0),
         description="area range of the random crop in training",
         json_schema_extra={"panel": "Training"},
@@ -254,7 +287,7 @@ class FinetuneSettings(Settings):
     scratch_steps: int | None = Field(
         None,
         ge=1,
-        description="steps of supervised; default twice as many",
+        description="steps of supervised; default four times as many",
         json_schema_extra={"panel": "Training"},
     )
     device: str = Field("auto", description="auto, cpu, cuda or mps", json_schema_extra={"panel": "Training"})
@@ -278,19 +311,21 @@ def read_recipe(path: Path, settings: type[Settings]) -> dict[str, Any]:
     known = [PretrainSettings.table, FinetuneSettings.table]
     for name in tables:
         if name not in known:
-            raise UsageError(f"{path}: no command reads the table [{name}]{_did_you_mean(name, known)}.")
-    table: dict[str, Any] = tables.get(settings.table, {})
+            raise UsageError(f"{path}: no command reads the table [{name}]{_did_you_mean(name, known)}")
+    table = tables.get(settings.table, {})
+    if not isinstance(table, dict):
+        raise UsageError(f"{path}: {settings.table} must be one table, [{settings.table}].")
     for key in table:
         if key not in settings.model_fields:
             raise UsageError(
-                f"{path}: [{settings.table}] has no setting '{key}'{_did_you_mean(key, list(settings.model_fields))}."
+                f"{path}: [{settings.table}] has no setting '{key}'{_did_you_mean(key, list(settings.model_fields))}"
             )
     return table
 
 
 def _did_you_mean(word: str, known: list[str]) -> str:
     close = difflib.get_close_matches(word, known, n=1)
-    return f"; did you mean '{close[0]}'?" if close else f"; known: {', '.join(known)}"
+    return f"; did you mean '{close[0]}'?" if close else f"; known: {', '.join(known)}."
 
 
 def _in_words(error: ValidationError, settings: type[Settings]) -> str:
@@ -299,7 +334,7 @@ def _in_words(error: ValidationError, settings: type[Settings]) -> str:
         key = str(problem["loc"][0]) if problem["loc"] else settings.table
         if problem["type"] == "extra_forbidden":
             lines.append(
-                f"{settings.table} has no setting '{key}'{_did_you_mean(key, list(settings.model_fields))}."
+                f"{settings.table} has no setting '{key}'{_did_you_mean(key, list(settings.model_fields))}"
             )
         else:
             lines.append(f"{key} = {problem['input']!r}: {problem['msg'][0].lower()}{problem['msg'][1:]}.")
@@ -316,12 +351,13 @@ def to_toml(tables: dict[str, dict[str, Any]]) -> str:
 
 def _toml_value(value: Any) -> str:
     if isinstance(value, dict):
-        return (
-            "{" + ", ".join(f"{json.dumps(key)} = {_toml_value(item)}" for key, item in value.items()) + "}"
+        items = (
+            f"{_toml_value(key)} = {_toml_value(item)}" for key, item in value.items() if item is not None
         )
+        return "{" + ", ".join(items) + "}"
     if isinstance(value, list | tuple):
         return "[" + ", ".join(_toml_value(item) for item in value) + "]"
-    return json.dumps(value, ensure_ascii=False)
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
 def read_run_config(path: Path) -> dict[str, Any]:

@@ -112,6 +112,10 @@ def _typed(field: FieldInfo) -> Any:
         return field.annotation
     if plain in (int, float, Path):
         return plain
+    if get_origin(field.annotation) is Literal and all(
+        isinstance(choice, int) for choice in get_args(field.annotation)
+    ):
+        return int
     return str
 
 

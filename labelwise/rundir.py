@@ -20,7 +20,7 @@ import tempfile
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from labelwise.errors import CheckpointError, DataError, UsageError
 
@@ -129,6 +129,7 @@ def point_latest(run: RunDirectory) -> None:
         return
     link = runs / "latest"
     fresh = runs / f".latest-{os.getpid()}"
+    fresh.unlink(missing_ok=True)
     fresh.symlink_to(run.path.name)
     os.replace(fresh, link)
 
@@ -180,24 +181,35 @@ def read_json(path: Path) -> Any:
 
 
 def append_jsonl(path: Path, row: dict[str, Any]) -> None:
-    """Add one line to a JSON-lines file and flush it to disk."""
+    """Add one line to a JSON-lines file and flush it to disk; a line torn by a power cut before is cut off."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
+    with path.open("ab+") as file:
+        end = file.seek(0, os.SEEK_END)
+        if end and _last_byte(file) != b"\n":
+            file.seek(0)
+            file.truncate(file.read().rfind(b"\n") + 1)
+        file.write((json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n").encode())
         file.flush()
         os.fsync(file.fileno())
+
+
+def _last_byte(file: BinaryIO) -> bytes:
+    file.seek(-1, os.SEEK_END)
+    return file.read(1)
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
     """Read a JSON-lines file; a last line torn by a power cut is dropped, any other is an error."""
     if not path.exists():
         return []
-    lines = path.read_text(encoding="utf-8").splitlines()
+    lines = path.read_bytes().split(b"\n")
     rows: list[dict[str, Any]] = []
     for number, line in enumerate(lines, start=1):
+        if not line:
+            continue
         try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
+            rows.append(json.loads(line.decode()))
+        except ValueError:
             if number < len(lines):
                 raise CheckpointError(f"{path}, line {number}: damaged; delete that line.") from None
     return rows

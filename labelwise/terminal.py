@@ -54,7 +54,7 @@ def heading(text: str) -> None:
 
 def emit(text: str, style: str = "") -> None:
     """Print a result to stdout."""
-    _print(sys.stdout, Text(_clean(text, keep_lines=True), style=style))
+    _print(sys.stdout, Text(_clean(text), style=style))
 
 
 def emit_json(value: Any) -> None:

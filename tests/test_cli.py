@@ -257,7 +257,7 @@ def test_json_of_a_scan_says_what_is_there(labelwise: Command, photos: Path) -> 
 def test_plain_output_of_the_listing_commands(labelwise: Command) -> None:
     code, out, _ = labelwise("recipes")
     assert code == 0
-    assert out.splitlines()[0].startswith("cifar10-cpu ")
+    assert any(line.startswith("digits ") for line in out.splitlines())
     assert labelwise("runs", "list") == Ran(
         0, "no runs here; start one with `labelwise pretrain IMAGES`\n", ""
     )
@@ -305,31 +305,26 @@ ODD = (
     "[red]x.png",
     "[/red].png",
     "a[b]\x1b[31mc.png",
-    "new\nline.png",
     ":smile:.png",
     "ä 图.png",
     "b\x07l.png",
+    "new\nline.png",
 )
 
 
-def test_odd_file_names_are_shown_literally(labelwise: Command, tmp_path: Path) -> None:
-    folder = tmp_path / "[bold]odd"
-    folder.mkdir()
-    for name in ODD:
-        (folder / name).parent.mkdir(exist_ok=True)
-        (folder / name).write_bytes(b"not a photo")
+@pytest.mark.parametrize("name", ODD, ids=ascii)
+def test_an_odd_file_name_is_shown_literally(labelwise: Command, tmp_path: Path, name: str) -> None:
+    file = tmp_path / "[bold]odd" / name
+    file.parent.mkdir(parents=True)
+    file.write_bytes(b"not a photo")
     code, out, err = labelwise("scan", "[bold]odd")
     assert (code, err) == (0, "")
-    shown = [line.strip().split(": not an image")[0] for line in out.splitlines() if "not an image" in line]
-    literal = [
-        name.replace("\x1b", "\\x1b").replace("\n", "\\n").replace("\x07", "\\x07").removeprefix(" ")
-        for name in ODD
-    ]
-    assert sorted(shown) == sorted(literal)
+    literal = name.replace("\x1b", "\\x1b").replace("\n", "\\n").replace("\x07", "\\x07")
+    assert f"\n             {literal}: not an image we can read\n" in out
     assert "\x1b" not in out
     assert "\x07" not in out
     document = json.loads(labelwise("scan", "[bold]odd", "--json").out)
-    assert sorted(entry["file"] for entry in document["quarantined"]) == sorted(ODD)
+    assert [entry["file"] for entry in document["quarantined"]] == [name]
 
 
 def test_an_error_shows_odd_names_literally(labelwise: Command) -> None:

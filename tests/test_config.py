@@ -183,7 +183,7 @@ def test_an_unknown_key_of_a_recipe_is_named_with_a_suggestion(tmp_path: Path) -
     recipe.write_text("[pretrain]\nepoch = 20\n")
     with pytest.raises(UsageError) as caught:
         read_recipe(recipe, PretrainSettings)
-    assert str(caught.value) == f"{recipe}: [pretrain] has no setting 'epoch'; did you mean 'epochs'?."
+    assert str(caught.value) == f"{recipe}: [pretrain] has no setting 'epoch'; did you mean 'epochs'?"
 
 
 def test_an_unknown_table_of_a_recipe_is_named_with_a_suggestion(tmp_path: Path) -> None:
@@ -345,8 +345,13 @@ def test_there_are_recipes() -> None:
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda file: file.stem)
 def test_every_recipe_loads_for_its_commands(recipe: Path, settings: type[Settings]) -> None:
     table = read_recipe(recipe, settings)
-    assert table, f"{recipe.name} says nothing to {settings.table}"
     assert settings.resolve(_needed(settings), table).model_fields_set == {*table, *_needed(settings)}
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda file: file.stem)
+def test_every_recipe_says_something_and_what_it_is_for(recipe: Path) -> None:
+    assert read_recipe(recipe, PretrainSettings) or read_recipe(recipe, FinetuneSettings)
+    assert recipe.read_text(encoding="utf-8").startswith("# ")
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda file: file.stem)

@@ -48,7 +48,6 @@ def test_every_module_says_what_it_is(file: Path) -> None:
         assert words.splitlines()[0].rstrip().endswith((".", ":", ";"))
 
 
-@pytest.mark.slow
 def test_imports_run_downward() -> None:
     tool = Path(sys.executable).parent / "lint-imports"
     if not tool.exists():

@@ -38,6 +38,8 @@ def save_checkpoint(
     fresh, final = folder / f".{name}-{os.getpid()}", folder / name
     if final.exists():
         return
+    for leftover in folder.glob(".step-*"):  # of a process that was killed while saving
+        shutil.rmtree(leftover)
     fresh.mkdir(parents=True)
     tensors, rest = _flatten(modules, optimizer)
     save_file(tensors, fresh / "state.safetensors")
@@ -65,7 +67,9 @@ def load_checkpoint(
     for candidate in reversed(_checkpoints(folder)):
         if not _is_whole(candidate):
             terminal.warn(f"{candidate}: damaged; set aside, going on from the one before.")
-            candidate.rename(candidate.with_name(f"damaged-{candidate.name}"))
+            aside = candidate.with_name(f"damaged-{candidate.name}")
+            shutil.rmtree(aside, ignore_errors=True)
+            candidate.rename(aside)
             continue
         tensors = load_file(candidate / "state.safetensors")
         state = json.loads((candidate / "state.json").read_text(encoding="utf-8"))
@@ -111,6 +115,10 @@ def _unflatten(
             _, index, name = key.split("/", 2)
             state.setdefault(int(index), {})[name] = value
     optimizer.load_state_dict({"state": state, "param_groups": rest["groups"]})
+    for parameter, values in optimizer.state.items():  # fused steps walk memory: same layout as the weight
+        for name, value in values.items():
+            if isinstance(value, Tensor) and value.shape == parameter.shape:
+                values[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
 
 
 def _is_whole(checkpoint: Path) -> bool:

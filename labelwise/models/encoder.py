@@ -76,7 +76,9 @@ def create_encoder(spec: EncoderSpec, *, pretrained: bool = False) -> Encoder:
         raise UsageError(f"backbone '{spec.backbone}' with {arguments}: timm refuses this: {error}") from None
     except (OSError, RuntimeError) as error:
         if not pretrained:
-            raise
+            raise UsageError(
+                f"backbone '{spec.backbone}' with {arguments}: timm refuses this: {error}"
+            ) from None
         raise DataError(f"backbone '{spec.backbone}': timm's weights could not be loaded: {error}") from None
     if spec.stem == "small":
         _make_stem_small(backbone)
@@ -136,7 +138,7 @@ def _outline(backbone: str, backbone_args: dict[str, Any]) -> nn.Module:
     try:
         with torch.device("meta"):
             model: nn.Module = timm.create_model(backbone, num_classes=0, **backbone_args)
-    except (TypeError, ValueError, AssertionError) as error:
+    except (TypeError, ValueError, AssertionError, RuntimeError) as error:
         raise UsageError(f"backbone '{backbone}' with {backbone_args}: timm refuses this: {error}") from None
     return model
 

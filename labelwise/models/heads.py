@@ -30,7 +30,7 @@ def create_head(
     if kind == "none":
         return nn.Sequential()
     if kind == "linear":
-        return nn.Sequential(nn.Linear(features, output, bias=False))
+        return nn.Sequential(_layer(features, output, last=True))
     widths = [features, *[width or features] * (layers - 1), output]
     return nn.Sequential(
         *(_layer(a, b, last=b_index == layers) for b_index, (a, b) in enumerate(pairwise(widths), 1))

@@ -43,6 +43,7 @@ PROBE_STRENGTHS = (3.0, 30.0)
 TRUNK_RATES = (3e-4, 1e-3)
 HEAD_RATE = 1e-3
 SCRATCH_RATE = 2e-3
+SCRATCH_STEPS = 4  # times as many as `simclr`: from random weights it takes longer
 FINETUNE_DECAY = 1e-4
 SCRATCH_DECAY = 0.05
 FEWEST_STEPS, MOST_STEPS = 100, 1000  # of `simclr`
@@ -210,7 +211,7 @@ def _scratch_trials(bench: Bench, count: int) -> list[Trial]:
     return [
         Trial(
             name=f"{'strong' if strong else 'light'} augmentation",
-            steps=settings.scratch_steps or 2 * _steps(bench, count),
+            steps=settings.scratch_steps or SCRATCH_STEPS * _steps(bench, count),
             batch_size=settings.batch_size,
             trunk_rate=SCRATCH_RATE,
             head_rate=SCRATCH_RATE,

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from labelwise import environment, rundir, seeding, terminal
-from labelwise.config import PretrainSettings, to_toml
+from labelwise.config import PretrainSettings, parse_duration, to_toml
 from labelwise.errors import DataError, Interrupted, LabelwiseError, UsageError
 from labelwise.images.cache import ImageCache, build_cache, sample_sizes
 from labelwise.images.duplicates import unique_keys
@@ -512,19 +512,6 @@ class _TrialStep:
         policy = view_policy(self.settings, self.plan)
         views = make_views(policy, squares, sizes, self.pool.keys[members], self.settings.seed, 0)
         return self.learner.step(normalize(views, self.normalization))
-
-
-def parse_duration(text: str) -> float:
-    """Read `90s`, `30m`, `2h` or `1h30m` as seconds.
-
-    Raises:
-        UsageError: It is none of these.
-    """
-    parts = re.fullmatch(r"(?:(\d+(?:\.\d+)?)h)?(?:(\d+(?:\.\d+)?)m)?(?:(\d+(?:\.\d+)?)s)?", text.strip())
-    if not text.strip() or parts is None:
-        raise UsageError(f"--time-limit {text}: write it like 90s, 30m, 2h or 1h30m.")
-    hours, minutes, seconds = (float(part or 0) for part in parts.groups())
-    return hours * 3600 + minutes * 60 + seconds
 
 
 def _write_start(

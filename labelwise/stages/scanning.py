@@ -21,6 +21,7 @@ from labelwise.images.source import ImageSet, open_images
 
 _TINY = 16  # pixels; below, little can be learned
 _FLAT = 1.0  # standard deviation of 8-bit pixels; below, the image is one colour
+_LISTED = 10
 _WORKERS = 4
 _CHUNK = 512
 
@@ -88,10 +89,11 @@ def show(document: dict[str, Any]) -> None:
         )
     else:
         terminal.emit("classes      no labels found")
-    terminal.emit(
-        f"unreadable   {len(bad)}"
-        + "".join(f"\n             {entry['file']}: {entry['reason']}" for entry in bad[:10])
-    )
+    terminal.emit(f"unreadable   {len(bad)}")
+    for entry in bad[:_LISTED]:
+        terminal.emit(f"             {entry['file']}: {entry['reason']}")
+    if len(bad) > _LISTED:
+        terminal.emit(f"             and {len(bad) - _LISTED:,} more; --json lists all")
     terminal.emit(f"duplicates   {sum(map(len, copies)) - len(copies)} copies in {len(copies)} groups")
     if document["ignored"]:
         shown = ", ".join(

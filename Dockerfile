@@ -1,0 +1,33 @@
+# docker build -t labelwise .
+# docker run --gpus all -v "$PWD/images:/data:ro" -v "$PWD/runs:/runs" -v labelwise-cache:/cache labelwise pretrain /data --out /runs/first
+FROM nvidia/cuda:12.8.1-base-ubuntu24.04
+
+ENV DEBIAN_FRONTEND=noninteractive \
+    PYTHONUNBUFFERED=1 \
+    PIP_NO_CACHE_DIR=1 \
+    PATH=/opt/labelwise/bin:$PATH \
+    LABELWISE_CACHE=/cache
+
+# The torch wheel brings its own CUDA libraries; the base image brings only what the driver hooks into.
+# hadolint ignore=DL3008
+RUN apt-get update \
+    && apt-get install --yes --no-install-recommends python3 python3-venv \
+    && rm -rf /var/lib/apt/lists/* \
+    && python3 -m venv /opt/labelwise \
+    && useradd --create-home --uid 10001 labelwise \
+    && mkdir /data /runs /cache \
+    && chown labelwise:labelwise /runs /cache
+
+WORKDIR /src
+COPY requirements.txt ./
+RUN pip install --require-hashes --requirement requirements.txt
+COPY pyproject.toml README.md LICENSE ./
+COPY labelwise ./labelwise
+COPY recipes ./recipes
+RUN pip install --no-deps .
+
+USER labelwise
+WORKDIR /runs
+VOLUME ["/data", "/runs", "/cache"]
+ENTRYPOINT ["labelwise"]
+CMD ["--help"]
