@@ -33,7 +33,6 @@ def demo(out: Path, *, quick: bool = False) -> RunDirectory:
     if out.exists() and any(out.iterdir()) and not images.exists():
         raise UsageError(f"{out}: is not empty and not a demo; choose another --out.")
     write_digits(images)
-    fractions = "0.01,0.05,0.1"
     pretrain = [
         "pretrain",
         str(images),
@@ -44,11 +43,13 @@ def demo(out: Path, *, quick: bool = False) -> RunDirectory:
         "--out",
         str(run),
     ]
-    finetune = ["finetune", "--run", str(run), "--recipe", "digits", "--fraction", fractions]
+    finetune = ["finetune", "--run", str(run), "--recipe", "digits", "--fraction"]
+    few, more = [*finetune, "0.01", "--draws", "10"], [*finetune, "0.05,0.1", "--draws", "3"]
     if quick:
         pretrain += ["--epochs", "2", "--precision", "fp32"]
-        finetune += ["--draws", "2", "--steps", "5", "--scratch-steps", "5"]
-    for command in (["scan", str(images)], pretrain, finetune, ["report", "--run", str(run)]):
+        few = [*finetune, "0.01,0.1", "--draws", "2", "--steps", "5", "--scratch-steps", "5"]
+    comparisons = [few] if quick else [few, more]
+    for command in (["scan", str(images)], pretrain, *comparisons, ["report", "--run", str(run)]):
         _run(command, quiet=command[0] == "finetune")
     return RunDirectory(run.absolute())
 

@@ -39,7 +39,6 @@ class Trial:
         trunk_rate, head_rate: Peak AdamW rates of the network and of the last layer.
         weight_decay: Of all weights.
         policy: Augmentation.
-        freeze_statistics: Keep batch norm at its pretraining statistics.
     """
 
     name: str
@@ -49,7 +48,6 @@ class Trial:
     head_rate: float
     weight_decay: float
     policy: Policy
-    freeze_statistics: bool
 
 
 class Classifier(nn.Module):
@@ -112,7 +110,7 @@ def train_classifier(
     targets = torch.from_numpy(labels).to(device)
     warmup_steps = max(1, round(WARMUP_SHARE * trial.steps))
     torch.manual_seed(seed)
-    classifier.train(not trial.freeze_statistics)
+    classifier.train()
 
     for step in range(trial.steps):
         members = _batch(step, len(rows), trial.batch_size, seed)
@@ -148,11 +146,14 @@ def class_weights(labels: npt.NDArray[np.int64], classes: int, *, balanced: bool
 def strengthen(policy: Policy, *, strong: bool, crop_scale: tuple[float, float]) -> Policy:
     """Make the training augmentation of classifiers from the views of pretraining.
 
-    Light is crop and flip, and whatever turning and shearing the views have; strong keeps the colour
-    distortion of the views as well.
+    Light is crop and flip; strong keeps everything the views have, with a gentler crop.
     """
     policy = dataclasses.replace(policy, crop_scale=crop_scale)
-    return policy if strong else dataclasses.replace(policy, color=0.0, grayscale=0.0, blur=0.0)
+    if strong:
+        return policy
+    return dataclasses.replace(
+        policy, color=0.0, grayscale=0.0, blur=0.0, rotation=0.0, shear=0.0, intensity=0.0
+    )
 
 
 def _batch(step: int, count: int, batch_size: int, seed: int) -> Rows:

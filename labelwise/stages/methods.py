@@ -42,7 +42,7 @@ UNBALANCED = 1.5
 PROBE_STRENGTHS = (3.0, 30.0)
 TRUNK_RATES = (3e-4, 1e-3)
 HEAD_RATE = 1e-3
-SCRATCH_RATE = 2e-3
+SCRATCH_RATE = 3e-3
 SCRATCH_STEPS = 4  # times as many as `simclr`: from random weights it takes longer
 FINETUNE_DECAY = 1e-4
 SCRATCH_DECAY = 0.05
@@ -200,7 +200,6 @@ def _finetuning_trials(bench: Bench, count: int) -> list[Trial]:
             head_rate=HEAD_RATE,
             weight_decay=FINETUNE_DECAY,
             policy=policy,
-            freeze_statistics=True,
         )
         for rate in TRUNK_RATES
     ]
@@ -217,7 +216,6 @@ def _scratch_trials(bench: Bench, count: int) -> list[Trial]:
             head_rate=SCRATCH_RATE,
             weight_decay=SCRATCH_DECAY,
             policy=strengthen(bench.policy, strong=strong, crop_scale=settings.crop_scale),
-            freeze_statistics=False,
         )
         for strong in (True, False)
     ]
