@@ -1,6 +1,6 @@
 # docker build -t labelwise .
 # docker run --gpus all -v "$PWD/images:/data:ro" -v "$PWD/runs:/runs" -v labelwise-cache:/cache labelwise pretrain /data --out /runs/first
-FROM nvidia/cuda:12.8.1-base-ubuntu24.04
+FROM nvidia/cuda:13.0.1-base-ubuntu24.04
 
 ENV DEBIAN_FRONTEND=noninteractive \
     PYTHONUNBUFFERED=1 \

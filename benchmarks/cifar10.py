@@ -35,6 +35,7 @@ def main() -> None:
     parser.add_argument("source", type=Path, help="cifar10.zip, or a folder with train/CLASS and test/CLASS")
     parser.add_argument("--work", type=Path, required=True, help="folder for images and runs")
     parser.add_argument("--part", type=int, default=0)
+    parser.add_argument("--label-counts", default="100,1000")
     parser.add_argument("--json", action="store_true")
     given = parser.parse_args()
 
@@ -46,17 +47,8 @@ def main() -> None:
     call("-m", "labelwise", "pretrain", str(images), "--recipe", "cifar10-cpu", "--out", str(run))
     seconds = time.monotonic() - started
     neighbours = test_knn(run)
-    call(
-        "-m",
-        "labelwise",
-        "finetune",
-        "--run",
-        str(run),
-        "--recipe",
-        "cifar10-cpu",
-        "--label-counts",
-        "100,1000",
-    )
+    comparison = ["--run", str(run), "--recipe", "cifar10-cpu", "--label-counts", given.label_counts]
+    call("-m", "labelwise", "finetune", *comparison)
     report = json.loads((run / "report.json").read_text(encoding="utf-8"))
     figures = {"pretrain_seconds": round(seconds), "knn": neighbours, "summary": report["summary"]}
     if given.json:

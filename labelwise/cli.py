@@ -3,7 +3,6 @@
 Stages are imported inside the commands: `labelwise --help` must not wait for torch.
 """
 
-import os
 import signal
 import sys
 import traceback
@@ -45,12 +44,6 @@ def main() -> NoReturn:
             traceback.print_exc()
         terminal.fail(str(error))
         sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        terminal.say("interrupted; the same command goes on from the last save.")
-        sys.exit(130)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
     sys.exit(0)
 
 

@@ -36,10 +36,8 @@ def render(document: dict[str, Any], run: RunDirectory) -> str:
         data_line=text.data_line(document["data"]),
         test_line=text.test_line(document),
         columns=columns,
-        rows=rows,
+        rows=_table_rows(document, rows),
         note=text.TABLE_NOTE,
-        arms=list(document["arm_names"]),
-        colors=plots.COLORS,
         accuracy_plot=Markup(plots.accuracy_against_labels(document)) if document["summary"] else "",  # noqa: S704 - our own SVG
         curves=Markup(plots.learning_curves(metrics)) if metrics else "",  # noqa: S704 - our own SVG; holds no text of the user's
         confusion=_confusion(document["confusion"]),
@@ -48,6 +46,23 @@ def render(document: dict[str, Any], run: RunDirectory) -> str:
         queries=rundir.read_json(run.neighbours)["queries"] if run.neighbours.exists() else [],
         environment_rows=_environment_rows(document["environment"]),
     )
+
+
+def _table_rows(document: dict[str, Any], rows: list[list[str]]) -> list[dict[str, Any]]:
+    """Rows of the table of methods, each with its method's colour; the gain has none."""
+    colors = {name: plots.COLORS[arm] for arm, name in document["arm_names"].items()}
+    table = []
+    for name, *cells in rows:
+        parts = [cell.partition(" [") for cell in cells]
+        color = colors.get(name.removesuffix(text.MACRO), "")
+        table.append(
+            {
+                "name": name,
+                "color": color,
+                "cells": [{"value": value, "interval": rest} for value, _, rest in parts],
+            }
+        )
+    return table
 
 
 def _confusion(confusion: dict[str, Any] | None) -> dict[str, Any] | None:

@@ -62,7 +62,7 @@ def accuracy_against_labels(document: dict[str, Any]) -> str:
         axes.set_xscale("log")
         axes.set_xticks(counts, [f"{count:,}" for count in counts])
         axes.minorticks_off()
-        axes.set_xlabel("labels")
+        axes.set_xlabel("labels, logarithmic scale")
         axes.set_ylabel("test accuracy, %")
         axes.grid(axis="y", color=_INK, alpha=0.12)
         axes.margins(x=0.04)

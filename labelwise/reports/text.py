@@ -2,6 +2,7 @@
 
 from typing import Any
 
+MACRO = ", mean over classes"
 TABLE_NOTE = "Accuracy in %, mean over random label draws [95 % interval]. Gain: fine-tuned SimCLR minus from scratch, same draws."
 
 
@@ -21,6 +22,13 @@ def points(entry: dict[str, Any]) -> str:
     """A difference: `+9.8 points [4.1, 15.5]`."""
     mean = f"{100 * entry['mean']:+.1f} points"
     return mean if entry["low"] is None else f"{mean} [{100 * entry['low']:+.1f}, {100 * entry['high']:+.1f}]"
+
+
+def gain_in_words(entry: dict[str, Any]) -> str:
+    """A difference for a sentence: `+9.8 \u00b1 5.7 points`."""
+    if entry["low"] is None:
+        return f"{100 * entry['mean']:+.1f} points"
+    return f"{100 * entry['mean']:+.1f} \u00b1 {50 * (entry['high'] - entry['low']):.1f} points"
 
 
 def data_line(data: dict[str, Any]) -> str:
@@ -54,7 +62,7 @@ def table(document: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
         if any("macro" in entry for entry in summary):
             rows.append(
                 [
-                    f"{name}, mean over classes",
+                    f"{name}{MACRO}",
                     *(
                         with_interval(entry["macro"][arm]) if arm in entry.get("macro", {}) else ""
                         for entry in summary

@@ -136,11 +136,8 @@ def _verdict(summary: list[dict[str, Any]], pool: int) -> str:
         best = best or next((c for c in entry["comparisons"] if c["against"] == "supervised"), None)
         if best is None:
             continue
-        share = f"{entry['labels']:,} labels" + (
-            f" ({entry['fraction']:.3g})" if entry["fraction"] and entry["fraction"] > 1 else ""
-        )
-        share = f"{entry['labels']:,} labels ({entry['labels'] / pool:.1%} of the images)" if pool else share
-        said[best["verdict"]].append(f"{text.points(best)} with {share}")
+        share = f" ({entry['labels'] / pool:.0%} of the images)" if pool and not any(said.values()) else ""
+        said[best["verdict"]].append(f"{text.gain_in_words(best)} with {entry['labels']:,} labels{share}")
     if not any(said.values()):
         done = {arm for entry in summary for arm in entry["arms"]}
         return "No comparison with training from scratch yet." + (
@@ -148,16 +145,28 @@ def _verdict(summary: list[dict[str, Any]], pool: int) -> str:
         )
     sentences = []
     if said[HELPS]:
-        sentences.append(f"Pretraining on your images helps: {'; '.join(said[HELPS])}.")
+        sentences.append(f"Pretraining on your images helps: {', '.join(said[HELPS])}.")
     if said[HURTS]:
         sentences.append(
-            f"{'It' if sentences else 'Pretraining on your images'} hurts: {'; '.join(said[HURTS])}."
+            f"{'It' if sentences else 'Pretraining on your images'} hurts: {', '.join(said[HURTS])}."
         )
     if said[UNCLEAR]:
         sentences.append(
-            f"No difference{' is' if sentences else ' between pretraining and training from scratch is'} shown: {'; '.join(said[UNCLEAR])}."
+            f"No difference{' is' if sentences else ' between pretraining and training from scratch is'} shown: {', '.join(said[UNCLEAR])}."
         )
+    plain = [
+        f"{entry['labels']:,}"
+        for entry in summary
+        if _verdict_of(entry, "simclr", "pixels") in (UNCLEAR, HURTS)
+    ]
+    if plain:
+        sentences.append(f"Plain pixels do as well or better with {', '.join(plain)} labels.")
     return " ".join(sentences)
+
+
+def _verdict_of(entry: dict[str, Any], arm: str, against: str) -> str | None:
+    found = (c["verdict"] for c in entry["comparisons"] if (c["arm"], c["against"]) == (arm, against))
+    return next(found, None)
 
 
 def _arms(summary: list[dict[str, Any]]) -> list[str]:

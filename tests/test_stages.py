@@ -1,0 +1,387 @@
+"""Pretraining, comparing and reporting as a user meets them: real images, real training, real signals."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from labelwise import rundir
+from labelwise.config import FinetuneSettings, PretrainSettings
+from labelwise.errors import DataError, UsageError
+from labelwise.predictions import read_predictions
+from labelwise.rundir import RunDirectory
+from labelwise.stages.comparing import finetune
+from labelwise.stages.demo import write_digits
+from labelwise.stages.pretraining import pretrain
+from labelwise.stages.reporting import report
+from labelwise.stages.running import compare_runs, list_runs, remove_run
+from labelwise.stages.scanning import scan
+
+SMALL: dict[str, Any] = {
+    "backbone": "resnet18",
+    "backbone_args": {"layers": [1, 1, 1, 1], "channels": [8, 8, 16, 16]},
+    "stem": "half",
+    "image_size": 16,
+    "batch_size": 64,
+    "epochs": 2,
+    "precision": "fp32",
+    "color": 0.0,
+    "grayscale": 0.0,
+}
+FEW: dict[str, Any] = {"label_counts": (20,), "draws": 2, "steps": 2, "scratch_steps": 2}
+EVERY_FILE = {
+    "config.toml",
+    "environment.json",
+    "data.json",
+    "splits/test.json",
+    "splits/draw-0-0.json",
+    "splits/draw-0-1.json",
+    "metrics.jsonl",
+    "views.png",
+    "neighbours.json",
+    "encoder.safetensors",
+    "head.safetensors",
+    "classifier.safetensors",
+    "classifier.json",
+    "finetune/results.jsonl",
+    "finetune/predictions.parquet",
+    "report.html",
+    "report.md",
+    "report.json",
+}
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """500 handwritten digits in class folders."""
+    everything = tmp_path_factory.mktemp("digits") / "all"
+    write_digits(everything)
+    for number, file in enumerate(sorted(everything.glob("*/*.png"))):
+        if number % 18 >= 5:
+            file.unlink()
+    return everything
+
+
+@pytest.fixture(scope="module")
+def finished(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> RunDirectory:
+    """A run that was pretrained, compared and reported."""
+    folder = tmp_path_factory.mktemp("finished")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LABELWISE_CACHE", str(folder / "cache"))
+        run = pretrain(PretrainSettings(images=digits, out=folder / "run", **SMALL))
+        report(finetune(FinetuneSettings(run=run.path, **FEW)))
+    return run
+
+
+def files_of(folder: Path) -> set[str]:
+    return {file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file()}
+
+
+def test_a_run_holds_exactly_the_files_of_the_contract(finished: RunDirectory) -> None:
+    found = files_of(finished.path)
+    checkpoints = {name for name in found if name.startswith("checkpoints/")}
+    assert found - checkpoints == EVERY_FILE
+    assert {name.split("/")[-1] for name in checkpoints} == {
+        "state.safetensors",
+        "state.json",
+        "manifest.json",
+    }
+
+
+def test_report_json_has_the_keys_of_the_contract(finished: RunDirectory) -> None:
+    document = json.loads(finished.report_json.read_text(encoding="utf-8"))
+    for key in ("verdict", "summary", "labels_saved", "results", "data", "environment"):
+        assert key in document
+    entry = document["summary"][0]
+    assert entry["labels"] == 20
+    assert set(entry["arms"]) == {"simclr", "simclr_probe", "supervised", "random_probe", "pixels"}
+    assert set(entry["arms"]["simclr"]) == {"mean", "low", "high", "n"}
+    assert set(entry["gain"]) == {"mean", "low", "high"}
+    assert {"arm", "against", "mean", "low", "high", "verdict"} == set(entry["comparisons"][0])
+
+
+def test_every_number_of_the_report_follows_from_the_stored_predictions(finished: RunDirectory) -> None:
+    columns = read_predictions(finished.predictions)
+    document = json.loads(finished.report_json.read_text(encoding="utf-8"))
+    accuracies: dict[tuple[str, int], list[bool]] = {}
+    for method, draw, label, predicted in zip(
+        columns["method"], columns["draw"], columns["label"], columns["prediction"], strict=True
+    ):
+        accuracies.setdefault((method, draw), []).append(label == predicted)
+    for method, arm in document["summary"][0]["arms"].items():
+        means = [float(np.mean(accuracies[method, draw])) for draw in range(2)]
+        assert arm["mean"] == pytest.approx(np.mean(means))
+    gains = [
+        np.mean(accuracies["simclr", draw]) - np.mean(accuracies["supervised", draw]) for draw in range(2)
+    ]
+    assert document["summary"][0]["gain"]["mean"] == pytest.approx(np.mean(gains))
+
+
+def test_every_method_gets_the_same_labels_and_none_of_them_is_a_test_image(finished: RunDirectory) -> None:
+    rows = rundir.read_jsonl(finished.results)
+    test = set(rundir.read_json(finished.test_lock)["names"])
+    for draw in range(2):
+        assert len({row["draw_sha256"] for row in rows if row["draw"] == draw}) == 1
+        order = rundir.read_json(finished.splits / f"draw-0-{draw}.json")["order"]
+        assert len(order) == 20
+        assert not test & set(order)
+    assert {row["draw_sha256"] for row in rows if row["draw"] == 0} != {
+        row["draw_sha256"] for row in rows if row["draw"] == 1
+    }
+
+
+def test_the_page_stands_alone(finished: RunDirectory) -> None:
+    page = finished.report_html.read_text(encoding="utf-8")
+    assert "<script" not in page
+    assert not re.findall(r'(?:src|href)="(?!data:|#)', page)
+    assert "From scratch" in page
+
+
+def test_the_saved_classifier_is_whole(finished: RunDirectory) -> None:
+    facts = rundir.read_json(finished.classifier_json)
+    assert facts["classes"] == [str(digit) for digit in range(10)]
+    weights = load_file(finished.classifier)
+    assert weights["linear.weight"].shape == (10, 16)
+
+
+def test_the_same_finetune_command_again_trains_nothing_new(finished: RunDirectory) -> None:
+    before = finished.results.read_bytes()
+    finetune(FinetuneSettings(run=finished.path, methods=("simclr_probe",), **FEW))
+    assert finished.results.read_bytes() == before
+
+
+def test_other_settings_set_earlier_results_aside(finished: RunDirectory, tmp_path: Path) -> None:
+    copy = RunDirectory(tmp_path / "copy")
+    shutil.copytree(finished.path, copy.path)
+    before = copy.results.read_bytes()
+    finetune(FinetuneSettings(run=copy.path, methods=("simclr_probe",), **{**FEW, "seed": 1}))
+    aside = list(copy.results.parent.glob("*/results.jsonl"))
+    assert [file.read_bytes() for file in aside] == [before]
+    assert {row["seed"] for row in rundir.read_jsonl(copy.results)} == {1}
+
+
+def test_the_same_run_twice_gives_the_same_encoder(digits: Path, tmp_path: Path) -> None:
+    one, two = (
+        pretrain(PretrainSettings(images=digits, out=tmp_path / name, **SMALL)) for name in ("one", "two")
+    )
+    assert same_weights(one, two)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_resumed_run_equals_uninterrupted_run(digits: Path, tmp_path: Path, number: signal.Signals) -> None:
+    settings = PretrainSettings(images=digits, out=tmp_path / "whole", **{**SMALL, "epochs": 12})
+    whole = pretrain(settings)
+    options = ["--backbone-args", json.dumps(SMALL["backbone_args"]), "--stem", "half", "--image-size", "16"]
+    options += [
+        "--batch-size",
+        "64",
+        "--epochs",
+        "12",
+        "--precision",
+        "fp32",
+        "--color",
+        "0",
+        "--grayscale",
+        "0",
+    ]
+    command = [
+        sys.executable,
+        "-m",
+        "labelwise",
+        "pretrain",
+        str(digits),
+        "--out",
+        str(tmp_path / "cut"),
+        *options,
+    ]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    metrics = tmp_path / "cut" / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not (metrics.exists() and metrics.read_text().count("\n") >= 5):
+        assert process.poll() is None, process.communicate()[1]
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    process.send_signal(number)
+    _, words = process.communicate(timeout=120)
+    assert process.returncode == 128 + number, words
+    assert "the same command goes on" in words
+    cut = RunDirectory(tmp_path / "cut")
+    assert not cut.encoder.exists()
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "going on after step" in done.stderr
+    assert same_weights(whole, cut)
+    assert steps(whole) == steps(cut)
+
+
+def test_a_kill_loses_no_more_than_the_steps_since_the_last_save(digits: Path, tmp_path: Path) -> None:
+    settings = PretrainSettings(images=digits, out=tmp_path / "whole", **SMALL)
+    whole = pretrain(settings)
+    script = (
+        "import os, signal, sys\n"
+        "from pathlib import Path\n"
+        "from labelwise.config import PretrainSettings\n"
+        "from labelwise.stages import pretraining\n"
+        "pretraining.SAVE_SECONDS = 0.0\n"
+        "settings = PretrainSettings.resolve({})\n"
+    ).replace(
+        "PretrainSettings.resolve({})",
+        f"PretrainSettings(images=Path({str(digits)!r}), out=Path({str(tmp_path / 'cut')!r}), **{SMALL!r})",
+    )
+    script += "pretraining.pretrain(settings)\n"
+    process = subprocess.Popen([sys.executable, "-c", script], stderr=subprocess.DEVNULL)
+    while len(list((tmp_path / "cut" / "checkpoints").glob("step-*"))) < 2:
+        assert process.poll() is None
+        time.sleep(0.002)
+    process.kill()
+    process.wait()
+    cut = pretrain(settings.model_copy(update={"out": tmp_path / "cut"}))
+    assert same_weights(whole, cut)
+    assert steps(whole) == steps(cut)
+
+
+def test_the_users_folder_is_left_as_it_was(digits: Path, finished: RunDirectory) -> None:
+    assert all(re.fullmatch(r"\d/\d{4}\.png", name) for name in files_of(digits))
+
+
+def test_more_images_go_on_with_the_same_test_lock(
+    digits: Path, finished: RunDirectory, tmp_path: Path
+) -> None:
+    grown = tmp_path / "grown"
+    shutil.copytree(digits, grown)
+    rng = np.random.default_rng(0)
+    for number in range(30):
+        Image.fromarray(rng.integers(0, 255, (8, 8), dtype=np.uint8)).save(grown / "3" / f"new-{number}.png")
+    settings = {**SMALL, "epochs": 1}
+    run = pretrain(PretrainSettings(images=grown, out=tmp_path / "run", init=str(finished.path), **settings))
+    assert rundir.read_json(run.test_lock)["names"] == rundir.read_json(finished.test_lock)["names"]
+    assert rundir.read_json(run.data)["pool"] == rundir.read_json(finished.data)["pool"] + 30
+
+
+def test_a_second_run_with_other_settings_gets_a_folder_of_its_own(
+    digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    quick = {**SMALL, "epochs": 1}
+    first = pretrain(PretrainSettings(images=digits, **quick))
+    second = pretrain(PretrainSettings(images=digits, **quick, seed=1))
+    again = pretrain(PretrainSettings(images=digits, **quick))
+    assert [first.path.name, second.path.name, again.path.name] == ["all", "all-2", "all"]
+    assert Path("runs/latest").resolve() == again.path
+    with pytest.raises(UsageError, match="holds a run with seed = 0, now 5"):
+        pretrain(PretrainSettings(images=digits, out=first.path, **quick, seed=5))
+
+
+def test_runs_can_be_listed_compared_and_removed(finished: RunDirectory, tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        shutil.copytree(finished.path, tmp_path / name)
+    text = (tmp_path / "b" / "config.toml").read_text().replace("temperature = 0.2", "temperature = 0.5")
+    (tmp_path / "b" / "config.toml").write_text(text)
+    assert [(run["name"], run["state"]) for run in list_runs(tmp_path)["runs"]] == [
+        ("a", "compared"),
+        ("b", "compared"),
+    ]
+    found = compare_runs(tmp_path / "a", tmp_path / "b")
+    assert found["settings"] == {"pretrain.temperature": [0.2, 0.5]}
+    assert found["results"][0]["first"] == found["results"][0]["second"]
+    remove_run(tmp_path / "a")
+    assert [run["name"] for run in list_runs(tmp_path)["runs"]] == ["b"]
+    (tmp_path / "mine").mkdir()
+    with pytest.raises(UsageError, match="not a run folder"):
+        remove_run(tmp_path / "mine")
+
+
+def test_bad_images_are_left_out_and_the_run_goes_on(digits: Path, tmp_path: Path) -> None:
+    images = tmp_path / "images"
+    shutil.copytree(digits, images)
+    (images / "3" / "empty.png").write_bytes(b"")
+    (images / "3" / "page.jpg").write_text("<html>not found</html>")
+    run = pretrain(PretrainSettings(images=images, out=tmp_path / "run", **{**SMALL, "epochs": 1}))
+    reasons = {entry["file"]: entry["reason"] for entry in rundir.read_json(run.data)["quarantined"]}
+    assert reasons == {"3/empty.png": "empty file", "3/page.jpg": "not an image (HTML or XML)"}
+    assert {entry["file"] for entry in scan(images)["quarantined"]} == set(reasons)
+
+
+def test_what_cannot_be_trained_on_is_refused_in_words(digits: Path, tmp_path: Path) -> None:
+    def refuse(words: str, kind: type[Exception], **settings: Any) -> None:
+        with pytest.raises(kind, match=words):
+            pretrain(PretrainSettings(**{"images": digits, "out": tmp_path / "run", **SMALL, **settings}))
+        assert not (tmp_path / "run").exists()
+
+    refuse("--batch-size 4096: larger than the", UsageError, batch_size=4096)
+    refuse("timm has no such model; did you mean resnet18", UsageError, backbone="resnet81", backbone_args={})
+    refuse("no such folder", DataError, images=tmp_path / "nowhere")
+    refuse("lies inside the image folder", DataError, out=digits / "runs")
+    (tmp_path / "few").mkdir()
+    for number in range(10):
+        Image.new("RGB", (8, 8), (number * 20, 0, 0)).save(tmp_path / "few" / f"{number}.png")
+    refuse("SimCLR needs at least 32", DataError, images=tmp_path / "few")
+
+
+def test_one_class_or_no_labels_is_refused_in_words(digits: Path, tmp_path: Path) -> None:
+    flat = tmp_path / "flat"
+    flat.mkdir()
+    for file in digits.glob("*/*.png"):
+        shutil.copy(file, flat / f"{file.parent.name}-{file.name}")
+    run = pretrain(PretrainSettings(images=flat, out=tmp_path / "run", **{**SMALL, "epochs": 1}))
+    with pytest.raises(DataError, match="no labels were found; comparing needs two classes or more"):
+        finetune(FinetuneSettings(run=run.path, **FEW))
+    labels = tmp_path / "labels.csv"
+    names = sorted(os.listdir(flat))
+    labels.write_text("file_name,label\n" + "".join(f"{name},{name[0]}\n" for name in names))
+    document = report(finetune(FinetuneSettings(run=run.path, labels=labels, labels_root=flat, **FEW)))
+    assert document["summary"][0]["labels"] == 20
+
+
+def test_all_labels_and_a_ladder_can_be_asked_for(finished: RunDirectory, tmp_path: Path) -> None:
+    copy = RunDirectory(tmp_path / "copy")
+    shutil.copytree(finished.path, copy.path)
+    shutil.rmtree(copy.results.parent)
+    finetune(FinetuneSettings(run=copy.path, methods=("pixels",), draws=1))
+    counts = sorted(row["labels"] for row in rundir.read_jsonl(copy.results))
+    pool = rundir.read_json(finished.data)["pool"]
+    assert counts == [20, 50, 100, 250, pool]
+    assert report(copy)["verdict"].startswith("No comparison with training from scratch yet.")
+
+
+@pytest.mark.slow
+def test_shuffled_labels_show_no_gain(digits: Path, finished: RunDirectory, tmp_path: Path) -> None:
+    names = sorted(file.relative_to(digits).as_posix() for file in digits.glob("*/*.png"))
+    labels = [name.split("/")[0] for name in names]
+    np.random.default_rng(0).shuffle(labels)
+    table = tmp_path / "shuffled.csv"
+    table.write_text(
+        "file_name,label\n" + "".join(f"{n},{label}\n" for n, label in zip(names, labels, strict=True))
+    )
+    run = pretrain(
+        PretrainSettings(images=digits, labels=table, labels_root=digits, out=tmp_path / "run", **SMALL)
+    )
+    asked: dict[str, Any] = {"label_counts": (100,), "draws": 8, "steps": 20, "scratch_steps": 20}
+    document = report(finetune(FinetuneSettings(run=run.path, **asked)))
+    entry = document["summary"][0]
+    assert entry["gain"]["low"] < 0 < entry["gain"]["high"]
+    assert "No difference" in document["verdict"]
+    assert all(abs(arm["mean"] - 0.1) < 0.08 for arm in entry["arms"].values())
+
+
+def same_weights(one: RunDirectory, two: RunDirectory) -> bool:
+    return all(
+        torch.equal(first, load_file(getattr(two, name))[key])
+        for name in ("encoder", "head")
+        for key, first in load_file(getattr(one, name)).items()
+    )
+
+
+def steps(run: RunDirectory) -> list[tuple[int, float]]:
+    return [(row["step"], row["loss"]) for row in rundir.read_jsonl(run.metrics) if row["kind"] == "step"]
