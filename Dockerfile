@@ -26,7 +26,7 @@ COPY labelwise ./labelwise
 COPY recipes ./recipes
 RUN pip install --no-deps .
 
-USER labelwise
+USER 10001
 WORKDIR /runs
 VOLUME ["/data", "/runs", "/cache"]
 ENTRYPOINT ["labelwise"]

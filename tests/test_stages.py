@@ -109,7 +109,7 @@ def test_report_json_has_the_keys_of_the_contract(finished: RunDirectory) -> Non
     assert set(entry["arms"]) == {"simclr", "simclr_probe", "supervised", "random_probe", "pixels"}
     assert set(entry["arms"]["simclr"]) == {"mean", "low", "high", "n"}
     assert set(entry["gain"]) == {"mean", "low", "high"}
-    assert {"arm", "against", "mean", "low", "high", "verdict"} == set(entry["comparisons"][0])
+    assert {"arm", "against", "mean", "low", "high", "verdict"} <= set(entry["comparisons"][0])
 
 
 def test_every_number_of_the_report_follows_from_the_stored_predictions(finished: RunDirectory) -> None:
@@ -179,6 +179,7 @@ def test_the_same_run_twice_gives_the_same_encoder(digits: Path, tmp_path: Path)
     assert same_weights(one, two)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_resumed_run_equals_uninterrupted_run(digits: Path, tmp_path: Path, number: signal.Signals) -> None:
     settings = PretrainSettings(images=digits, out=tmp_path / "whole", **{**SMALL, "epochs": 12})
@@ -225,6 +226,7 @@ def test_resumed_run_equals_uninterrupted_run(digits: Path, tmp_path: Path, numb
     assert steps(whole) == steps(cut)
 
 
+@pytest.mark.slow
 def test_a_kill_loses_no_more_than_the_steps_since_the_last_save(digits: Path, tmp_path: Path) -> None:
     settings = PretrainSettings(images=digits, out=tmp_path / "whole", **SMALL)
     whole = pretrain(settings)

@@ -65,10 +65,7 @@ def create_encoder(spec: EncoderSpec, *, pretrained: bool = False) -> Encoder:
         UsageError: The backbone is unknown, or timm refuses its arguments.
         DataError: timm's weights cannot be loaded (no network, or none exist).
     """
-    if not timm.is_model(spec.backbone.split(".")[0]):
-        close = difflib.get_close_matches(spec.backbone, timm.list_models(), n=3, cutoff=0.5)
-        hint = f"did you mean {', '.join(close)}?" if close else "timm.list_models() lists all."
-        raise UsageError(f"backbone '{spec.backbone}': timm has no such model; {hint}")
+    check_backbone(spec.backbone)
     arguments = {**_size_arguments(spec), **spec.backbone_args}
     try:
         backbone = timm.create_model(spec.backbone, pretrained=pretrained, num_classes=0, **arguments)
@@ -85,6 +82,18 @@ def create_encoder(spec: EncoderSpec, *, pretrained: bool = False) -> Encoder:
     elif spec.stem == "half":
         backbone.maxpool = nn.Identity()
     return Encoder(backbone, _feature_width(backbone, spec.image_size))
+
+
+def check_backbone(backbone: str) -> None:
+    """Make sure timm has a model of this name.
+
+    Raises:
+        UsageError: It has not; the message names similar ones.
+    """
+    if not timm.is_model(backbone.split(".", maxsplit=1)[0]):
+        close = difflib.get_close_matches(backbone, timm.list_models(), n=3, cutoff=0.5)
+        hint = f"did you mean {', '.join(close)}?" if close else "timm.list_models() lists all."
+        raise UsageError(f"backbone '{backbone}': timm has no such model; {hint}")
 
 
 def choose_stem(backbone: str, backbone_args: dict[str, Any], image_size: int, wish: str) -> tuple[str, str]:

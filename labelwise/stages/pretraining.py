@@ -38,6 +38,7 @@ from labelwise.measures.knn import knn_accuracy, nearest
 from labelwise.models.encoder import (
     Encoder,
     EncoderSpec,
+    check_backbone,
     choose_stem,
     create_encoder,
     pretrained_normalization,
@@ -139,6 +140,7 @@ def pretrain(settings: PretrainSettings) -> RunDirectory:
     started = time.monotonic()
     run, is_new = _open_run(settings)
     device = choose_device(settings.device)
+    check_backbone(settings.backbone)
     torch.manual_seed(settings.seed)
 
     images = open_images(
