@@ -33,6 +33,11 @@ class EncoderSpec:
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
 
+    @property
+    def normalization(self) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
+        """Mean and standard deviation per channel."""
+        return self.mean, self.std
+
     def to_metadata(self) -> dict[str, str]:
         """Encode for a safetensors header, which holds text only."""
         return {name: json.dumps(getattr(self, name)) for name in self.__dataclass_fields__}

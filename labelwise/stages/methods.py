@@ -80,11 +80,6 @@ class Bench:
     unbalanced: bool
     features: dict[str, Floats] = dataclasses.field(default_factory=dict)
 
-    @property
-    def normalization(self) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
-        """Mean and standard deviation per channel."""
-        return self.spec.mean, self.spec.std
-
 
 @dataclasses.dataclass(frozen=True)
 class Way:
@@ -170,7 +165,7 @@ def _finetune(bench: Bench, trial: Trial) -> Way:
     def fit(rows: Rows, asked: Rows, seed: int, share: float) -> Floats:
         classifier = _pretrained_classifier(bench, rows)
         _train(bench, classifier, trial, rows, seed, share)
-        return predict(classifier, bench.cache, asked, bench.normalization, bench.device)
+        return predict(classifier, bench.cache, asked, bench.spec.normalization, bench.device)
 
     return Way(trial.name, fit)
 
@@ -183,7 +178,7 @@ def _train_from_scratch(bench: Bench, trial: Trial) -> Way:
         encoder = create_encoder(bench.spec)
         classifier = Classifier(encoder, encoder.features, len(bench.classes)).to(bench.device)
         _train(bench, classifier, trial, rows, seed, share)
-        return predict(classifier, bench.cache, asked, bench.normalization, bench.device)
+        return predict(classifier, bench.cache, asked, bench.spec.normalization, bench.device)
 
     return Way(trial.name, fit)
 
@@ -239,7 +234,7 @@ def _train(
         class_weights(labels, len(bench.classes), balanced=is_unbalanced(labels, len(bench.classes))).to(
             bench.device
         ),
-        bench.normalization,
+        bench.spec.normalization,
         bench.precision,
         bench.device,
         seed,
@@ -294,7 +289,9 @@ def _network_features(bench: Bench, kind: str) -> Floats:
     if kind == "random":
         _settle_statistics(bench, network)
     rows = np.arange(len(bench.names))
-    return extract_features(network, bench.cache.evaluations, rows, bench.normalization, bench.device).numpy()
+    return extract_features(
+        network, bench.cache.evaluations, rows, bench.spec.normalization, bench.device
+    ).numpy()
 
 
 @torch.no_grad()
@@ -302,7 +299,7 @@ def _settle_statistics(bench: Bench, network: nn.Module, images: int = 512) -> N
     """Let a random network's batch norms see some images: else its features are badly scaled."""
     rows = bench.pool[:: max(1, len(bench.pool) // images)][:images]
     pixels = torch.from_numpy(bench.cache.evaluations[rows]).permute(0, 3, 1, 2).float() / 255
-    mean, std = (torch.tensor(value)[:, None, None] for value in bench.normalization)
+    mean, std = (torch.tensor(value)[:, None, None] for value in bench.spec.normalization)
     network.train()
     for _ in range(20):  # momentum 0.1: after 20 passes 88 % of the statistics are the images' own
         network(((pixels - mean) / std).to(bench.device))

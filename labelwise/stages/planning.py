@@ -1,0 +1,308 @@
+"""What pretraining will do, decided before its first step: sizes, pool, model, precision, epochs."""
+
+import dataclasses
+import math
+import resource
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+
+from labelwise import rundir, terminal
+from labelwise.config import PretrainSettings, parse_duration
+from labelwise.errors import DataError, UsageError
+from labelwise.images.cache import ImageCache, sample_sizes
+from labelwise.images.duplicates import unique_keys
+from labelwise.images.source import ImageSet
+from labelwise.images.splits import pool_indices
+from labelwise.learning.optimization import (
+    DEFAULTS,
+    create_optimizer,
+    scaled_rate,
+    set_rate,
+)
+from labelwise.learning.precision import Precision, calibrate, synchronize
+from labelwise.learning.simclr import Learner
+from labelwise.models.encoder import (
+    Encoder,
+    EncoderSpec,
+    choose_stem,
+    create_encoder,
+    pretrained_normalization,
+)
+from labelwise.models.heads import create_head
+from labelwise.models.weights import load_encoder, load_module
+from labelwise.rundir import RunDirectory
+from labelwise.views.draws import Policy
+from labelwise.views.pipeline import make_views, normalize
+
+SMALLEST_POOL = 32
+CACHE_MARGIN = 1.25  # cached squares are this much larger than a view, so that a crop keeps some detail
+_LIMIT_SHARE = 0.93  # of a time limit goes to steps; the rest to monitoring, start and end
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """Everything decided before step 0; stored, and reused when the run is continued."""
+
+    image_size: int
+    cache_side: int
+    stem: str
+    epochs: int
+    precision: str
+    layout: str
+    reason: str
+    batch_size: int
+    learning_rate: float
+    weight_decay: float
+    warmup_epochs: float
+    blur: float
+    seconds_per_step: float | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Pool:
+    """The images that may be trained on; row r of the pool is row `rows[r]` of the cache."""
+
+    cache: ImageCache
+    rows: npt.NDArray[np.int64]
+    keys: npt.NDArray[np.uint64]
+    labels: list[str | None]
+
+    def squares(
+        self, members: npt.NDArray[np.int64], device: torch.device
+    ) -> tuple[Tensor, npt.NDArray[np.int32]]:
+        """Cached squares, uint8 (B, S, S, 3), and true sizes, (B, 2)."""
+        rows = self.rows[members]
+        return torch.from_numpy(self.cache.squares[rows]).to(device), self.cache.sizes[rows]
+
+
+def view_policy(settings: PretrainSettings, plan: Plan) -> Policy:
+    """Put the settings of the views together."""
+    return Policy(
+        size=plan.image_size,
+        crop_scale=settings.crop_scale,
+        crop_ratio=settings.crop_ratio,
+        flip=settings.flip,
+        color=settings.color,
+        color_strength=settings.color_strength,
+        grayscale=settings.grayscale,
+        blur=plan.blur,
+        rotation=settings.rotation,
+        shear=settings.shear,
+        intensity=settings.intensity,
+    )
+
+
+def choose_sizes(settings: PretrainSettings, images: ImageSet, device: torch.device) -> tuple[int, int]:
+    """Choose the side of a view and of the cached squares, pixels."""
+    shortest = int(np.median(sample_sizes(images).min(axis=1)))
+    most = 96 if device.type == "cpu" else 224
+    size = settings.image_size or max(32, min(most, round(shortest / 32) * 32))
+    side = max(size, min(math.ceil(CACHE_MARGIN * size / 8) * 8, max(size, shortest)))
+    return size, settings.cache_side or side
+
+
+def make_pool(images: ImageSet, cache: ImageCache, lock: dict[str, Any], settings: PretrainSettings) -> Pool:
+    """Take the images that may be trained on.
+
+    Raises:
+        DataError: They are too few.
+        UsageError: The batch is larger than they are.
+    """
+    rows = pool_indices(images, cache.readable, lock)
+    if len(rows) < SMALLEST_POOL:
+        raise DataError(
+            f"{settings.images}: {len(rows)} images to train on; SimCLR needs at least {SMALLEST_POOL}."
+        )
+    if settings.batch_size > len(rows):
+        raise UsageError(
+            f"--batch-size {settings.batch_size}: larger than the {len(rows)} images to train on; use at most "
+            f"{len(rows)}, better {2 ** int(math.log2(len(rows) / 4))}."
+        )
+    return Pool(cache, rows, unique_keys(cache.keys[rows]), [images.labels[row] for row in rows])
+
+
+def specify_encoder(settings: PretrainSettings, size: int, cache: ImageCache) -> EncoderSpec:
+    """Decide backbone, stem and normalisation.
+
+    Raises:
+        UsageError: The stem or the run to go on from does not fit.
+    """
+    if is_run(settings.init):
+        _, spec = load_encoder(Path(str(settings.init)))
+        if (spec.backbone, spec.image_size) != (
+            settings.backbone,
+            size,
+        ) and "backbone" in settings.model_fields_set:
+            raise UsageError(
+                f"--init {settings.init}: holds a {spec.backbone} at {spec.image_size} px; leave --backbone and --image-size out."
+            )
+        return spec
+    mean, std = cache.mean, cache.std
+    if settings.init == "pretrained":
+        mean, std = pretrained_normalization(settings.backbone)
+    stem, reason = choose_stem(settings.backbone, settings.backbone_args, size, settings.stem)
+    if reason:
+        terminal.say(f"{stem} stem: {reason}")
+    return EncoderSpec(settings.backbone, settings.backbone_args, stem, size, mean, std)
+
+
+def _build_model(
+    settings: PretrainSettings, spec: EncoderSpec, device: torch.device
+) -> tuple[Encoder, nn.Module]:
+    encoder = create_encoder(spec, pretrained=settings.init == "pretrained")
+    head = create_head(
+        settings.head, encoder.features, settings.head_layers, settings.head_width, settings.projection_width
+    )
+    if is_run(settings.init):
+        before = rundir.open_run(Path(str(settings.init)))
+        load_module(before.encoder, encoder.backbone)
+        load_module(before.head, head)
+    return encoder.to(device), head.to(device)
+
+
+def make_learner(
+    settings: PretrainSettings, plan: Plan, spec: EncoderSpec, precision: Precision, device: torch.device
+) -> Learner:
+    """Build encoder, head and optimizer, the same for the same seed."""
+    torch.manual_seed(settings.seed)
+    encoder, head = _build_model(settings, spec, device)
+    precision.arrange(encoder)
+    parts = [(encoder, plan.learning_rate), (head, plan.learning_rate)]
+    optimizer = create_optimizer(settings.optimizer, parts, plan.weight_decay)
+    return Learner(encoder, head, optimizer, precision, device, settings.temperature)
+
+
+def is_run(init: str | None) -> bool:
+    """Whether `--init` names a run to go on from."""
+    return init is not None and init != "pretrained"
+
+
+def make_plan(
+    settings: PretrainSettings,
+    spec: EncoderSpec,
+    pool: Pool,
+    side: int,
+    device: torch.device,
+) -> Plan:
+    """Decide what was left open; time some steps for the precision and the epochs."""
+    default_rate, default_decay = DEFAULTS[settings.optimizer]
+    plan = Plan(
+        image_size=spec.image_size,
+        cache_side=side,
+        stem=spec.stem,
+        epochs=settings.epochs,
+        precision="fp32",
+        layout="channels_last",
+        reason="",
+        batch_size=settings.batch_size,
+        learning_rate=scaled_rate(
+            settings.learning_rate or default_rate, settings.batch_size, settings.rate_scaling
+        ),
+        weight_decay=default_decay if settings.weight_decay is None else settings.weight_decay,
+        warmup_epochs=min(10.0, settings.epochs / 10)
+        if settings.warmup_epochs is None
+        else settings.warmup_epochs,
+        blur=(0.5 if spec.image_size > 64 else 0.0) if settings.blur is None else settings.blur,
+        seconds_per_step=None,
+    )
+    if settings.precision != "auto" and settings.time_limit is None:
+        return dataclasses.replace(
+            plan, precision=settings.precision, reason=f"--precision {settings.precision}"
+        )
+    terminal.say("timing some steps")
+    trial = _TrialStep(settings, plan, spec, pool, device)
+    precision, seconds = calibrate(trial, device, settings.precision)
+    if not seconds:
+        trial(precision)
+        start = time.perf_counter()
+        trial(precision)
+        synchronize(device)
+        seconds[f"{precision.number} {precision.layout}"] = time.perf_counter() - start
+    per_step = seconds[f"{precision.number} {precision.layout}"]
+    plan = dataclasses.replace(
+        plan,
+        precision=precision.number,
+        layout=precision.layout,
+        reason=precision.reason,
+        seconds_per_step=per_step,
+    )
+    if settings.time_limit is None:
+        return plan
+    limit = parse_duration(settings.time_limit) * _LIMIT_SHARE
+    epochs = int(limit / (per_step * (len(pool.rows) // settings.batch_size)))
+    if epochs < 1:
+        raise UsageError(
+            f"--time-limit {settings.time_limit}: one epoch takes about {terminal.duration(limit / max(limit, 1e-9) * per_step * (len(pool.rows) // settings.batch_size))}; allow more, or use a smaller --backbone or --image-size."
+        )
+    warmup = min(10.0, epochs / 10) if settings.warmup_epochs is None else settings.warmup_epochs
+    return dataclasses.replace(plan, epochs=epochs, warmup_epochs=warmup)
+
+
+class _TrialStep:
+    """One real training step on throw-away weights, for timing."""
+
+    def __init__(
+        self,
+        settings: PretrainSettings,
+        plan: Plan,
+        spec: EncoderSpec,
+        pool: Pool,
+        device: torch.device,
+    ) -> None:
+        self.settings, self.plan, self.spec, self.pool, self.device = settings, plan, spec, pool, device
+        self.learner: Learner | None = None
+
+    def __call__(self, precision: Precision) -> float:
+        if self.learner is None or self.learner.precision != precision:
+            settings = self.settings.model_copy(update={"init": None})
+            self.learner = make_learner(settings, self.plan, self.spec, precision, self.device)
+            set_rate(self.learner.optimizer, 0.0)
+        members = np.arange(self.settings.batch_size)
+        squares, sizes = self.pool.squares(members, self.device)
+        policy = view_policy(self.settings, self.plan)
+        views = make_views(policy, squares, sizes, self.pool.keys[members], self.settings.seed, 0)
+        return self.learner.step(normalize(views, self.spec.normalization))
+
+
+def announce(
+    run: RunDirectory,
+    plan: Plan,
+    spec: EncoderSpec,
+    pool: Pool,
+    lock: dict[str, Any],
+    images: ImageSet,
+    is_new: bool,
+) -> None:
+    """Print the plan."""
+    steps = plan.epochs * (len(pool.rows) // plan.batch_size)
+    hours = (
+        "" if plan.seconds_per_step is None else f", about {terminal.duration(steps * plan.seconds_per_step)}"
+    )
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    terminal.say(f"run        {run.path}" + ("" if is_new else " (continued)"))
+    terminal.say(
+        f"images     {len(pool.rows):,} to train on, {len(lock['names']):,} test images locked away ({lock['method']})"
+    )
+    if pool.cache.quarantined:
+        first = pool.cache.quarantined[0]
+        terminal.warn(
+            f"{len(pool.cache.quarantined)} unreadable images left out, e.g. {first['file']}: {first['reason']} (all in data.json)"
+        )
+    for note in images.notes:
+        terminal.say(f"note       {note}")
+    terminal.say(
+        f"model      {spec.backbone}, {plan.stem} stem, {plan.image_size} px views from {plan.cache_side} px squares"
+    )
+    terminal.say(f"training   {plan.epochs} epochs, batch {plan.batch_size}, {steps:,} steps{hours}")
+    terminal.say(
+        f"precision  {plan.precision}, {plan.layout.replace('_', ' ')}"
+        + (f" ({plan.reason})" if plan.reason else "")
+    )
+    terminal.say(f"memory     {peak / 2**30:.1f} GiB so far")
