@@ -4,7 +4,8 @@ import inspect
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args, get_origin
+from types import UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import typer
 from pydantic.fields import FieldInfo
@@ -104,24 +105,22 @@ def _number(text: str) -> float | int | str:
 
 def _typed(field: FieldInfo) -> Any:
     """Type Typer sees: what it cannot express comes as text and is checked by the settings."""
-    members = [
-        member for member in (get_args(field.annotation) or (field.annotation,)) if member is not type(None)
-    ]
-    plain = members[0] if get_origin(field.annotation) is not tuple and len(members) == 1 else None
-    if field.annotation in (int, float, str, Path):
-        return field.annotation
-    if plain in (int, float, Path):
-        return plain
-    if get_origin(field.annotation) is Literal and all(
-        isinstance(choice, int) for choice in get_args(field.annotation)
-    ):
-        return int
-    return str
+    if get_origin(field.annotation) is Literal:
+        return int if all(isinstance(choice, int) for choice in get_args(field.annotation)) else str
+    kinds = [kind for kind in _members(field) if kind is not type(None)]
+    return kinds[0] if len(kinds) == 1 and kinds[0] in (int, float, Path) else str
+
+
+def _members(field: FieldInfo) -> list[Any]:
+    """The types a field may have, bare: `Annotated[float, ...] | None` gives float and None."""
+    is_union = get_origin(field.annotation) in (Union, UnionType)
+    members = get_args(field.annotation) if is_union else (field.annotation,)
+    bare = [get_args(member)[0] if get_origin(member) is Annotated else member for member in members]
+    return [get_origin(member) or member for member in bare]
 
 
 def _is(field: FieldInfo, kind: type) -> bool:
-    origins = [get_origin(member) or member for member in (field.annotation, *get_args(field.annotation))]
-    return kind in origins
+    return kind in _members(field)
 
 
 def _help(field: FieldInfo) -> str:
@@ -129,13 +128,8 @@ def _help(field: FieldInfo) -> str:
     words = field.description or ""
     if default is None or default == {} or "default" in words:
         return words
-    shown = (
-        ",".join(map(str, default))
-        if isinstance(default, tuple)
-        else f"{default:g}"
-        if isinstance(default, float)
-        else str(default)
-    )
+    values = default if isinstance(default, tuple) else (default,)
+    shown = ",".join(f"{value:.3g}" if isinstance(value, float) else str(value) for value in values)
     return f"{words} (default {shown})"
 
 
