@@ -1,5 +1,5 @@
 # docker build -t labelwise .
-# docker run --gpus all -v "$PWD/images:/data:ro" -v "$PWD/runs:/runs" -v labelwise-cache:/cache labelwise pretrain /data --out /runs/first
+# docker run --gpus all -v "$PWD/images:/data:ro" -v "$PWD/runs:/runs" -v labelwise-cache:/cache labelwise pretrain /data
 FROM nvidia/cuda:13.0.1-base-ubuntu24.04
 
 ENV DEBIAN_FRONTEND=noninteractive \
@@ -27,7 +27,7 @@ COPY recipes ./recipes
 RUN pip install --no-deps .
 
 USER 10001
-WORKDIR /runs
+WORKDIR /
 VOLUME ["/data", "/runs", "/cache"]
 ENTRYPOINT ["labelwise"]
 CMD ["--help"]

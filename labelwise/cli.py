@@ -3,6 +3,7 @@
 Stages are imported inside the commands: `labelwise --help` must not wait for torch.
 """
 
+import errno
 import signal
 import sys
 import traceback
@@ -15,7 +16,7 @@ import typer
 
 from labelwise import terminal
 from labelwise.config import FinetuneSettings, PretrainSettings, Settings, read_recipe
-from labelwise.errors import LabelwiseError
+from labelwise.errors import LabelwiseError, ResourceError
 from labelwise.options import parameters, parse, with_parameters
 from labelwise.recipes import find_recipe, list_recipes
 
@@ -44,6 +45,12 @@ def main() -> NoReturn:
             traceback.print_exc()
         terminal.fail(str(error))
         sys.exit(error.exit_code)
+    except (OSError, MemoryError, RuntimeError) as error:
+        words = _resource_words(error)
+        if debug or words is None:
+            raise
+        terminal.fail(words)
+        sys.exit(ResourceError.exit_code)
     sys.exit(0)
 
 
@@ -185,6 +192,16 @@ def runs_remove(run: Annotated[Path, typer.Argument(help="run folder")]) -> None
 
     remove_run(run)
     terminal.emit(f"removed {run}")
+
+
+def _resource_words(error: Exception) -> str | None:
+    """What to say when memory or disk ran out; None for any other error."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return f"{error.filename or 'disk'}: full; free some and run the same command again."
+    is_memory = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"  # torch's own
+    if is_memory or "not enough memory" in str(error):
+        return "out of memory; use a smaller --batch-size or --image-size."
+    return None
 
 
 def _resolve(settings: type[S], recipe: str | None, given: dict[str, Any]) -> S:

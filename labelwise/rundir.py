@@ -26,6 +26,7 @@ from labelwise.errors import CheckpointError, DataError, UsageError
 
 DEFAULT_RUNS = Path("runs")
 LATEST = DEFAULT_RUNS / "latest"
+_BEFORE_STEP_0 = {"splits", "data.json", "config.toml"}  # what a run killed early may have left
 
 
 @dataclass(frozen=True)
@@ -220,13 +221,24 @@ def rewrite_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
     write_text(path, "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows))
 
 
-def check_output_folder(path: Path, images: Path) -> None:
-    """Refuse an output folder inside the user's images.
+def check_output_folder(path: Path, *inputs: Path | None) -> None:
+    """Refuse an output folder that touches the user's images, or that holds anything but a run.
 
     Raises:
-        DataError: `path` lies in `images`; a user's folder is never written to.
+        DataError: `path` lies in a folder of images, or one lies in it; neither is ever written to.
+        UsageError: It holds files that are not ours.
     """
-    if path.resolve().is_relative_to(images.resolve()):
-        raise DataError(
-            f"{path}: lies inside the image folder {images}, which is never written to; choose another --out."
-        )
+    out = path.resolve()
+    for folder in (given.resolve() for given in inputs if given is not None):
+        if out.is_relative_to(folder):
+            raise DataError(
+                f"{path}: lies inside the image folder {folder}, which is never written to; choose another --out."
+            )
+        if folder.is_relative_to(out):
+            raise DataError(f"{path}: holds the images {folder}; choose another --out, a folder of its own.")
+    if out.is_dir() and not (out / "environment.json").exists():
+        foreign = {entry.name for entry in out.iterdir()} - _BEFORE_STEP_0
+        if foreign:
+            raise UsageError(
+                f"{path}: not empty and not a run (it holds {sorted(foreign)[0]}); choose another --out."
+            )

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from labelwise.errors import CheckpointError
 from labelwise.learning.checkpoint import Position, load_checkpoint, save_checkpoint
 from labelwise.learning.optimization import create_optimizer, set_rate
 
@@ -168,14 +169,15 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_is_used(
     _assert_equal(second, _state(fresh))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["damaged-step-00000003", "step-00000002"]
     words = capsys.readouterr().err
-    assert "step-00000003: damaged; set aside, going on from the one before." in words
+    assert "step-00000003: damaged; set aside." in words
 
 
-def test_when_all_are_damaged_there_is_nothing_to_go_on_from(tmp_path: Path) -> None:
+def test_when_all_are_damaged_it_is_said_and_nothing_starts_anew_in_silence(tmp_path: Path) -> None:
     modules, optimizer = _train_and_save(tmp_path, "sgd", 2)
     for checkpoint in tmp_path.iterdir():
         _flip_a_byte(checkpoint)
-    assert load_checkpoint(tmp_path, modules, optimizer) is None
+    with pytest.raises(CheckpointError, match="no checkpoint in it is whole"):
+        load_checkpoint(tmp_path, modules, optimizer)
 
 
 def test_the_same_step_damaged_twice_is_set_aside_twice(tmp_path: Path) -> None:

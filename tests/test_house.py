@@ -10,7 +10,7 @@ import pytest
 import labelwise
 
 HOUSE = Path(labelwise.__file__).parent
-REPOSITORY = HOUSE.parent
+REPOSITORY = Path(__file__).parent.parent
 MODULES = sorted(HOUSE.rglob("*.py"))
 
 

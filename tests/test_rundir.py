@@ -188,7 +188,21 @@ def test_an_output_folder_among_the_images_is_refused(tmp_path: Path, out: str) 
         rundir.check_output_folder(tmp_path / out, tmp_path / "photos")
 
 
-@pytest.mark.parametrize("out", ["photos-run", "runs/photos", "photos/../run", "."])
+@pytest.mark.parametrize("out", ["photos-run", "runs/photos", "photos/../run"])
 def test_an_output_folder_beside_the_images_is_accepted(tmp_path: Path, out: str) -> None:
     (tmp_path / "photos").mkdir()
     rundir.check_output_folder(tmp_path / out, tmp_path / "photos")
+
+
+def test_an_output_folder_that_holds_the_images_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "photos").mkdir()
+    with pytest.raises(DataError, match=r"holds the images .*; choose another --out"):
+        rundir.check_output_folder(tmp_path, tmp_path / "photos")
+
+
+def test_a_folder_with_other_things_in_it_is_no_output_folder(tmp_path: Path) -> None:
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "chapter.tex").write_text("precious")
+    with pytest.raises(UsageError, match=r"not empty and not a run \(it holds chapter.tex\)"):
+        rundir.check_output_folder(tmp_path / "thesis", tmp_path / "photos")

@@ -444,3 +444,19 @@ def test_a_label_file_labels_test_images_that_lie_elsewhere(root: Path, photo: P
         "test:3.png": "dog",
         "test:deep/4.png": "cat",
     }
+
+
+def test_a_stray_folder_or_file_beside_the_split_does_not_turn_it_into_classes(
+    tmp_path: Path, photo: Photo
+) -> None:
+    for name in ("train/cat/a.png", "test/cat/b.png", "unlabeled/c.png", "preview.png"):
+        photo(tmp_path / name)
+    images = open_images(tmp_path)
+    found = dict(zip(images.names, zip(images.splits, images.labels, strict=True), strict=True))
+    assert found == {
+        "train/cat/a.png": ("train", "cat"),
+        "test/cat/b.png": ("test", "cat"),
+        "unlabeled/c.png": (None, None),
+        "preview.png": (None, None),
+    }
+    assert "2 images lie beside the split folders, without a label" in images.notes

@@ -14,7 +14,7 @@ import pytest
 
 from labelwise.errors import DataError
 from labelwise.images.source import ImageSet
-from labelwise.images.splits import class_sizes, draw_labels, hash_names, lock_test, pool_indices
+from labelwise.images.splits import draw_labels, hash_names, lock_test, pool_indices
 
 Keys = npt.NDArray[np.uint64]
 
@@ -300,7 +300,3 @@ def test_every_image_of_a_class_is_drawn_first_equally_often() -> None:
 def test_the_hash_of_names_is_sha256_of_their_json() -> None:
     assert hash_names(["a", "b/ü.png"]) == hashlib.sha256(b'["a", "b/\\u00fc.png"]').hexdigest()
     assert len({hash_names(names) for names in (["a", "b"], ["b", "a"], ["ab"], ["a, b"], ['a", "b'])}) == 5
-
-
-def test_class_sizes_are_counted_by_name() -> None:
-    assert list(class_sizes(["b", "a", "b"]).items()) == [("a", 1), ("b", 2)]

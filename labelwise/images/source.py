@@ -185,24 +185,32 @@ def _read_layout(paths: list[PurePosixPath]) -> tuple[list[str | None], list[str
     """Read labels and splits off the folders: the class is the first folder below root or split."""
     parts = [path.parts for path in paths]
     tops = {part[0] for part in parts if len(part) > 1}
-    is_split = (
-        bool(tops) and all(top.lower() in SPLITS for top in tops) and all(len(part) > 1 for part in parts)
-    )
-    skip = 1 if is_split else 0
-    splits: list[str | None] = [SPLITS[part[0].lower()] if is_split else None for part in parts]
-    classes = {part[skip] for part in parts if len(part) > skip + 1}
-    loose = sum(len(part) <= skip + 1 for part in parts)
+    split_tops = {top for top in tops if top.lower() in SPLITS}
+    has_both = {"train", "test"} <= {SPLITS[top.lower()] for top in split_tops}
+    is_split = bool(split_tops) and (split_tops == tops or has_both)
+    splits: list[str | None] = []
+    labels: list[str | None] = []
+    loose = outside = 0
+    for part in parts:
+        inside = is_split and part[0] in split_tops and len(part) > 1
+        outside += is_split and not inside
+        below = part[1:] if inside else part
+        splits.append(SPLITS[part[0].lower()] if inside else None)
+        labels.append(below[0] if len(below) > 1 and (inside or not is_split) else None)
+        loose += labels[-1] is None
+    has_classes = any(label is not None for label in labels)
     notes = []
-    if classes and loose:
-        notes.append(f"{loose} images lie beside the class folders, without a label")
-    labels: list[str | None] = [part[skip] if classes and len(part) > skip + 1 else None for part in parts]
+    if outside:
+        notes.append(f"{outside} images lie beside the split folders, without a label")
+    if has_classes and loose > outside:
+        notes.append(f"{loose - outside} images lie beside the class folders, without a label")
     layout = {
         (False, False): "flat folder",
         (False, True): "class folders",
         (True, False): "split folders",
         (True, True): "split folders of class folders",
     }
-    return labels, splits, layout[is_split, bool(classes)], notes
+    return labels, splits, layout[is_split, has_classes], notes
 
 
 def _from_datasets(root: Path, loaded: datasets.Dataset | datasets.DatasetDict) -> ImageSet:

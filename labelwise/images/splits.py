@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections import Counter, defaultdict
+from collections import defaultdict
 from typing import Any
 
 import numpy as np
@@ -180,8 +180,3 @@ def _copies_together(images: ImageSet, keys: npt.NDArray[np.uint64], rows: list[
     for row in sorted(rows, key=images.names.__getitem__):
         groups[int(keys[row])].append(row)
     return list(groups.values())
-
-
-def class_sizes(labels: list[str]) -> dict[str, int]:
-    """Number of images of each class, by name."""
-    return dict(sorted(Counter(labels).items()))

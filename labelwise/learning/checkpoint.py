@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from labelwise import terminal
+from labelwise.errors import CheckpointError
 
 KEPT = 2
 
@@ -63,10 +64,14 @@ def load_checkpoint(
 
     Returns:
         Where to go on, or None when there is nothing to go on from.
+
+    Raises:
+        CheckpointError: There are checkpoints, and each is damaged.
     """
-    for candidate in reversed(_checkpoints(folder)):
+    candidates = _checkpoints(folder)
+    for candidate in reversed(candidates):
         if not _is_whole(candidate):
-            terminal.warn(f"{candidate}: damaged; set aside, going on from the one before.")
+            terminal.warn(f"{candidate}: damaged; set aside.")
             aside = candidate.with_name(f"damaged-{candidate.name}")
             shutil.rmtree(aside, ignore_errors=True)
             candidate.rename(aside)
@@ -75,6 +80,10 @@ def load_checkpoint(
         state = json.loads((candidate / "state.json").read_text(encoding="utf-8"))
         _unflatten(tensors, state["optimizer"], modules, optimizer)
         return Position(**state["position"])
+    if candidates:
+        raise CheckpointError(
+            f"{folder}: no checkpoint in it is whole; the same command again starts from step 0."
+        )
     return None
 
 

@@ -8,7 +8,7 @@ import platform
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -44,10 +44,6 @@ class Precision:
         arranged: nn.Module = module.to(memory_format=LAYOUTS[self.layout])
         return arranged
 
-    def to_json(self) -> dict[str, str]:
-        """Encode for environment.json."""
-        return asdict(self)
-
 
 def choose_device(wish: str) -> torch.device:
     """Pick the device to train on.
@@ -62,6 +58,11 @@ def choose_device(wish: str) -> torch.device:
         names = ", ".join(name for name, is_there in there.items() if is_there)
         raise UsageError(f"--device {wish}: not available on this machine; available: {names}.")
     return torch.device(wish)
+
+
+def device_name(device: torch.device) -> str:
+    """The device as people know it: the model of a GPU, else its kind."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 def calibrate(

@@ -96,7 +96,18 @@ def _worst_classes(document: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _environment_rows(environment: dict[str, Any]) -> list[tuple[str, str]]:
-    names = ("labelwise", "python", "torch", "timm", "platform", "cpu", "cores", "started", "finished")
+    names = (
+        "labelwise",
+        "python",
+        "torch",
+        "timm",
+        "platform",
+        "cpu",
+        "cores",
+        "device",
+        "started",
+        "finished",
+    )
     rows = [(name, str(environment[name])) for name in names if environment.get(name)]
     precision = environment["precision"]
     return [

@@ -75,6 +75,11 @@ def finetune(settings: FinetuneSettings) -> RunDirectory:
             bar.advance(1)
             if place + 1 == len(jobs) or jobs[place + 1][:2] != (method, count):
                 bar.note(_line(bench, method, count))
+        if stop:
+            raise Interrupted(
+                f"finished classifiers are saved in {run.path}; the same command goes on.",
+                stop.signal_number or 0,
+            )
     if "simclr" in settings.methods:
         _keep_classifier(bench)
     _write_settings(run, settings)
@@ -179,7 +184,8 @@ def _label_counts(settings: FinetuneSettings, bench: Bench) -> dict[int, float |
             terminal.warn(f"{words} is {count} labels for {classes} classes; using {classes}, one per class.")
         elif count > there:
             terminal.warn(f"{words} is {count:,} labels and {there:,} are there; using all of them.")
-        counts.setdefault(max(classes, min(there, count)), share)
+        used = max(classes, min(there, count))
+        counts[used] = used / pool if share is not None and used != count else share
     return dict(sorted(counts.items()))
 
 
@@ -189,11 +195,12 @@ def _draw(bench: Bench, counts: Sequence[int]) -> list[list[int]]:
     labels = [bench.classes[bench.labels[row]] for row in bench.labeled]
     orders = draw_labels(names, labels, bench.settings.draws, bench.settings.seed)
     for draw, order in enumerate(orders):
-        chosen = [names[index] for index in order[: counts[-1]]]
-        sets = {str(count): hash_names(chosen[:count]) for count in counts}
-        rundir.write_json(
-            bench.run.splits / f"draw-{bench.settings.seed}-{draw}.json", {"order": chosen, "sha256": sets}
-        )
+        file = bench.run.splits / f"draw-{bench.settings.seed}-{draw}.json"
+        ordered = [names[index] for index in order]
+        before = rundir.read_json(file) if file.exists() else {"order": [], "sha256": {}}
+        known = before["sha256"] if before["order"] == ordered else {}
+        hashes = known | {str(count): hash_names(ordered[:count]) for count in counts}
+        rundir.write_json(file, {"order": ordered, "sha256": hashes})
     return orders
 
 
@@ -255,6 +262,7 @@ def _store(
         "draw": draw,
         "seed": bench.settings.seed,
         "n_test": len(truth),
+        "labels_there": len(bench.labeled),
         "accuracy": accuracy(predicted, truth),
         "macro_accuracy": macro_accuracy(predicted, truth),
         "per_class": {
@@ -303,6 +311,12 @@ def _announce(bench: Bench, counts: Sequence[int], jobs: int, done: int) -> None
 
 def _keep_classifier(bench: Bench) -> None:
     """Save the classifier trained on every label outside the test set, and what it takes to use it."""
+    signature = _signature(bench)
+    if (
+        bench.run.classifier_json.exists()
+        and rundir.read_json(bench.run.classifier_json)["signature"] == signature
+    ):
+        return
     terminal.say(f"training the classifier to keep on all {len(bench.labeled):,} labels")
     classifier, trial = refit(bench)
     save_module(bench.run.classifier, classifier, bench.spec.to_metadata())
@@ -312,6 +326,8 @@ def _keep_classifier(bench: Bench) -> None:
         "encoder": bench.spec.to_metadata(),
         "method": "simclr",
         "steps": trial.steps,
+        "way": trial.name,
+        "signature": signature,
     }
     rundir.write_json(bench.run.classifier_json, facts)
 

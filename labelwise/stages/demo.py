@@ -30,7 +30,7 @@ def demo(out: Path, *, quick: bool = False) -> RunDirectory:
         LabelwiseError: One of the commands failed.
     """
     images, run = out / "images", out / "runs" / "digits"
-    if out.exists() and any(out.iterdir()) and not images.exists():
+    if out.exists() and any(out.iterdir()) and not (images / "0" / "0000.png").exists():
         raise UsageError(f"{out}: is not empty and not a demo; choose another --out.")
     write_digits(images)
     pretrain = [

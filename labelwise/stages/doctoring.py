@@ -62,7 +62,7 @@ def _device() -> Check:
     if shutil.which("nvidia-smi"):
         fix = "an NVIDIA driver is here but torch sees no GPU: in Docker add --gpus all; else install a CUDA build of torch"
         return _check("device", "CPU only", fix)
-    return _check("device", "CPU only: fine up to about 100,000 small images")
+    return _check("device", "CPU only")
 
 
 def _processor() -> Check:
@@ -108,7 +108,7 @@ def _cache() -> Check:
     root = cache_root()
     caches = list_caches()
     used = sum(size for _, size, _ in caches)
-    place, free = _nearest_existing(root), 0
+    place = _nearest_existing(root)
     if not _is_writable(place):
         return _check("image cache", str(root), "cannot be written; name another folder in LABELWISE_CACHE")
     free = shutil.disk_usage(place).free

@@ -107,9 +107,13 @@ def run_method(method: Method, bench: Bench, rows: Rows, draw: int) -> tuple[Flo
 
 
 def refit(bench: Bench) -> tuple[Classifier, Trial]:
-    """Train `simclr` once more on every label outside the test set: the classifier to keep."""
+    """Train `simclr` once more, chosen as it was measured, on every label outside the test set: the one to keep."""
     rows = bench.labeled
-    trial = _finetuning_trials(bench, len(rows))[0]
+    trials = _finetuning_trials(bench, len(rows))
+    trial = trials[0]
+    if not is_few(bench, rows):
+        best = _choose(bench, rows, bench.settings.seed, [_finetune(bench, each) for each in trials])
+        trial = next(each for each in trials if each.name == best.name)
     classifier = _pretrained_classifier(bench, rows)
     _train(bench, classifier, trial, rows, bench.settings.seed)
     return classifier, trial

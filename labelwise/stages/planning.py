@@ -236,10 +236,11 @@ def make_plan(
     if settings.time_limit is None:
         return plan
     limit = parse_duration(settings.time_limit) * _LIMIT_SHARE
-    epochs = int(limit / (per_step * (len(pool.rows) // settings.batch_size)))
+    per_epoch = per_step * (len(pool.rows) // settings.batch_size)
+    epochs = int(limit / per_epoch)
     if epochs < 1:
         raise UsageError(
-            f"--time-limit {settings.time_limit}: one epoch takes about {terminal.duration(limit / max(limit, 1e-9) * per_step * (len(pool.rows) // settings.batch_size))}; allow more, or use a smaller --backbone or --image-size."
+            f"--time-limit {settings.time_limit}: one epoch takes about {terminal.duration(per_epoch)}; allow more, or use a smaller --backbone or --image-size."
         )
     warmup = min(10.0, epochs / 10) if settings.warmup_epochs is None else settings.warmup_epochs
     return dataclasses.replace(plan, epochs=epochs, warmup_epochs=warmup)

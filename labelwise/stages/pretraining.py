@@ -14,10 +14,10 @@ import torch
 
 from labelwise import environment, rundir, seeding, terminal
 from labelwise.config import PretrainSettings, to_toml
-from labelwise.errors import Interrupted, LabelwiseError, UsageError
+from labelwise.errors import DataError, Interrupted, LabelwiseError, UsageError
 from labelwise.images.cache import ImageCache, build_cache
 from labelwise.images.source import ImageSet, open_images
-from labelwise.images.splits import lock_test
+from labelwise.images.splits import hash_names, lock_test
 from labelwise.interruption import stop_between_steps
 from labelwise.learning.checkpoint import Position, load_checkpoint, save_checkpoint
 from labelwise.learning.contrast import chance_loss
@@ -26,7 +26,7 @@ from labelwise.learning.optimization import (
     set_rate,
     warmup_cosine,
 )
-from labelwise.learning.precision import Precision, choose_device
+from labelwise.learning.precision import Precision, choose_device, device_name
 from labelwise.learning.simclr import Learner
 from labelwise.measures import health
 from labelwise.measures.knn import knn_accuracy, nearest
@@ -70,6 +70,10 @@ def pretrain(settings: PretrainSettings) -> RunDirectory:
     """
     started = time.monotonic()
     run, is_new = _open_run(settings)
+    if run.encoder.exists():
+        terminal.say(f"{run.path}: is pretrained already, {run.encoder}")
+        rundir.point_latest(run)
+        return run
     device = choose_device(settings.device)
     check_backbone(settings.backbone)
     torch.manual_seed(settings.seed)
@@ -77,17 +81,21 @@ def pretrain(settings: PretrainSettings) -> RunDirectory:
     images = open_images(
         settings.images, labels=settings.labels, labels_root=settings.labels_root, test=settings.test
     )
-    size, side = choose_sizes(settings, images, device)
+    plan = _read_plan(run)
+    size, side = (plan.image_size, plan.cache_side) if plan else choose_sizes(settings, images, device)
     with terminal.track("reading images", len(images.names)) as bar:
         cache = build_cache(images, side=side, evaluation_size=size, progress=bar.advance)
     lock = _test_lock(run, settings, images, cache)
     pool = make_pool(images, cache, lock, settings)
     spec = specify_encoder(settings, size, cache)
 
-    plan = _read_plan(run)
     if plan is None:
         plan = make_plan(settings, spec, pool, side, device)
-        _write_start(run, settings, plan, images, cache, lock, pool)
+        _write_start(run, settings, plan, device, images, cache, lock, pool)
+    elif rundir.read_json(run.data)["pool_sha256"] != _pool_hash(images, pool):
+        raise DataError(
+            f"{settings.images}: its images changed since {run.path} was started; put them back, or start a new run with another --out."
+        )
     spec = dataclasses.replace(spec, stem=plan.stem)
     announce(run, plan, spec, pool, lock, images, is_new)
     _save_mosaic(run, view_policy(settings, plan), pool, settings.seed)
@@ -218,10 +226,12 @@ def _train(
 
 def _open_run(settings: PretrainSettings) -> tuple[RunDirectory, bool]:
     """Find the run these settings belong to, or name a new one."""
-    asked = settings.model_dump(mode="json", exclude={"out"})
+    asked = _asked(settings)
+    folders = (settings.images, settings.labels, settings.test)
+    inputs = [folder for folder in folders if folder is not None and folder.is_dir()]
     if settings.out is not None:
         run = RunDirectory(settings.out.absolute())
-        rundir.check_output_folder(run.path, settings.images)
+        rundir.check_output_folder(run.path, *inputs)
         if not run.environment.exists():
             return run, True
         before = rundir.read_json(run.environment)["asked"]
@@ -237,12 +247,18 @@ def _open_run(settings: PretrainSettings) -> tuple[RunDirectory, bool]:
     number = 1
     while True:
         run = RunDirectory((rundir.DEFAULT_RUNS / (stem if number == 1 else f"{stem}-{number}")).absolute())
-        rundir.check_output_folder(run.path, settings.images)
+        rundir.check_output_folder(run.path, *inputs)
         if not run.environment.exists():
             return run, True
         if rundir.read_json(run.environment)["asked"] == asked:
             return run, False
         number += 1
+
+
+def _asked(settings: PretrainSettings) -> dict[str, Any]:
+    """What decides which run the settings belong to; one folder is one folder however it is spelt."""
+    asked = settings.model_dump(mode="json", exclude={"out"})
+    return {**asked, "images": str(settings.images.resolve())}
 
 
 def _test_lock(
@@ -264,6 +280,7 @@ def _write_start(
     run: RunDirectory,
     settings: PretrainSettings,
     plan: Plan,
+    device: torch.device,
     images: ImageSet,
     cache: ImageCache,
     lock: dict[str, Any],
@@ -288,6 +305,7 @@ def _write_start(
         "images": len(images.names),
         "readable": int(cache.readable.sum()),
         "pool": len(pool.rows),
+        "pool_sha256": _pool_hash(images, pool),
         "test": len(lock["names"]),
         "test_method": lock["method"],
         "excluded_duplicates": len(lock["excluded_duplicates"]),
@@ -319,7 +337,8 @@ def _write_start(
     rundir.write_text(run.config, to_toml({"pretrain": resolved}))
     environment.start(
         run,
-        asked=settings.model_dump(mode="json", exclude={"out"}),
+        device=device_name(device),
+        asked=_asked(settings),
         plan=chosen,
         precision={"number": plan.precision, "layout": plan.layout, "reason": plan.reason},
     )
@@ -358,6 +377,12 @@ def _monitored(pool: Pool) -> npt.NDArray[np.int64]:
     """A fixed random sample of the pool."""
     order = seeding.generator(0, "monitor").permutation(len(pool.rows))
     return np.sort(order[:MONITORED])
+
+
+def _pool_hash(images: ImageSet, pool: Pool) -> str:
+    return hash_names(
+        [f"{images.names[row]} {key}" for row, key in zip(pool.rows, pool.keys.tolist(), strict=True)]
+    )
 
 
 def _rewind_metrics(run: RunDirectory, at: Position) -> list[float]:

@@ -30,7 +30,10 @@ _COMPARED = (
     ("simclr_probe", "supervised"),
     ("simclr", "simclr_probe"),
     ("simclr", "pixels"),
+    ("simclr_probe", "random_probe"),
 )
+
+FEW_TEST_IMAGES = 100  # an accuracy is known to about ten points then (Wilson 1927)
 
 Result = dict[str, Any]
 
@@ -46,7 +49,7 @@ def report(run: RunDirectory) -> dict[str, Any]:
     summary = _summarize(results)
     predictions = read_predictions(run.predictions)
     document = {
-        "verdict": _verdict(summary, data["pool"]),
+        "verdict": _verdict(summary, data["pool"], results[0]["n_test"] if results else 0),
         "summary": summary,
         "labels_saved": [],
         "results": results,
@@ -54,8 +57,8 @@ def report(run: RunDirectory) -> dict[str, Any]:
         "environment": surroundings,
         "arm_names": {arm: ARMS.get(arm, arm) for arm in _arms(summary)},
         "confusion": _confusion(summary, predictions),
-        "test_uses": len(results),
-        "limits": _limits(summary, results, data),
+        "test_uses": _test_uses(run),
+        "limits": _limits(summary, results, data, surroundings, _test_uses(run)),
         "next": _next_steps(run, summary),
         "run": str(run.path),
     }
@@ -126,9 +129,10 @@ def _summarize(results: list[Result]) -> list[dict[str, Any]]:
     return summary
 
 
-def _verdict(summary: list[dict[str, Any]], pool: int) -> str:
+def _verdict(summary: list[dict[str, Any]], pool: int, tested: int) -> str:
     """The answer in words, for every number of labels: fine-tuned SimCLR against training from scratch."""
     said: dict[str, list[str]] = {HELPS: [], UNCLEAR: [], HURTS: []}
+    single: list[str] = []
     for entry in summary:
         best = next(
             (c for c in entry["comparisons"] if c["arm"] == "simclr" and c["against"] == "supervised"), None
@@ -136,8 +140,17 @@ def _verdict(summary: list[dict[str, Any]], pool: int) -> str:
         best = best or next((c for c in entry["comparisons"] if c["against"] == "supervised"), None)
         if best is None:
             continue
-        share = f" ({entry['labels'] / pool:.0%} of the images)" if pool and not any(said.values()) else ""
+        share = (
+            f" ({100 * entry['labels'] / pool:.2g} % of the images)"
+            if pool and not any(said.values())
+            else ""
+        )
+        if best["low"] is None:
+            single.append(f"{text.gain_in_words(best)} with {entry['labels']:,} labels")
+            continue
         said[best["verdict"]].append(f"{text.gain_in_words(best)} with {entry['labels']:,} labels{share}")
+    if single and not any(said.values()):
+        return f"One label draw, no interval, so nothing is claimed: {', '.join(single)}."
     if not any(said.values()):
         done = {arm for entry in summary for arm in entry["arms"]}
         return "No comparison with training from scratch yet." + (
@@ -154,19 +167,23 @@ def _verdict(summary: list[dict[str, Any]], pool: int) -> str:
         sentences.append(
             f"No difference{' is' if sentences else ' between pretraining and training from scratch is'} shown: {', '.join(said[UNCLEAR])}."
         )
-    plain = [
-        f"{entry['labels']:,}"
-        for entry in summary
-        if _verdict_of(entry, "simclr", "pixels") in (UNCLEAR, HURTS)
-    ]
-    if plain:
-        sentences.append(f"Plain pixels do as well or better with {', '.join(plain)} labels.")
+    for finding, words in (
+        (HURTS, "Plain pixels are better"),
+        (UNCLEAR, "No difference to plain pixels is shown"),
+    ):
+        found = [f"{entry['labels']:,}" for entry in summary if _against_pixels(entry) == finding]
+        if found:
+            sentences.append(f"{words} with {', '.join(found)} labels.")
+    if tested < FEW_TEST_IMAGES:
+        sentences.append(f"Only {tested} test images: they alone may decide this.")
     return " ".join(sentences)
 
 
-def _verdict_of(entry: dict[str, Any], arm: str, against: str) -> str | None:
-    found = (c["verdict"] for c in entry["comparisons"] if (c["arm"], c["against"]) == (arm, against))
-    return next(found, None)
+def _against_pixels(entry: dict[str, Any]) -> str | None:
+    """Whether fine-tuned SimCLR beats logistic regression on pixels; None where that was not measured twice."""
+    pairs = (c for c in entry["comparisons"] if (c["arm"], c["against"]) == ("simclr", "pixels"))
+    found = next(pairs, None)
+    return found["verdict"] if found is not None and found["low"] is not None else None
 
 
 def _arms(summary: list[dict[str, Any]]) -> list[str]:
@@ -203,7 +220,18 @@ def _confusion(summary: list[dict[str, Any]], predictions: dict[str, list[Any]])
     return {"arm": arm, "labels": last["labels"], "classes": classes, "counts": counts}
 
 
-def _limits(summary: list[dict[str, Any]], results: list[Result], data: dict[str, Any]) -> list[str]:
+def _test_uses(run: RunDirectory) -> int:
+    """How many classifiers were tested on the test set, those of earlier settings included."""
+    return sum(len(rundir.read_jsonl(file)) for file in run.results.parent.rglob("results.jsonl"))
+
+
+def _limits(
+    summary: list[dict[str, Any]],
+    results: list[Result],
+    data: dict[str, Any],
+    surroundings: dict[str, Any],
+    test_uses: int,
+) -> list[str]:
     """What these numbers do not say, in plain sentences."""
     limits = []
     if results:
@@ -218,12 +246,12 @@ def _limits(summary: list[dict[str, Any]], results: list[Result], data: dict[str
             limits.append(
                 "With one label draw there is no interval, and no verdict can be more than 'no difference shown'."
             )
-        if any(entry["labels"] >= data["pool"] for entry in summary):
+        if any(row["labels"] >= row["labels_there"] for row in results):
             limits.append(
                 "With all labels every draw is the same set: the intervals there show only the noise of training."
             )
         limits.append(
-            f"The test set was used {len(results):,} times, once per method, number of labels and draw; nothing was chosen on it."
+            f"The test set was used {test_uses:,} times, once per trained classifier; Labelwise chose nothing on it."
         )
     limits.append(
         "One encoder was pretrained: how much another seed of pretraining would change is not in the intervals."
@@ -231,6 +259,10 @@ def _limits(summary: list[dict[str, Any]], results: list[Result], data: dict[str
     limits.append(
         f"SimCLR also used {data['pool']:,} images without their labels and the time to train on them; training from scratch did not."
     )
+    if surroundings["asked"]["init"]:
+        limits.append(
+            f"The encoder started from {surroundings['asked']['init']}: how much of the gain is that start's was not measured."
+        )
     if data["excluded_duplicates"]:
         limits.append(f"{data['excluded_duplicates']} copies of test images were kept out of training.")
     return limits

@@ -102,9 +102,9 @@ def remove_run(path: Path) -> None:
     if path.is_symlink():
         raise UsageError(f"{path}: is a link to {path.resolve().name}; name that run itself.")
     run = rundir.open_run(path)
-    if not run.environment.exists():
+    if not run.environment.exists() or "asked" not in rundir.read_json(run.environment):
         raise UsageError(
-            f"{path}: has no environment.json, so it may not be a run; delete it yourself if you are sure."
+            f"{path}: has no environment.json of ours, so it may not be a run; delete it yourself if you are sure."
         )
     link = run.path.parent / rundir.LATEST.name
     if link.is_symlink() and link.resolve() == run.path:
