@@ -284,6 +284,12 @@ class FinetuneSettings(Settings):
         description="steps of simclr; default from the labels",
         json_schema_extra={"panel": "Training"},
     )
+    scratch_rate: float = Field(
+        3e-3,
+        gt=0,
+        description="learning rate of supervised, AdamW",
+        json_schema_extra={"panel": "Training"},
+    )
     scratch_steps: int | None = Field(
         None,
         ge=1,

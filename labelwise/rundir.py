@@ -236,6 +236,9 @@ def check_output_folder(path: Path, *inputs: Path | None) -> None:
             )
         if folder.is_relative_to(out):
             raise DataError(f"{path}: holds the images {folder}; choose another --out, a folder of its own.")
+    there = next(parent for parent in (out, *out.parents) if parent.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        raise UsageError(f"{path}: cannot be written to; choose another --out.")
     if out.is_dir() and not (out / "environment.json").exists():
         foreign = {entry.name for entry in out.iterdir()} - _BEFORE_STEP_0
         if foreign:

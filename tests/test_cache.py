@@ -349,3 +349,14 @@ def test_copies_get_keys_of_their_own_and_the_first_keeps_its_key() -> None:
 def test_keys_without_copies_stay_as_they_are() -> None:
     keys = np.array([3, 1, 2], np.uint64)
     assert np.array_equal(unique_keys(keys), keys)
+
+
+@pytest.mark.parametrize("name", ["squares.npy", "keys.npy", "facts.json"])
+def test_a_damaged_cache_is_built_again(tmp_path: Path, photo: Callable[..., Image.Image], name: str) -> None:
+    photo(tmp_path / "images" / "a.png")
+    images = open_images(tmp_path / "images")
+    whole = build_cache(images, side=16, evaluation_size=16)
+    expected = np.array(whole.squares)
+    data = (whole.folder / name).read_bytes()
+    (whole.folder / name).write_bytes(data[: len(data) // 2])
+    np.testing.assert_array_equal(build_cache(images, side=16, evaluation_size=16).squares, expected)

@@ -82,6 +82,7 @@ TYPED: dict[type[Settings], dict[str, tuple[str, Any]]] = {
         "crop_scale": ("0.5,1", (0.5, 1.0)),
         "steps": ("100", 100),
         "scratch_steps": ("300", 300),
+        "scratch_rate": ("0.005", 0.005),
         "device": ("cpu", "cpu"),
         "seed": ("3", 3),
     },

@@ -263,7 +263,7 @@ def test_a_base_name_is_matched_where_it_is_unique(root: Path, tmp_path: Path) -
     found = rows(("/mnt/disk/2.jpg", "cat"), ("3.jpg", "dog"), ("old/place/1.jpg", "cat"))
     labels, note = matched(found, tmp_path / "labels.csv", NAMES, root)
     assert labels == {"a/2.jpg": "cat", "b/3.jpg": "dog"}
-    assert note == "3 rows: 2 matched, 1 unknown: old/place/1.jpg (line 4)"
+    assert note == "3 rows: 2 matched (2 of them by file name alone), 1 unknown: old/place/1.jpg (line 4)"
 
 
 def test_unknown_rows_are_counted_and_the_first_are_listed_with_their_lines(root: Path) -> None:

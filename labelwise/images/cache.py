@@ -66,7 +66,7 @@ def cache_root() -> Path:
 def list_caches() -> list[tuple[Path, int, int]]:
     """Folder, bytes and number of images of each cache."""
     found = []
-    for facts in sorted(cache_root().glob("*/facts.json")):
+    for facts in sorted(cache_root().glob("[!.]*/facts.json")):
         size = sum(file.stat().st_size for file in facts.parent.iterdir())
         found.append((facts.parent, size, int(json.loads(facts.read_text(encoding="utf-8"))["images"])))
     return found
@@ -88,17 +88,22 @@ def build_cache(
         ResourceError: The disk is full.
     """
     folder = cache_root() / _fingerprint(images, side, evaluation_size)
-    if not (folder / "facts.json").exists():
-        _check_space(folder, len(images.names) * 3 * (side**2 + evaluation_size**2))
-        fresh = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".building-"))
+    if folder.exists():
         try:
-            _fill(fresh, images, side, evaluation_size, progress)
-            if not folder.exists():  # another run may have been faster
-                fresh.rename(folder)
-        finally:
-            shutil.rmtree(fresh, ignore_errors=True)
-    else:
-        progress(len(images.names))
+            cache = _open_cache(folder)
+        except (OSError, ValueError, KeyError, EOFError):
+            shutil.rmtree(folder)  # damaged; the images are still there
+        else:
+            progress(len(images.names))
+            return cache
+    _check_space(folder, len(images.names) * 3 * (side**2 + evaluation_size**2))
+    fresh = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".building-"))
+    try:
+        _fill(fresh, images, side, evaluation_size, progress)
+        if not folder.exists():  # another run may have been faster
+            fresh.rename(folder)
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)
     return _open_cache(folder)
 
 
@@ -215,6 +220,10 @@ def _check_space(folder: Path, needed: int) -> None:
         raise ResourceError(
             f"{folder.parent}: cannot hold the image cache ({error.strerror}); name another place in LABELWISE_CACHE."
         ) from None
+    if not os.access(folder.parent, os.W_OK | os.X_OK):
+        raise ResourceError(
+            f"{folder.parent}: the image cache cannot be written there; name another place in LABELWISE_CACHE."
+        )
     free = shutil.disk_usage(folder.parent).free
     if needed > free:
         raise ResourceError(

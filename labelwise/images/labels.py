@@ -90,8 +90,12 @@ def match_labels(
     labels: dict[str, str] = {}
     splits: dict[str, str] = {}
     unknown: list[LabelRow] = []
+    by_name_alone = 0
     for row in rows:
-        match = _find(row.path, starts, by_path, by_base)
+        match = _find_path(row.path, starts, by_path)
+        if match is None:
+            match = _find_base(row.path, by_base)
+            by_name_alone += match is not None
         if match is None:
             unknown.append(row)
             continue
@@ -108,20 +112,19 @@ def match_labels(
         )
     listed = ", ".join(f"{row.path} (line {row.line})" for row in unknown[:_LISTED])
     more = f" and {len(unknown) - _LISTED} more" if len(unknown) > _LISTED else ""
-    outcome = f"{len(rows)} rows: {len(rows) - len(unknown)} matched, {len(unknown)} unknown"
+    alone = f" ({by_name_alone} of them by file name alone)" if by_name_alone else ""
+    outcome = f"{len(rows)} rows: {len(rows) - len(unknown)} matched{alone}, {len(unknown)} unknown"
     return labels, splits, [outcome + (f": {listed}{more}" if unknown else "")]
 
 
-def _find(
-    path: str, starts: list[Path], by_path: dict[str, str], by_base: dict[str, list[str]]
-) -> str | None:
-    clean = path.replace("\\", "/")
-    for start in starts:
-        name = by_path.get(_normal(os.path.normpath(start / clean)))
-        if name is not None:
-            return name
-    same_base = by_base.get(_normal(os.path.basename(clean)), [])
-    return same_base[0] if len(same_base) == 1 else None
+def _find_path(path: str, starts: list[Path], by_path: dict[str, str]) -> str | None:
+    places = (_normal(os.path.normpath(start / path.replace("\\", "/"))) for start in starts)
+    return next((by_path[place] for place in places if place in by_path), None)
+
+
+def _find_base(path: str, by_base: dict[str, list[str]]) -> str | None:
+    same = by_base.get(_normal(os.path.basename(path.replace("\\", "/"))), [])
+    return same[0] if len(same) == 1 else None
 
 
 def _normal(path: str) -> str:

@@ -40,7 +40,10 @@ def data_line(data: dict[str, Any]) -> str:
 
 def test_line(document: dict[str, Any]) -> str:
     """What was tested on."""
-    return f"{document['data']['test']:,} images ({document['data']['test_method']}), never trained on"
+    data, results = document["data"], document["results"]
+    if not results:
+        return f"{data['test']:,} images ({data['test_method']}), never trained on"
+    return f"{results[0]['n_test']:,} images ({results[0]['test_method']})"
 
 
 def table(document: dict[str, Any]) -> tuple[list[str], list[list[str]]]:

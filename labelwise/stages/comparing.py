@@ -17,7 +17,7 @@ import numpy as np
 from labelwise import environment, rundir, terminal
 from labelwise.config import FinetuneSettings, Method, read_run_config, to_toml
 from labelwise.errors import DataError, Interrupted, UsageError
-from labelwise.images.cache import build_cache
+from labelwise.images.cache import ImageCache, build_cache
 from labelwise.images.source import ImageSet, open_images
 from labelwise.images.splits import draw_labels, hash_names, lock_test, pool_indices
 from labelwise.interruption import stop_between_steps
@@ -52,7 +52,7 @@ def finetune(settings: FinetuneSettings) -> RunDirectory:
         for count in counts
         for draw in range(settings.draws)
     ]
-    done = _finished(bench)
+    done = _finished(bench) & set(jobs)
     _announce(bench, list(counts), len(jobs), len(done))
 
     with (
@@ -99,14 +99,7 @@ def _set_up(run: RunDirectory, settings: FinetuneSettings) -> Bench:
         cache = build_cache(
             images, side=data["cache_side"], evaluation_size=spec.image_size, progress=bar.advance
         )
-    lock = rundir.read_json(run.test_lock)
-    if lock["names"] and settings.test is None:
-        lock = lock_test(images, cache.keys, cache.readable, None, 0, locked=lock)
-    elif "test" in images.splits:
-        terminal.warn(
-            "the test images came after pretraining: the encoder may have seen them, without labels."
-        )
-        lock = lock_test(images, cache.keys, cache.readable, None, 0)
+    lock, test_method = _test_lock(run, settings, images, cache)
     classes = sorted({label for label in images.labels if label is not None})
     if len(classes) < 2:
         found = f"only class {classes[0]!r} was found" if classes else "no labels were found"
@@ -133,10 +126,32 @@ def _set_up(run: RunDirectory, settings: FinetuneSettings) -> Bench:
     plan = rundir.read_json(run.environment)["plan"]
     policy = _view_policy(read_run_config(run.config), plan)
     return Bench(
-        run=run, settings=settings, cache=cache, names=images.names, labels=labels, classes=classes, labeled=labeled, test=test, pool=pool,
+        run=run, settings=settings, cache=cache, names=images.names, labels=labels, classes=classes, labeled=labeled, test=test, test_method=test_method, pool=pool,
         spec=spec, policy=policy, precision=Precision(plan["precision"], plan["layout"], plan["reason"]), device=choose_device(settings.device),
         unbalanced=is_unbalanced(labels[labeled], len(classes)),
     )  # fmt: skip
+
+
+def _test_lock(
+    run: RunDirectory, settings: FinetuneSettings, images: ImageSet, cache: ImageCache
+) -> tuple[dict[str, Any], str]:
+    """The test images locked before pretraining, or those that came later, and in words which they are."""
+    lock = rundir.read_json(run.test_lock)
+    if lock["names"] and settings.test is None:
+        later = {name for name, split in zip(images.names, images.splits, strict=True) if split == "test"}
+        if later - set(lock["names"]):
+            terminal.warn(
+                "the test split of the labels came after pretraining and is not used; the images locked then are. "
+                "To use it, pretrain with the same --labels."
+            )
+        lock = lock_test(images, cache.keys, cache.readable, None, 0, locked=lock)
+        return lock, f"{lock['method']}, never trained on"
+    if "test" in images.splits:
+        lock = lock_test(images, cache.keys, cache.readable, None, 0)
+        terminal.warn(
+            "the test images came after pretraining: the encoder may have seen them, without labels."
+        )
+    return lock, f"{lock['method']}, given after pretraining: the encoder may have seen them, without labels"
 
 
 def _open_images(sources: dict[str, str | None], settings: FinetuneSettings) -> ImageSet:
@@ -212,7 +227,7 @@ def _methods_in_order(methods: Sequence[Method]) -> list[Method]:
 
 def _signature(bench: Bench) -> str:
     """Hash of what decides a result besides method, number of labels and draw."""
-    deciding = {"seed", "batch_size", "crop_scale", "steps", "scratch_steps"}
+    deciding = {"seed", "batch_size", "crop_scale", "steps", "scratch_steps", "scratch_rate"}
     settings = bench.settings.model_dump(mode="json", include=deciding)
     known = [
         f"{bench.names[row]}={bench.classes[bench.labels[row]]}" for row in (*bench.labeled, *bench.test)
@@ -263,6 +278,7 @@ def _store(
         "seed": bench.settings.seed,
         "n_test": len(truth),
         "labels_there": len(bench.labeled),
+        "test_method": bench.test_method,
         "accuracy": accuracy(predicted, truth),
         "macro_accuracy": macro_accuracy(predicted, truth),
         "per_class": {
@@ -302,9 +318,7 @@ def _announce(bench: Bench, counts: Sequence[int], jobs: int, done: int) -> None
         f"labels     {', '.join(f'{count:,}' for count in counts)} of {len(bench.labeled):,}, {bench.settings.draws} random draws each, written to {bench.run.splits}"
     )
     share = 1.96 * math.sqrt(0.25 / len(bench.test))
-    terminal.say(
-        f"test       {len(bench.test):,} images, never trained on; they alone leave up to +/-{share:.1%}"
-    )
+    terminal.say(f"test       {len(bench.test):,} images; they alone leave up to +/-{share:.1%}")
     if done:
         terminal.say(f"going on   {done} of {jobs} classifiers are there already")
 

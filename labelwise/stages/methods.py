@@ -42,7 +42,6 @@ UNBALANCED = 1.5
 PROBE_STRENGTHS = (3.0, 30.0)
 TRUNK_RATES = (3e-4, 1e-3)
 HEAD_RATE = 1e-3
-SCRATCH_RATE = 3e-3
 SCRATCH_STEPS = 4  # times as many as `simclr`: from random weights it takes longer
 FINETUNE_DECAY = 1e-4
 SCRATCH_DECAY = 0.05
@@ -59,6 +58,7 @@ class Bench:
         names, labels: Of every image of the set, (N,); label -1 where unknown.
         classes: Their names; a label is a place in this list.
         labeled, test, pool: Rows that may be drawn as labels, that are tested, that were pretrained on.
+        test_method: In words, where the test images come from.
         policy: Views of pretraining.
         unbalanced: The classes of the whole set differ in size; macro accuracy is what is chosen by.
         features: Frozen features by kind, filled on first use.
@@ -72,6 +72,7 @@ class Bench:
     classes: list[str]
     labeled: Rows
     test: Rows
+    test_method: str
     pool: Rows
     spec: EncoderSpec
     policy: Policy
@@ -211,8 +212,8 @@ def _scratch_trials(bench: Bench, count: int) -> list[Trial]:
             name=f"{'strong' if strong else 'light'} augmentation",
             steps=settings.scratch_steps or SCRATCH_STEPS * _steps(bench, count),
             batch_size=settings.batch_size,
-            trunk_rate=SCRATCH_RATE,
-            head_rate=SCRATCH_RATE,
+            trunk_rate=settings.scratch_rate,
+            head_rate=settings.scratch_rate,
             weight_decay=SCRATCH_DECAY,
             policy=strengthen(bench.policy, strong=strong, crop_scale=settings.crop_scale),
         )

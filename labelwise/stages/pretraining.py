@@ -244,6 +244,7 @@ def _open_run(settings: PretrainSettings) -> tuple[RunDirectory, bool]:
             )
         return run, False
     stem = re.sub(r"[^\w.-]+", "-", settings.images.resolve().name) or "images"
+    stem = "latest-images" if stem == rundir.LATEST.name else stem  # runs/latest is a link of ours
     number = 1
     while True:
         run = RunDirectory((rundir.DEFAULT_RUNS / (stem if number == 1 else f"{stem}-{number}")).absolute())

@@ -140,11 +140,8 @@ def _verdict(summary: list[dict[str, Any]], pool: int, tested: int) -> str:
         best = best or next((c for c in entry["comparisons"] if c["against"] == "supervised"), None)
         if best is None:
             continue
-        share = (
-            f" ({100 * entry['labels'] / pool:.2g} % of the images)"
-            if pool and not any(said.values())
-            else ""
-        )
+        fraction = entry["fraction"] or entry["labels"] / max(1, pool)
+        share = "" if any(said.values()) else f" ({100 * fraction:.2g} % of the images)"
         if best["low"] is None:
             single.append(f"{text.gain_in_words(best)} with {entry['labels']:,} labels")
             continue
