@@ -117,6 +117,7 @@ def _open_folder(root: Path) -> ImageSet:
         parquet = sorted(str(path) for path in root.rglob("*.parquet"))
         if parquet:
             files = _parquet_splits(root, parquet)
+            datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False  # reading one's own files is nobody's business
             loaded = datasets.load_dataset("parquet", data_files=files)
             return _from_datasets(root, loaded if len(files) > 1 else next(iter(loaded.values())))
         found = ", ".join(

@@ -2,6 +2,7 @@
 
 import os
 import shlex
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -69,9 +70,14 @@ def _run(command: list[str], *, quiet: bool) -> None:
     terminal.heading(f"$ labelwise {shlex.join(command)}")
     stdout = subprocess.DEVNULL if quiet else None  # the report that follows prints the same table
     environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
-    status = subprocess.run(
-        [sys.executable, "-m", "labelwise", *command], stdout=stdout, env=environment, check=False
-    ).returncode
+    arguments = [sys.executable, "-m", "labelwise", *command]
+    previous = signal.signal(
+        signal.SIGINT, lambda number, frame: None
+    )  # the command gets Ctrl-C too, and saves first
+    try:
+        status = subprocess.run(arguments, stdout=stdout, env=environment, check=False).returncode
+    finally:
+        signal.signal(signal.SIGINT, previous)
     if status < 0 or status in (130, 143):
         raise KeyboardInterrupt
     if status:
