@@ -3,9 +3,11 @@
 import os
 import platform
 import shlex
+import subprocess
 import sys
 from datetime import UTC, datetime
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 from labelwise import rundir
@@ -20,6 +22,7 @@ def start(run: RunDirectory, **facts: Any) -> None:
         run.environment,
         {
             "labelwise": version("labelwise"),
+            "commit": _commit(),
             "python": platform.python_version(),
             **{name: version(name) for name in _PACKAGES},
             "platform": platform.platform(),
@@ -57,6 +60,19 @@ def command_line() -> str:
 def now() -> str:
     """The time in UTC, ISO 8601, to the second."""
     return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def _commit() -> str | None:
+    """The commit this code was checked out at; None where it was installed."""
+    checkout = Path(__file__).parent.parent
+    if not (checkout / ".git").exists():
+        return None
+    command = ["git", "-C", str(checkout), "rev-parse", "HEAD"]
+    try:
+        found = subprocess.run(command, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):  # no git here, or not ours to read
+        return None
+    return found.stdout.strip()
 
 
 def _cpu_name() -> str:

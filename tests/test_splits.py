@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from labelwise.errors import DataError
+from labelwise.errors import DataError, UsageError
 from labelwise.images.source import ImageSet
 from labelwise.images.splits import draw_labels, hash_names, lock_test, pool_indices
 
@@ -226,8 +226,39 @@ def test_a_locked_image_that_is_gone_is_refused_by_name() -> None:
     gone = first["names"][2]
     rest = listed([name for name in images.names if name != gone])
     with pytest.raises(DataError) as caught:
-        lock_test(rest, *different(rest), None, 0, locked=first)
+        keys, readable = different(images)
+        kept = np.array([name != gone for name in images.names])
+        lock_test(rest, keys[kept], readable[kept], None, 0, locked=first)
     assert str(caught.value) == f"photos: 1 of the locked test images are gone, e.g. {gone}; put them back."
+
+
+def test_a_locked_image_is_known_by_its_pixels_under_another_name() -> None:
+    images = classes(cat=20, dog=20)
+    first = lock(images)
+    moved = [f"2026/{name}" for name in images.names]
+    found = lock_test(listed(moved, images.labels), *different(images), None, 0, locked=first)
+    assert found["names"] == [f"2026/{name}" for name in first["names"]]
+    assert found["keys"] == first["keys"]
+
+
+def test_a_name_that_now_shows_another_image_does_not_unlock_the_first() -> None:
+    images = classes(cat=20, dog=20)
+    first = lock(images)
+    keys, readable = different(images)
+    shown = images.names.index(first["names"][0])
+    other = next(row for row, name in enumerate(images.names) if name not in first["names"])
+    keys[[shown, other]] = keys[[other, shown]]  # the two files swapped names
+    found = lock_test(images, keys, readable, None, 0, locked=first)
+    assert images.names[other] in found["names"]
+    assert images.names[other] not in pool_names(images, readable, found)
+    assert images.names[shown] in pool_names(images, readable, found)
+
+
+def test_a_holdout_too_small_for_one_image_is_refused() -> None:
+    with pytest.raises(
+        UsageError, match=r"^--holdout 0.001: leaves photos without a test image; hold out more"
+    ):
+        lock(classes(cat=20, dog=20), holdout=0.001)
 
 
 def test_a_later_test_split_does_not_leak_into_the_pool() -> None:

@@ -18,7 +18,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from labelwise import rundir
-from labelwise.config import FinetuneSettings, PretrainSettings
+from labelwise.config import FinetuneSettings, PretrainSettings, read_run_config
 from labelwise.errors import DataError, UsageError
 from labelwise.predictions import read_predictions
 from labelwise.rundir import RunDirectory
@@ -269,6 +269,31 @@ def test_more_images_go_on_with_the_same_test_lock(
     run = pretrain(PretrainSettings(images=grown, out=tmp_path / "run", init=str(finished.path), **settings))
     assert rundir.read_json(run.test_lock)["names"] == rundir.read_json(finished.test_lock)["names"]
     assert rundir.read_json(run.data)["pool"] == rundir.read_json(finished.data)["pool"] + 30
+
+
+def test_going_on_from_a_run_takes_over_its_model(
+    digits: Path, finished: RunDirectory, tmp_path: Path
+) -> None:
+    rest = {key: SMALL[key] for key in ("batch_size", "precision")}
+    more = PretrainSettings(
+        images=digits, out=tmp_path / "run", init=str(finished.path), epochs=1, holdout=0.25, **rest
+    )
+    run = pretrain(more)
+    before, after = (read_run_config(each.config) for each in (finished, run))
+    for key in ("backbone", "backbone_args", "stem", "image_size", "head", "projection_width"):
+        assert after[key] == before[key]
+    with pytest.raises(
+        UsageError, match=r"holds a model with image_size = 16, not 24; leave that setting out"
+    ):
+        pretrain(more.model_copy(update={"out": tmp_path / "other", "image_size": 24}))
+
+
+def test_a_run_remembers_the_commit_of_its_checkout(finished: RunDirectory) -> None:
+    found = subprocess.run(
+        ["git", "rev-parse", "HEAD"], cwd=Path(rundir.__file__).parent, capture_output=True, text=True
+    )
+    commit = rundir.read_json(finished.environment)["commit"]
+    assert commit == (found.stdout.strip() if found.returncode == 0 else None)
 
 
 def test_a_second_run_with_other_settings_gets_a_folder_of_its_own(

@@ -23,7 +23,7 @@ from labelwise.images import decoding
 from labelwise.images.decoding import Pixels, Range, UnreadableImage
 from labelwise.images.source import ImageSet
 
-_VERSION = 1  # of what the files in a cache mean
+_VERSION = 2  # of what the files in a cache mean
 _SAMPLED = 10_000  # images whose mean and spread stand for the set's
 _CHUNK = 512
 
@@ -41,7 +41,6 @@ class ImageCache:
         readable: (N,).
         quarantined: Unreadable files with a reason each.
         intensity_range: Range that images deeper than 8 bits were scaled by, if there are any.
-        mean, std: Per channel over the readable squares, in 0-1.
     """
 
     folder: Path
@@ -52,8 +51,6 @@ class ImageCache:
     readable: npt.NDArray[np.bool_]
     quarantined: list[dict[str, str]]
     intensity_range: Range | None
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
 
 
 def cache_root() -> Path:
@@ -127,6 +124,20 @@ def sample_sizes(images: ImageSet, count: int = 200) -> npt.NDArray[np.int64]:
     return np.array(sizes)
 
 
+def channel_statistics(
+    squares: Pixels, rows: npt.NDArray[np.int64]
+) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
+    """Mean and standard deviation of each channel over some squares, in 0-1."""
+    rows = rows[np.linspace(0, len(rows) - 1, min(_SAMPLED, len(rows))).astype(int)]
+    total, squared, pixels = np.zeros(3), np.zeros(3), 0
+    for start in range(0, len(rows), _CHUNK):
+        values = squares[rows[start : start + _CHUNK]].reshape(-1, 3) / 255.0
+        total, squared, pixels = total + values.sum(0), squared + (values**2).sum(0), pixels + len(values)
+    means = total / pixels
+    mean, std = means.tolist(), np.sqrt(np.maximum(squared / pixels - means**2, 1e-4)).tolist()
+    return (mean[0], mean[1], mean[2]), (std[0], std[1], std[2])
+
+
 def _fill(
     folder: Path, images: ImageSet, side: int, evaluation_size: int, progress: Callable[[int], None]
 ) -> None:
@@ -172,14 +183,7 @@ def _fill(
     evaluations.flush()
     np.save(folder / "sizes.npy", sizes)
     np.save(folder / "keys.npy", keys)
-    mean, std = _channel_statistics(squares, keys != 0)
-    facts = {
-        "images": count,
-        "quarantined": quarantined,
-        "intensity_range": intensity_range,
-        "mean": mean,
-        "std": std,
-    }
+    facts = {"images": count, "quarantined": quarantined, "intensity_range": intensity_range}
     (folder / "facts.json").write_text(json.dumps(facts), encoding="utf-8")
 
 
@@ -195,8 +199,6 @@ def _open_cache(folder: Path) -> ImageCache:
         readable=keys != 0,
         quarantined=facts["quarantined"],
         intensity_range=tuple(facts["intensity_range"]) if facts["intensity_range"] else None,
-        mean=tuple(facts["mean"]),
-        std=tuple(facts["std"]),
     )
 
 
@@ -249,15 +251,3 @@ def _set_range(images: ImageSet, pool: ThreadPoolExecutor) -> Range | None:
     ]
     ranges = [found for found in pool.map(measure, rows) if found is not None]
     return (min(low for low, _ in ranges), max(high for _, high in ranges)) if ranges else None
-
-
-def _channel_statistics(squares: Pixels, readable: npt.NDArray[np.bool_]) -> tuple[list[float], list[float]]:
-    rows = np.flatnonzero(readable)
-    rows = rows[np.linspace(0, len(rows) - 1, min(_SAMPLED, len(rows))).astype(int)]
-    total, squared, pixels = np.zeros(3), np.zeros(3), 0
-    for start in range(0, len(rows), _CHUNK):
-        values = squares[rows[start : start + _CHUNK]].reshape(-1, 3) / 255.0
-        total, squared, pixels = total + values.sum(0), squared + (values**2).sum(0), pixels + len(values)
-    mean = total / pixels
-    std = np.sqrt(np.maximum(squared / pixels - mean**2, 1e-4))
-    return mean.tolist(), std.tolist()

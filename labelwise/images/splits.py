@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from labelwise import seeding
-from labelwise.errors import DataError
+from labelwise.errors import DataError, UsageError
 from labelwise.images.source import ImageSet
 
 DEFAULT_HOLDOUT = 0.2
@@ -40,38 +40,60 @@ def lock_test(
         locked: A lock made before: its images stay the test images.
 
     Returns:
-        `method` in words, `names`, `excluded_duplicates`, `seed`, `sha256` of the names.
+        `method` in words, `names`, their content `keys`, `excluded_duplicates`, `seed`, `sha256` of the names.
     """
     if locked is not None:
-        kept = set(locked["names"])
-        rows = [row for row, name in enumerate(images.names) if name in kept]
+        rows = _find_locked(images, keys, locked)
         method, seed = locked["method"], locked["seed"]
-        if len(rows) < len(kept):
-            raise DataError(
-                f"{images.root}: {len(kept) - len(rows)} of the locked test images are gone, e.g. {sorted(kept - set(images.names))[0]}; put them back."
-            )
     elif "test" in images.splits:
         rows = [row for row, split in enumerate(images.splits) if split == "test" and readable[row]]
         method = "your test split"
     else:
-        rows, method = _hold_out(
-            images, keys, readable, DEFAULT_HOLDOUT if holdout is None else holdout, seed
-        )
-    test_keys = {int(keys[row]) for row in rows}
+        share = DEFAULT_HOLDOUT if holdout is None else holdout
+        rows, method = _hold_out(images, keys, readable, share, seed)
+        if share and not rows:
+            raise UsageError(
+                f"--holdout {share:g}: leaves {images.root} without a test image; hold out more, or 0 for none."
+            )
+    rows = sorted(rows, key=images.names.__getitem__)
+    test_keys = {int(keys[row]) for row in rows} | (set(locked["keys"]) if locked else set())
     chosen = set(rows)
     duplicates = [
         images.names[row]
         for row in range(len(images.names))
         if readable[row] and row not in chosen and int(keys[row]) in test_keys
     ]
-    names = sorted(images.names[row] for row in rows)
+    names = [images.names[row] for row in rows]
     return {
         "method": method,
         "names": names,
+        "keys": [int(keys[row]) for row in rows],
         "excluded_duplicates": duplicates,
         "seed": seed,
         "sha256": hash_names(names),
     }
+
+
+def _find_locked(images: ImageSet, keys: npt.NDArray[np.uint64], locked: dict[str, Any]) -> list[int]:
+    """Find the images of a lock again: by their pixels, wherever they lie now, else by their names."""
+    by_name = {name: row for row, name in enumerate(images.names)}
+    by_key: dict[int, list[int]] = defaultdict(list)
+    for row, key in enumerate(keys.tolist()):
+        by_key[key].append(row)
+    rows, gone = [], []
+    for name, key in zip(locked["names"], locked["keys"], strict=True):
+        same_name, same_pixels = by_name.get(name), by_key.get(key, [])
+        if same_pixels and same_name not in same_pixels:
+            rows.append(same_pixels[0])
+        elif same_name is not None:
+            rows.append(same_name)
+        else:
+            gone.append(name)
+    if gone:
+        raise DataError(
+            f"{images.root}: {len(gone)} of the locked test images are gone, e.g. {gone[0]}; put them back."
+        )
+    return list(dict.fromkeys(rows))
 
 
 def pool_indices(images: ImageSet, readable: npt.NDArray[np.bool_], lock: dict[str, Any]) -> Rows:

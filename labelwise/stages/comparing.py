@@ -21,6 +21,7 @@ from labelwise.images.cache import ImageCache, build_cache
 from labelwise.images.source import ImageSet, open_images
 from labelwise.images.splits import draw_labels, hash_names, lock_test, pool_indices
 from labelwise.interruption import stop_between_steps
+from labelwise.learning.memory import keep_freed_memory
 from labelwise.learning.precision import Precision, choose_device
 from labelwise.measures.linear import accuracy, macro_accuracy
 from labelwise.models.weights import load_encoder, save_module
@@ -123,6 +124,7 @@ def _set_up(run: RunDirectory, settings: FinetuneSettings) -> Bench:
         raise DataError(
             f"{data['root']}: class {classes[missing[0]]!r} has no labeled image outside the test set; label one, or leave the class out."
         )
+    keep_freed_memory()
     plan = rundir.read_json(run.environment)["plan"]
     policy = _view_policy(read_run_config(run.config), plan)
     return Bench(

@@ -31,6 +31,8 @@ def demo(out: Path, *, quick: bool = False) -> RunDirectory:
         LabelwiseError: One of the commands failed.
     """
     images, run = out / "images", out / "runs" / "digits"
+    if out.resolve() == Path.cwd():  # its run would pass for one of the user's own in ./runs
+        raise UsageError(f"{out}: is where you are; choose a folder of the demo's own with --out.")
     if out.exists() and any(out.iterdir()) and not (images / "0" / "0000.png").exists():
         raise UsageError(f"{out}: is not empty and not a demo; choose another --out.")
     write_digits(images)

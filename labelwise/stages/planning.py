@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from labelwise import rundir, terminal
-from labelwise.config import PretrainSettings, parse_duration
+from labelwise.config import PretrainSettings, parse_duration, read_run_config
 from labelwise.errors import DataError, UsageError
-from labelwise.images.cache import ImageCache, sample_sizes
+from labelwise.images.cache import ImageCache, channel_statistics, sample_sizes
 from labelwise.images.duplicates import unique_keys
 from labelwise.images.source import ImageSet
 from labelwise.images.splits import pool_indices
@@ -42,6 +42,16 @@ from labelwise.views.draws import Policy
 from labelwise.views.pipeline import make_views, normalize
 
 SMALLEST_POOL = 32
+_MODEL = (  # settings that the weights of a run fix
+    "backbone",
+    "backbone_args",
+    "stem",
+    "image_size",
+    "head",
+    "head_layers",
+    "head_width",
+    "projection_width",
+)
 CACHE_MARGIN = 1.25  # cached squares are this much larger than a view, so that a crop keeps some detail
 _LIMIT_SHARE = 0.93  # of a time limit goes to steps; the rest to monitoring, start and end
 
@@ -99,6 +109,25 @@ def view_policy(settings: PretrainSettings, plan: Plan) -> Policy:
     )
 
 
+def inherit_model(settings: PretrainSettings) -> PretrainSettings:
+    """Take backbone, head and view size from the run that `--init` names, if it names one.
+
+    Raises:
+        UsageError: No run is there, or a setting asks for another model than it holds.
+    """
+    if not is_run(settings.init):
+        return settings
+    table = read_run_config(rundir.open_run(Path(str(settings.init))).config)
+    before = PretrainSettings(images=settings.images, **{key: table[key] for key in _MODEL if key in table})
+    for key in _MODEL:
+        asked, held = getattr(settings, key), getattr(before, key)
+        if key in settings.model_fields_set and asked not in (held, "auto", None):
+            raise UsageError(
+                f"--init {settings.init}: holds a model with {key} = {held!r}, not {asked!r}; leave that setting out."
+            )
+    return settings.model_copy(update={key: getattr(before, key) for key in _MODEL})
+
+
 def choose_sizes(settings: PretrainSettings, images: ImageSet, device: torch.device) -> tuple[int, int]:
     """Choose the side of a view and of the cached squares, pixels."""
     shortest = int(np.median(sample_sizes(images).min(axis=1)))
@@ -128,25 +157,14 @@ def make_pool(images: ImageSet, cache: ImageCache, lock: dict[str, Any], setting
     return Pool(cache, rows, unique_keys(cache.keys[rows]), [images.labels[row] for row in rows])
 
 
-def specify_encoder(settings: PretrainSettings, size: int, cache: ImageCache) -> EncoderSpec:
-    """Decide backbone, stem and normalisation.
-
-    Raises:
-        UsageError: The stem or the run to go on from does not fit.
-    """
+def specify_encoder(settings: PretrainSettings, size: int, pool: Pool) -> EncoderSpec:
+    """Decide backbone, stem and normalisation."""
     if is_run(settings.init):
-        _, spec = load_encoder(Path(str(settings.init)))
-        if (spec.backbone, spec.image_size) != (
-            settings.backbone,
-            size,
-        ) and "backbone" in settings.model_fields_set:
-            raise UsageError(
-                f"--init {settings.init}: holds a {spec.backbone} at {spec.image_size} px; leave --backbone and --image-size out."
-            )
-        return spec
-    mean, std = cache.mean, cache.std
+        return load_encoder(Path(str(settings.init)))[1]
     if settings.init == "pretrained":
         mean, std = pretrained_normalization(settings.backbone)
+    else:
+        mean, std = channel_statistics(pool.cache.squares, pool.rows)
     stem, reason = choose_stem(settings.backbone, settings.backbone_args, size, settings.stem)
     if reason:
         terminal.say(f"{stem} stem: {reason}")

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from labelwise import environment, rundir, seeding, terminal
@@ -21,6 +20,7 @@ from labelwise.images.splits import hash_names, lock_test
 from labelwise.interruption import stop_between_steps
 from labelwise.learning.checkpoint import Position, load_checkpoint, save_checkpoint
 from labelwise.learning.contrast import chance_loss
+from labelwise.learning.memory import keep_freed_memory
 from labelwise.learning.optimization import (
     DEFAULTS,
     set_rate,
@@ -29,19 +29,16 @@ from labelwise.learning.optimization import (
 from labelwise.learning.precision import Precision, choose_device, device_name
 from labelwise.learning.simclr import Learner
 from labelwise.measures import health
-from labelwise.measures.knn import knn_accuracy, nearest
-from labelwise.models.encoder import (
-    Encoder,
-    check_backbone,
-)
-from labelwise.models.features import extract_features
+from labelwise.models.encoder import check_backbone
 from labelwise.models.weights import save_encoder, save_module
 from labelwise.rundir import RunDirectory
+from labelwise.stages.monitoring import look, save_mosaic, save_neighbours
 from labelwise.stages.planning import (
     Plan,
     Pool,
     announce,
     choose_sizes,
+    inherit_model,
     is_run,
     make_learner,
     make_plan,
@@ -49,12 +46,9 @@ from labelwise.stages.planning import (
     specify_encoder,
     view_policy,
 )
-from labelwise.views.draws import Policy
-from labelwise.views.mosaic import draw_mosaic, encode_thumbnail
 from labelwise.views.pipeline import Normalization, make_views, normalize
 
 SAVE_SECONDS = 120.0
-MONITORED = 2000  # images whose features are looked at while training
 CHECKS = 10  # such looks per run
 
 
@@ -69,11 +63,13 @@ def pretrain(settings: PretrainSettings) -> RunDirectory:
         Interrupted: A signal came; the run is saved.
     """
     started = time.monotonic()
+    settings = inherit_model(settings)
     run, is_new = _open_run(settings)
     if run.encoder.exists():
         terminal.say(f"{run.path}: is pretrained already, {run.encoder}")
         rundir.point_latest(run)
         return run
+    keep_freed_memory()
     device = choose_device(settings.device)
     check_backbone(settings.backbone)
     torch.manual_seed(settings.seed)
@@ -87,7 +83,7 @@ def pretrain(settings: PretrainSettings) -> RunDirectory:
         cache = build_cache(images, side=side, evaluation_size=size, progress=bar.advance)
     lock = _test_lock(run, settings, images, cache)
     pool = make_pool(images, cache, lock, settings)
-    spec = specify_encoder(settings, size, cache)
+    spec = specify_encoder(settings, size, pool)
 
     if plan is None:
         plan = make_plan(settings, spec, pool, side, device)
@@ -98,7 +94,7 @@ def pretrain(settings: PretrainSettings) -> RunDirectory:
         )
     spec = dataclasses.replace(spec, stem=plan.stem)
     announce(run, plan, spec, pool, lock, images, is_new)
-    _save_mosaic(run, view_policy(settings, plan), pool, settings.seed)
+    save_mosaic(run, view_policy(settings, plan), pool, settings.seed)
 
     learner = make_learner(settings, plan, spec, Precision(plan.precision, plan.layout, plan.reason), device)
     _train(run, settings, plan, pool, spec.normalization, learner)
@@ -113,7 +109,7 @@ def pretrain(settings: PretrainSettings) -> RunDirectory:
             "output": str(settings.projection_width),
         },
     )
-    _save_neighbours(run, pool, learner.encoder, spec.normalization, images, device)
+    save_neighbours(run, pool, learner.encoder, spec.normalization, images, device)
     save_encoder(run.encoder, learner.encoder, spec)
     environment.finish(run, time.monotonic() - started)
     rundir.point_latest(run)
@@ -188,7 +184,7 @@ def _train(
                     )
 
             seconds = time.monotonic() - epoch_started
-            row = {
+            row: dict[str, Any] = {
                 "kind": "epoch",
                 "epoch": at.epoch,
                 "step": at.step,
@@ -201,16 +197,10 @@ def _train(
             }
             at = Position(at.step, at.epoch + 1, 0)
             if at.epoch % look_every == 0 or at.epoch == plan.epochs:
-                look = _look(pool, learner.encoder, normalization, learner.device)
-                figures = {name: value for name, value in look.items() if value is not None}
-                row |= look
-                trouble = health.diagnose(
-                    float(np.mean(losses)),
-                    chance,
-                    figures["effective_rank"],
-                    learner.encoder.features,
-                    at.epoch / plan.epochs,
-                )
+                row |= look(pool, learner.encoder, normalization, learner.device)
+                figures = {name: row[name] for name in ("effective_rank", "knn") if row[name] is not None}
+                progress, width = at.epoch / plan.epochs, learner.encoder.features
+                trouble = health.diagnose(row["loss"], chance, row["effective_rank"], width, progress)
                 if trouble and not said:
                     bar.note(f"epoch {at.epoch}: {trouble}")
                     said = trouble
@@ -345,41 +335,6 @@ def _write_start(
     )
 
 
-def _save_mosaic(run: RunDirectory, policy: Policy, pool: Pool, seed: int, rows: int = 6) -> None:
-    members = np.linspace(0, len(pool.rows) - 1, rows).astype(np.int64)
-    squares, sizes = pool.squares(members, torch.device("cpu"))
-    columns = tuple(range(8))
-    views = make_views(policy, squares, sizes, pool.keys[members], seed, 0, columns)
-    views = views.reshape(len(columns), rows, *views.shape[1:]).transpose(0, 1)  # (rows, V, 3, H, W)
-    rundir.write_atomically(run.views, lambda fresh: draw_mosaic(squares, views).save(fresh, format="PNG"))
-    terminal.say(f"views      {run.views} shows what the augmentations do")
-
-
-# --- beside the loop
-
-
-def _look(
-    pool: Pool, encoder: Encoder, normalization: Normalization, device: torch.device
-) -> dict[str, float | None]:
-    """Effective rank of the features, and kNN accuracy within the pool where labels exist (monitoring only)."""
-    members = _monitored(pool)
-    features = extract_features(encoder, pool.cache.evaluations, pool.rows[members], normalization, device)
-    labels = [pool.labels[member] for member in members]
-    look: dict[str, float | None] = {"effective_rank": health.effective_rank(features), "knn": None}
-    classes = sorted({label for label in labels if label is not None})
-    if len(classes) > 1:
-        known = [row for row, label in enumerate(labels) if label is not None]
-        indices = torch.tensor([classes.index(str(labels[row])) for row in known])
-        look["knn"] = knn_accuracy(features[known], indices)
-    return look
-
-
-def _monitored(pool: Pool) -> npt.NDArray[np.int64]:
-    """A fixed random sample of the pool."""
-    order = seeding.generator(0, "monitor").permutation(len(pool.rows))
-    return np.sort(order[:MONITORED])
-
-
 def _pool_hash(images: ImageSet, pool: Pool) -> str:
     return hash_names(
         [f"{images.names[row]} {key}" for row, key in zip(pool.rows, pool.keys.tolist(), strict=True)]
@@ -395,38 +350,3 @@ def _rewind_metrics(run: RunDirectory, at: Position) -> list[float]:
     if len(kept) < len(rows):
         rundir.rewrite_jsonl(run.metrics, kept)
     return [row["loss"] for row in kept if row["kind"] == "step" and row["epoch"] == at.epoch]
-
-
-def _save_neighbours(
-    run: RunDirectory,
-    pool: Pool,
-    encoder: Encoder,
-    normalization: Normalization,
-    images: ImageSet,
-    device: torch.device,
-    queries: int = 6,
-) -> None:
-    """Write the nearest images of a few, for a person to look at."""
-    members = _monitored(pool)
-    features = extract_features(encoder, pool.cache.evaluations, pool.rows[members], normalization, device)
-
-    def card(member: int) -> dict[str, Any]:
-        row = pool.rows[member]
-        return {
-            "name": images.names[row],
-            "label": images.labels[row],
-            "thumbnail": encode_thumbnail(pool.cache.evaluations[row]),
-        }
-
-    asked = np.linspace(0, len(members) - 1, queries).astype(int)
-    cards = [
-        {
-            **card(members[query]),
-            "neighbours": [
-                {**card(members[near]), "similarity": similarity}
-                for near, similarity in nearest(features, int(query), 6)
-            ],
-        }
-        for query in asked
-    ]
-    rundir.write_json(run.neighbours, {"queries": cards})

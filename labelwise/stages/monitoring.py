@@ -1,0 +1,89 @@
+"""What a person can look at while and after an encoder trains: view mosaic, health, neighbours."""
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from labelwise import rundir, seeding, terminal
+from labelwise.images.source import ImageSet
+from labelwise.measures import health
+from labelwise.measures.knn import knn_accuracy, nearest
+from labelwise.models.encoder import Encoder
+from labelwise.models.features import extract_features
+from labelwise.rundir import RunDirectory
+from labelwise.stages.planning import Pool
+from labelwise.views.draws import Policy
+from labelwise.views.mosaic import draw_mosaic, encode_thumbnail
+from labelwise.views.pipeline import Normalization, make_views
+
+MONITORED = 2000  # images whose features are looked at while training
+
+
+def save_mosaic(run: RunDirectory, policy: Policy, pool: Pool, seed: int, rows: int = 6) -> None:
+    """Draw what the augmentations do to a few images of the pool."""
+    members = np.linspace(0, len(pool.rows) - 1, rows).astype(np.int64)
+    squares, sizes = pool.squares(members, torch.device("cpu"))
+    columns = tuple(range(8))
+    views = make_views(policy, squares, sizes, pool.keys[members], seed, 0, columns)
+    views = views.reshape(len(columns), rows, *views.shape[1:]).transpose(0, 1)  # (rows, V, 3, H, W)
+    rundir.write_atomically(run.views, lambda fresh: draw_mosaic(squares, views).save(fresh, format="PNG"))
+    terminal.say(f"views      {run.views} shows what the augmentations do")
+
+
+def look(
+    pool: Pool, encoder: Encoder, normalization: Normalization, device: torch.device
+) -> dict[str, float | None]:
+    """Effective rank of the features, and kNN accuracy within the pool where labels exist (monitoring only)."""
+    members = _monitored(pool)
+    features = extract_features(encoder, pool.cache.evaluations, pool.rows[members], normalization, device)
+    labels = [pool.labels[member] for member in members]
+    figures: dict[str, float | None] = {"effective_rank": health.effective_rank(features), "knn": None}
+    classes = sorted({label for label in labels if label is not None})
+    if len(classes) > 1:
+        known = [row for row, label in enumerate(labels) if label is not None]
+        indices = torch.tensor([classes.index(str(labels[row])) for row in known])
+        figures["knn"] = knn_accuracy(features[known], indices)
+    return figures
+
+
+def _monitored(pool: Pool) -> npt.NDArray[np.int64]:
+    """A fixed random sample of the pool."""
+    order = seeding.generator(0, "monitor").permutation(len(pool.rows))
+    return np.sort(order[:MONITORED])
+
+
+def save_neighbours(
+    run: RunDirectory,
+    pool: Pool,
+    encoder: Encoder,
+    normalization: Normalization,
+    images: ImageSet,
+    device: torch.device,
+    queries: int = 6,
+) -> None:
+    """Write the nearest images of a few, for a person to look at."""
+    members = _monitored(pool)
+    features = extract_features(encoder, pool.cache.evaluations, pool.rows[members], normalization, device)
+
+    def card(member: int) -> dict[str, Any]:
+        row = pool.rows[member]
+        return {
+            "name": images.names[row],
+            "label": images.labels[row],
+            "thumbnail": encode_thumbnail(pool.cache.evaluations[row]),
+        }
+
+    asked = np.linspace(0, len(members) - 1, queries).astype(int)
+    cards = [
+        {
+            **card(members[query]),
+            "neighbours": [
+                {**card(members[near]), "similarity": similarity}
+                for near, similarity in nearest(features, int(query), 6)
+            ],
+        }
+        for query in asked
+    ]
+    rundir.write_json(run.neighbours, {"queries": cards})
