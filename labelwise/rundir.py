@@ -108,6 +108,13 @@ class RunDirectory:
         return self.path / "report.html"
 
 
+def cache_root() -> Path:
+    """Folder that holds decoded images and compiled code, of all runs."""
+    if "LABELWISE_CACHE" in os.environ:
+        return Path(os.environ["LABELWISE_CACHE"])
+    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "labelwise"
+
+
 def open_run(path: Path) -> RunDirectory:
     """Open a finished or interrupted run.
 

@@ -1,5 +1,6 @@
 """Every augmentation against torchvision, applied to each image on its own."""
 
+import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 
@@ -397,3 +398,53 @@ def test_normalize_equals_torchvisions_with_channels_last_in_memory() -> None:
     assert_close(found, TF.normalize(images, list(mean), list(std)), ROUNDING)
     assert found.shape == images.shape
     assert found.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize(("side", "size"), [(32, 32), (40, 32), (48, 96), (120, 96), (200, 33)])
+def test_the_compiled_chain_equals_the_chain_of_tensor_operations(side: int, size: int) -> None:
+    squares = photographs(24, side)
+    rng = np.random.default_rng(side)
+    sizes = rng.integers(20, 600, (24, 2)).astype(np.int32)
+    keys = rng.integers(0, 2**63, 24).astype(np.uint64)
+    for policy in (Policy(size=size), dataclasses.replace(EVERYTHING, size=size)):
+        found = make_views(policy, squares, sizes, keys, seed=0, epoch=0, views=(0,))
+        draws = draw_views(policy, sizes, 0, 0, keys, 0)
+        expected = apply_draws(policy, squares.permute(0, 3, 1, 2).float() / 255, sizes, draws)
+        assert_close(found, expected, 1e-4)  # a hue turns sharply where a pixel is nearly gray
+        assert (found - expected).abs().mean() < 1e-6
+
+
+def test_the_number_of_threads_changes_nothing() -> None:
+    squares, sizes, keys = batch_of_squares(12)
+    before = torch.get_num_threads()
+    found = []
+    for threads in (1, 2, 5):
+        torch.set_num_threads(threads)
+        found.append(make_views(EVERYTHING, squares, sizes, keys, seed=3, epoch=2))
+    torch.set_num_threads(before)
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[0], found[2])
+
+
+def test_views_come_normalised_with_channels_last_in_memory() -> None:
+    squares, sizes, keys = batch_of_squares(6)
+    normalization = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    plain = make_views(EVERYTHING, squares, sizes, keys, seed=3, epoch=2)
+    found = make_views(EVERYTHING, squares, sizes, keys, 3, 2, (0, 1), normalization)
+    assert_close(found, normalize(plain, normalization), 5e-6)
+    assert found.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("shape", [(60_000, 3), (3, 60_000), (1, 1)])
+def test_a_view_of_a_strip_is_finite(shape: tuple[int, int]) -> None:
+    squares = photographs(1, 32)
+    for seed in range(50):
+        views = make_views(
+            Policy(size=32),
+            squares,
+            np.array([shape], np.int32),
+            np.array([1], np.uint64),
+            seed=seed,
+            epoch=0,
+        )
+        assert views.isfinite().all()

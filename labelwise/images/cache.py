@@ -22,6 +22,7 @@ from labelwise.errors import DataError, ResourceError
 from labelwise.images import decoding
 from labelwise.images.decoding import Pixels, Range, UnreadableImage
 from labelwise.images.source import ImageSet
+from labelwise.rundir import cache_root
 
 _VERSION = 2  # of what the files in a cache mean
 _SAMPLED = 10_000  # images whose mean and spread stand for the set's
@@ -51,13 +52,6 @@ class ImageCache:
     readable: npt.NDArray[np.bool_]
     quarantined: list[dict[str, str]]
     intensity_range: Range | None
-
-
-def cache_root() -> Path:
-    """Folder that holds all caches."""
-    if "LABELWISE_CACHE" in os.environ:
-        return Path(os.environ["LABELWISE_CACHE"])
-    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "labelwise"
 
 
 def list_caches() -> list[tuple[Path, int, int]]:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from labelwise.images.cache import cache_root, list_caches
+from labelwise.images.cache import list_caches
 from labelwise.learning.precision import has_fast_bf16
 from labelwise.rundir import DEFAULT_RUNS
 

@@ -20,7 +20,7 @@ from labelwise.learning.precision import Precision, arrange_images
 from labelwise.measures.linear import Probe
 from labelwise.models.features import extract_features
 from labelwise.views.draws import Policy
-from labelwise.views.pipeline import Normalization, make_views, normalize
+from labelwise.views.pipeline import Normalization, make_views
 
 Rows = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float32]
@@ -115,8 +115,10 @@ def train_classifier(
     for step in range(trial.steps):
         members = _batch(step, len(rows), trial.batch_size, seed)
         draw_keys = seeding.combine(keys[members], np.arange(len(members), dtype=np.uint64))
-        images = make_views(trial.policy, squares[members], sizes[members], draw_keys, seed, step, views=(0,))
-        images = arrange_images(normalize(images, normalization), precision)
+        images = make_views(
+            trial.policy, squares[members], sizes[members], draw_keys, seed, step, (0,), normalization
+        )
+        images = arrange_images(images, precision)
         set_rate(optimizer, warmup_cosine(step, trial.steps, warmup_steps))
         with precision.autocast(device):
             logits = classifier(images)  # (B, C)

@@ -39,7 +39,7 @@ from labelwise.models.heads import create_head
 from labelwise.models.weights import load_encoder, load_module
 from labelwise.rundir import RunDirectory
 from labelwise.views.draws import Policy
-from labelwise.views.pipeline import make_views, normalize
+from labelwise.views.pipeline import make_views
 
 SMALLEST_POOL = 32
 _MODEL = (  # settings that the weights of a run fix
@@ -286,8 +286,17 @@ class _TrialStep:
         members = np.arange(self.settings.batch_size)
         squares, sizes = self.pool.squares(members, self.device)
         policy = view_policy(self.settings, self.plan)
-        views = make_views(policy, squares, sizes, self.pool.keys[members], self.settings.seed, 0)
-        return self.learner.step(normalize(views, self.spec.normalization))
+        views = make_views(
+            policy,
+            squares,
+            sizes,
+            self.pool.keys[members],
+            self.settings.seed,
+            0,
+            (0, 1),
+            self.spec.normalization,
+        )
+        return self.learner.step(views)
 
 
 def announce(

@@ -46,7 +46,7 @@ from labelwise.stages.planning import (
     specify_encoder,
     view_policy,
 )
-from labelwise.views.pipeline import Normalization, make_views, normalize
+from labelwise.views.pipeline import Normalization, make_views
 
 SAVE_SECONDS = 120.0
 CHECKS = 10  # such looks per run
@@ -150,12 +150,12 @@ def _train(
                 members = order[at.batch * plan.batch_size : (at.batch + 1) * plan.batch_size]
                 squares, sizes = pool.squares(members, learner.device)
                 views = make_views(
-                    policy, squares, sizes, pool.keys[members], settings.seed, at.epoch
+                    policy, squares, sizes, pool.keys[members], settings.seed, at.epoch, (0, 1), normalization
                 )  # (2B, 3, H, W)
                 rate = warmup_cosine(at.step, steps, warmup_steps)
                 set_rate(learner.optimizer, rate)
                 torch.manual_seed(settings.seed * 1_000_003 + at.step)  # stochastic depth, dropout
-                loss = learner.step(normalize(views, normalization))
+                loss = learner.step(views)
                 if not math.isfinite(loss):
                     raise LabelwiseError(
                         f"{run.path}: the loss is {loss} at step {at.step}; lower --learning-rate."

@@ -10,13 +10,13 @@ code's second version and in torchvision; the paper's first version added.
 import torch
 from torch import Tensor
 
-_LUMA = (0.2989, 0.587, 0.114)  # ITU-R BT.601, as torchvision rounds it
+LUMA = (0.2989, 0.587, 0.114)  # ITU-R BT.601, as torchvision rounds it
 
 
 def luma(images: Tensor) -> Tensor:
     """Brightness of each pixel, (B, 1, H, W)."""
     red, green, blue = images.split(1, dim=1)
-    brightness: Tensor = _LUMA[0] * red + _LUMA[1] * green + _LUMA[2] * blue
+    brightness: Tensor = LUMA[0] * red + LUMA[1] * green + LUMA[2] * blue
     return brightness
 
 

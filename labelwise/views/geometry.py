@@ -63,6 +63,16 @@ def rotate_and_shear(squares: Tensor, sizes: Tensor, angle: Tensor, shear: Tenso
         (B, 3, S, S). Where the square has the image's own size this equals torchvision's
         `affine(angle=-angle, interpolation=bilinear)`.
     """
+    theta = F.pad(inverse_affine(sizes, angle, shear), (0, 1))  # (B, 2, 3), no shift
+    grid = F.affine_grid(theta, list(squares.shape), align_corners=False)  # (B, S, S, 2)
+    return F.grid_sample(squares, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
+
+
+def inverse_affine(sizes: Tensor, angle: Tensor, shear: Tensor) -> Tensor:
+    """Matrix that leads from an output pixel back to where it comes from, in -1 to 1 coordinates, (B, 2, 2).
+
+    Arguments as in `rotate_and_shear`.
+    """
     turn = torch.deg2rad(-angle)
     skew_x, skew_y = torch.deg2rad(shear).unbind(dim=1)
     a = torch.cos(turn - skew_y) / torch.cos(skew_y)
@@ -70,8 +80,4 @@ def rotate_and_shear(squares: Tensor, sizes: Tensor, angle: Tensor, shear: Tenso
     c = torch.sin(turn - skew_y) / torch.cos(skew_y)
     d = -torch.sin(turn - skew_y) * torch.tan(skew_x) / torch.cos(skew_y) + torch.cos(turn)
     height, width = sizes.unbind(dim=1)
-    # grid_sample asks, for each output pixel, where in the input it comes from: the inverse.
-    inverse = torch.stack([d, -b * height / width, -c * width / height, a], dim=1).reshape(-1, 2, 2)
-    theta = F.pad(inverse, (0, 1))  # (B, 2, 3), no shift
-    grid = F.affine_grid(theta, list(squares.shape), align_corners=False)  # (B, S, S, 2)
-    return F.grid_sample(squares, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
+    return torch.stack([d, -b * height / width, -c * width / height, a], dim=1).reshape(-1, 2, 2)

@@ -7,8 +7,10 @@ from torch import Tensor
 
 from labelwise.views import blur, color, geometry
 from labelwise.views.draws import Draws, Policy, draw_views
+from labelwise.views.fused import render_views
 
 Normalization = tuple[tuple[float, float, float], tuple[float, float, float]]
+UNCHANGED: Normalization = ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
 
 
 def make_views(
@@ -19,6 +21,7 @@ def make_views(
     seed: int,
     epoch: int,
     views: tuple[int, ...] = (0, 1),
+    normalization: Normalization = UNCHANGED,
 ) -> Tensor:
     """Make views of each image: all first views, then all second views, in one batch.
 
@@ -29,20 +32,31 @@ def make_views(
         keys: Content keys, (B,).
         seed, epoch: The counter.
         views: Which views of each image; V of them.
+        normalization: Mean and standard deviation per channel, in 0-1.
 
     Returns:
-        0-1, (V B, 3, size, size).
+        Normalised, channels last in memory, (V B, 3, size, size).
     """
     drawn = [draw_views(policy, sizes, seed, epoch, keys, view) for view in views]
     merged = Draws(
         **{name: np.concatenate([getattr(each, name) for each in drawn]) for name in Draws.__slots__}
     )
+    repeated = np.tile(sizes, (len(views), 1))
+    if squares.device.type == "cpu":
+        inverse = None
+        if policy.rotation or policy.shear:
+            inverse = geometry.inverse_affine(
+                torch.from_numpy(repeated).double(),
+                torch.from_numpy(merged.angle),
+                torch.from_numpy(merged.shear),
+            ).numpy()
+        return render_views(squares.numpy(), repeated, merged, inverse, policy.size, *normalization)
     images = squares.permute(0, 3, 1, 2).float().div_(255).repeat(len(views), 1, 1, 1)  # (V B, 3, S, S)
-    return apply_draws(policy, images, np.tile(sizes, (len(views), 1)), merged)
+    return normalize(apply_draws(policy, images, repeated, merged), normalization)
 
 
 def apply_draws(policy: Policy, squares: Tensor, sizes: npt.NDArray[np.int32], draws: Draws) -> Tensor:
-    """Carry out the drawn augmentations: crop, flip, colour, grayscale, intensity, blur.
+    """Carry out the drawn augmentations as batched tensor operations, on any device.
 
     Args:
         policy: Gives the size of the views and which operations can occur.
