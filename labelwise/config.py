@@ -199,6 +199,17 @@ class PretrainSettings(Settings):
     batch_size: int = Field(
         256, ge=2, description="images per step (2 views each)", json_schema_extra={"panel": "Training"}
     )
+    micro_batch_size: int | None = Field(
+        None,
+        ge=2,
+        description="images per pass of a batch too large for memory, same gradient; default what fits",
+        json_schema_extra={"panel": "Training"},
+    )
+    loss: Literal["nt_xent", "dcl"] = Field(
+        "nt_xent",
+        description="dcl: decoupled, without the pair itself in the denominator",
+        json_schema_extra={"panel": "Training"},
+    )
     temperature: float = Field(
         0.2, gt=0, description="temperature of NT-Xent", json_schema_extra={"panel": "Training"}
     )

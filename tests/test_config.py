@@ -59,6 +59,8 @@ TYPED: dict[type[Settings], dict[str, tuple[str, Any]]] = {
         "epochs": ("7", 7),
         "batch_size": ("32", 32),
         "temperature": ("0.07", 0.07),
+        "micro_batch_size": ("64", 64),
+        "loss": ("dcl", "dcl"),
         "optimizer": ("lars", "lars"),
         "learning_rate": ("1e-4", 1e-4),
         "rate_scaling": ("linear", "linear"),

@@ -5,6 +5,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from lightly.loss import DCLLoss as LightlyDecoupledLoss
 from lightly.loss import NTXentLoss as LightlyLoss
 from pytorch_metric_learning.losses import NTXentLoss as MetricLearningLoss
 from torch import Tensor
@@ -142,3 +143,41 @@ def test_the_partner_of_a_view_is_the_same_place_in_the_other_half() -> None:
     assert paired == pytest.approx(math.log1p(others * math.exp(-10.0)), rel=1e-2)
     neighbours = nt_xent(axes.repeat_interleave(2, dim=0), 0.1).item()
     assert neighbours == pytest.approx(10.0 + math.log1p(others * math.exp(-10.0)), rel=1e-5)
+
+
+def dense_loss(projections: Tensor, temperature: float) -> Tensor:
+    """The whole matrix of similarities at once."""
+    z = torch.nn.functional.normalize(projections, dim=1)
+    similarity = (z @ z.T / temperature).fill_diagonal_(-torch.inf)
+    return torch.nn.functional.cross_entropy(similarity, torch.arange(len(z)).roll(len(z) // 2))
+
+
+@pytest.mark.parametrize("temperature", [0.05, 0.5])
+def test_tiles_give_what_the_whole_matrix_gives(temperature: float) -> None:
+    projections = random_projections(1500, 32)  # 3,000 rows: two tiles and a part of one
+    value, gradient = value_and_gradient(nt_xent, projections, temperature)
+    expected, expected_gradient = value_and_gradient(dense_loss, projections.double(), temperature)
+    assert value == pytest.approx(expected, rel=TOLERANCE)
+    scale = expected_gradient.abs().max()
+    assert (gradient - expected_gradient).abs().max() / scale < 2 * TOLERANCE
+
+
+@pytest.mark.parametrize(("batch", "width", "temperature"), CASES)
+def test_decoupled_loss_equals_lightlys(batch: int, width: int, temperature: float) -> None:
+    def ours(projections: Tensor, temperature: float) -> Tensor:
+        return nt_xent(projections, temperature, decoupled=True)
+
+    def theirs(projections: Tensor, temperature: float) -> Tensor:
+        return LightlyDecoupledLoss(temperature=temperature)(*projections.chunk(2))
+
+    projections = random_projections(batch, width)
+    value, gradient = value_and_gradient(ours, projections, temperature)
+    expected, expected_gradient = value_and_gradient(theirs, projections.double(), temperature)
+    assert value == pytest.approx(expected, rel=TOLERANCE, abs=TOLERANCE)
+    scale = expected_gradient.abs().max()
+    assert (gradient - expected_gradient).abs().max() / scale < TOLERANCE
+
+
+def test_decoupled_loss_of_equal_rows_is_chance() -> None:
+    loss = nt_xent(torch.ones(20, 4), 0.5, decoupled=True)
+    assert loss.item() == pytest.approx(chance_loss(10, decoupled=True))

@@ -288,6 +288,23 @@ def test_going_on_from_a_run_takes_over_its_model(
         pretrain(more.model_copy(update={"out": tmp_path / "other", "image_size": 24}))
 
 
+def test_a_batch_in_passes_trains_on_the_same_loss(digits: Path, tmp_path: Path) -> None:
+    losses = []
+    for passes in (64, 16):
+        settings = {**SMALL, "epochs": 1, "head": "linear", "micro_batch_size": passes}
+        run = pretrain(PretrainSettings(images=digits, out=tmp_path / str(passes), **settings))
+        assert rundir.read_json(run.environment)["plan"]["micro_batch_size"] == passes
+        losses.append([row["loss"] for row in rundir.read_jsonl(run.metrics) if row["kind"] == "step"])
+    assert losses[0] != losses[1]  # batch norm sees other groups
+    assert losses[0] == pytest.approx(losses[1], rel=0.1)
+
+
+def test_passes_that_do_not_divide_the_batch_are_refused(digits: Path, tmp_path: Path) -> None:
+    settings = PretrainSettings(images=digits, out=tmp_path / "run", **SMALL, micro_batch_size=24)
+    with pytest.raises(UsageError, match="--micro-batch-size 24: does not divide --batch-size 64"):
+        pretrain(settings)
+
+
 def test_a_run_remembers_the_commit_of_its_checkout(finished: RunDirectory) -> None:
     found = subprocess.run(
         ["git", "rev-parse", "HEAD"], cwd=Path(rundir.__file__).parent, capture_output=True, text=True

@@ -1,7 +1,11 @@
 """How the process holds on to memory, which on a CPU decides a good part of a training step's time."""
 
 import ctypes
+import math
 import sys
+from pathlib import Path
+
+import torch
 
 _TRIM_THRESHOLD, _TOP_PAD, _MMAP_THRESHOLD, _MMAP_MAX = -1, -2, -3, -4  # malloc.h of glibc
 _LARGEST = 2**31 - 1  # mallopt takes an int
@@ -24,3 +28,23 @@ def keep_freed_memory() -> None:
     mallopt(_MMAP_MAX, 0)  # older versions of glibc refuse a threshold above 32 MiB
     mallopt(_TRIM_THRESHOLD, _LARGEST)
     mallopt(_TOP_PAD, 64 * 2**20)
+
+
+def available_memory(device: torch.device) -> float:
+    """Bytes a step may still use on a device; infinite where the system does not say."""
+    if device.type == "cuda":
+        return float(torch.cuda.mem_get_info(device)[0])
+    meminfo = Path("/proc/meminfo")
+    if not meminfo.exists():
+        return math.inf
+    words = meminfo.read_text(encoding="ascii").split()
+    return min(1024.0 * int(words[words.index("MemAvailable:") + 1]), _container_limit())
+
+
+def _container_limit() -> float:
+    """What a container's memory limit leaves; infinite outside one."""
+    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
+    try:
+        return float(limit.read_text(encoding="ascii")) - float(used.read_text(encoding="ascii"))
+    except (OSError, ValueError):  # no cgroup v2, or "max"
+        return math.inf

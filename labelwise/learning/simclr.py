@@ -1,11 +1,13 @@
 """One step of SimCLR."""
 
 import dataclasses
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
 from labelwise.learning.contrast import nt_xent
+from labelwise.learning.large_batch import Rows, backward_in_parts
 from labelwise.learning.precision import Precision, arrange_images
 from labelwise.models.encoder import Encoder
 
@@ -20,23 +22,38 @@ class Learner:
     precision: Precision
     device: torch.device
     temperature: float
+    micro_batch_size: int
+    decoupled: bool
 
     @property
     def modules(self) -> dict[str, nn.Module]:
         """What a checkpoint holds besides the optimizer."""
         return {"encoder": self.encoder, "head": self.head}
 
-    def step(self, views: Tensor) -> float:
+    def project(self, views: Tensor) -> Tensor:
+        """Run views through encoder and head, (2B, 3, H, W) -> (2B, D)."""
+        views = arrange_images(views, self.precision)
+        with self.precision.autocast(self.device):
+            projections: Tensor = self.head(self.encoder(views))
+        return projections
+
+    def step(self, make_views: Callable[[Rows], Tensor], members: Rows) -> float:
         """Pull the two views of each image together, once; give the loss.
 
         Args:
-            views: Normalised, row i and row B + i of the same image, (2B, 3, H, W).
+            make_views: Images to their normalised views, row i and row B + i of the same image, (2B, 3, H, W).
+            members: Images of the batch, (B,).
         """
-        views = arrange_images(views, self.precision)
-        with self.precision.autocast(self.device):
-            projections = self.head(self.encoder(views))  # (2B, D)
-        loss = nt_xent(projections, self.temperature)
         self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        if self.micro_batch_size < len(members):
+            modules, size = self.modules.values(), self.micro_batch_size
+            loss = backward_in_parts(self.project, make_views, members, size, self.loss_of, modules)
+        else:
+            loss = self.loss_of(self.project(make_views(members)))
+            loss.backward()
         self.optimizer.step()
         return loss.item()
+
+    def loss_of(self, projections: Tensor) -> Tensor:
+        """Contrast the projections of a batch, (2B, D) -> scalar."""
+        return nt_xent(projections, self.temperature, decoupled=self.decoupled)

@@ -12,7 +12,7 @@ import torch
 
 from labelwise.images.cache import list_caches
 from labelwise.learning.precision import has_fast_bf16
-from labelwise.rundir import DEFAULT_RUNS
+from labelwise.rundir import DEFAULT_RUNS, cache_root
 
 _GIB = 2**30
 _LITTLE_MEMORY = 4 * _GIB

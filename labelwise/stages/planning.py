@@ -20,6 +20,8 @@ from labelwise.images.cache import ImageCache, channel_statistics, sample_sizes
 from labelwise.images.duplicates import unique_keys
 from labelwise.images.source import ImageSet
 from labelwise.images.splits import pool_indices
+from labelwise.learning.large_batch import activation_bytes, largest_part
+from labelwise.learning.memory import available_memory
 from labelwise.learning.optimization import (
     DEFAULTS,
     create_optimizer,
@@ -53,6 +55,10 @@ _MODEL = (  # settings that the weights of a run fix
     "projection_width",
 )
 CACHE_MARGIN = 1.25  # cached squares are this much larger than a view, so that a crop keeps some detail
+_PROBED = 16  # images whose activations are weighed to find the micro-batch
+_WORKING = 2.0  # a step needs about twice what it keeps: gradients of activations, buffers of convolutions
+_MEMORY_SHARE = 0.5  # of what is free goes to a step
+_TWICE_FORWARD = 4 / 3  # a step in parts runs forward, forward, backward; backward costs two forwards
 _LIMIT_SHARE = 0.93  # of a time limit goes to steps; the rest to monitoring, start and end
 
 
@@ -68,6 +74,7 @@ class Plan:
     layout: str
     reason: str
     batch_size: int
+    micro_batch_size: int
     learning_rate: float
     weight_decay: float
     warmup_epochs: float
@@ -194,7 +201,10 @@ def make_learner(
     precision.arrange(encoder)
     parts = [(encoder, plan.learning_rate), (head, plan.learning_rate)]
     optimizer = create_optimizer(settings.optimizer, parts, plan.weight_decay)
-    return Learner(encoder, head, optimizer, precision, device, settings.temperature)
+    decoupled = settings.loss == "dcl"
+    return Learner(
+        encoder, head, optimizer, precision, device, settings.temperature, plan.micro_batch_size, decoupled
+    )
 
 
 def is_run(init: str | None) -> bool:
@@ -220,6 +230,7 @@ def make_plan(
         layout="channels_last",
         reason="",
         batch_size=settings.batch_size,
+        micro_batch_size=settings.batch_size,
         learning_rate=scaled_rate(
             settings.learning_rate or default_rate, settings.batch_size, settings.rate_scaling
         ),
@@ -230,6 +241,7 @@ def make_plan(
         blur=(0.5 if spec.image_size > 64 else 0.0) if settings.blur is None else settings.blur,
         seconds_per_step=None,
     )
+    plan = dataclasses.replace(plan, micro_batch_size=_fit_micro_batch(settings, plan, spec, pool, device))
     if settings.precision != "auto" and settings.time_limit is None:
         return dataclasses.replace(
             plan, precision=settings.precision, reason=f"--precision {settings.precision}"
@@ -243,7 +255,10 @@ def make_plan(
         trial(precision)
         synchronize(device)
         seconds[f"{precision.number} {precision.layout}"] = time.perf_counter() - start
-    per_step = seconds[f"{precision.number} {precision.layout}"]
+    parts = settings.batch_size // plan.micro_batch_size
+    per_step = (
+        seconds[f"{precision.number} {precision.layout}"] * parts * (1 if parts == 1 else _TWICE_FORWARD)
+    )
     plan = dataclasses.replace(
         plan,
         precision=precision.number,
@@ -264,8 +279,27 @@ def make_plan(
     return dataclasses.replace(plan, epochs=epochs, warmup_epochs=warmup)
 
 
+def _fit_micro_batch(
+    settings: PretrainSettings, plan: Plan, spec: EncoderSpec, pool: Pool, device: torch.device
+) -> int:
+    """Images that go through the network at once: as asked, else the whole batch if it fits into memory."""
+    if settings.micro_batch_size is not None:
+        if settings.batch_size % settings.micro_batch_size:
+            raise UsageError(
+                f"--micro-batch-size {settings.micro_batch_size}: does not divide --batch-size {settings.batch_size}."
+            )
+        return settings.micro_batch_size
+    trial = _TrialStep(settings, plan, spec, pool, device)
+    learner = trial.learner_for(Precision("fp32", "channels_last", ""))
+    probed = np.arange(min(_PROBED, settings.batch_size))
+    needed = activation_bytes(learner.project, trial.make_views(probed), learner.modules.values())
+    return largest_part(
+        settings.batch_size, _WORKING * needed / len(probed), _MEMORY_SHARE * available_memory(device)
+    )
+
+
 class _TrialStep:
-    """One real training step on throw-away weights, for timing."""
+    """One real training step on throw-away weights, for timing; of one micro-batch."""
 
     def __init__(
         self,
@@ -279,24 +313,22 @@ class _TrialStep:
         self.learner: Learner | None = None
 
     def __call__(self, precision: Precision) -> float:
+        return self.learner_for(precision).step(self.make_views, np.arange(self.plan.micro_batch_size))
+
+    def learner_for(self, precision: Precision) -> Learner:
+        """What takes the steps, its rate at 0."""
         if self.learner is None or self.learner.precision != precision:
             settings = self.settings.model_copy(update={"init": None})
             self.learner = make_learner(settings, self.plan, self.spec, precision, self.device)
             set_rate(self.learner.optimizer, 0.0)
-        members = np.arange(self.settings.batch_size)
+        return self.learner
+
+    def make_views(self, members: npt.NDArray[np.int64]) -> Tensor:
+        """Views as the training makes them, (2B, 3, H, W)."""
         squares, sizes = self.pool.squares(members, self.device)
         policy = view_policy(self.settings, self.plan)
-        views = make_views(
-            policy,
-            squares,
-            sizes,
-            self.pool.keys[members],
-            self.settings.seed,
-            0,
-            (0, 1),
-            self.spec.normalization,
-        )
-        return self.learner.step(views)
+        keys, normalization = self.pool.keys[members], self.spec.normalization
+        return make_views(policy, squares, sizes, keys, self.settings.seed, 0, (0, 1), normalization)
 
 
 def announce(
@@ -328,7 +360,9 @@ def announce(
     terminal.say(
         f"model      {spec.backbone}, {plan.stem} stem, {plan.image_size} px views from {plan.cache_side} px squares"
     )
-    terminal.say(f"training   {plan.epochs} epochs, batch {plan.batch_size}, {steps:,} steps{hours}")
+    parts = plan.batch_size // plan.micro_batch_size
+    passes = f" in {parts} passes of {plan.micro_batch_size} (batch norm sees one pass)" if parts > 1 else ""
+    terminal.say(f"training   {plan.epochs} epochs, batch {plan.batch_size}{passes}, {steps:,} steps{hours}")
     terminal.say(
         f"precision  {plan.precision}, {plan.layout.replace('_', ' ')}"
         + (f" ({plan.reason})" if plan.reason else "")

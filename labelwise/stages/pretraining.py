@@ -1,6 +1,7 @@
 """`labelwise pretrain`: SimCLR on a folder of images, from files to an encoder. The loop is `_train`."""
 
 import dataclasses
+import functools
 import math
 import re
 import time
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from labelwise import environment, rundir, seeding, terminal
@@ -130,12 +132,18 @@ def _train(
     steps_per_epoch = len(pool.rows) // plan.batch_size
     steps = plan.epochs * steps_per_epoch
     warmup_steps = round(plan.warmup_epochs * steps_per_epoch)
-    chance = chance_loss(plan.batch_size)
+    chance = chance_loss(plan.batch_size, decoupled=learner.decoupled)
     look_every = max(1, plan.epochs // CHECKS)
     at = load_checkpoint(run.checkpoints, learner.modules, learner.optimizer) or Position(0, 0, 0)
     losses = _rewind_metrics(run, at)
     saved_at, said = time.monotonic(), ""
     figures: dict[str, float] = {}
+
+    def make(members: npt.NDArray[np.int64], epoch: int) -> torch.Tensor:
+        squares, sizes = pool.squares(members, learner.device)
+        keys = pool.keys[members]
+        return make_views(policy, squares, sizes, keys, settings.seed, epoch, (0, 1), normalization)
+
     if at.step:
         terminal.say(f"going on after step {at.step:,} of {steps:,}")
 
@@ -148,14 +156,10 @@ def _train(
             epoch_started, epoch_from = time.monotonic(), at.batch
             while at.batch < steps_per_epoch:
                 members = order[at.batch * plan.batch_size : (at.batch + 1) * plan.batch_size]
-                squares, sizes = pool.squares(members, learner.device)
-                views = make_views(
-                    policy, squares, sizes, pool.keys[members], settings.seed, at.epoch, (0, 1), normalization
-                )  # (2B, 3, H, W)
                 rate = warmup_cosine(at.step, steps, warmup_steps)
                 set_rate(learner.optimizer, rate)
                 torch.manual_seed(settings.seed * 1_000_003 + at.step)  # stochastic depth, dropout
-                loss = learner.step(views)
+                loss = learner.step(functools.partial(make, epoch=at.epoch), members)
                 if not math.isfinite(loss):
                     raise LabelwiseError(
                         f"{run.path}: the loss is {loss} at step {at.step}; lower --learning-rate."
@@ -319,6 +323,7 @@ def _write_start(
             "stem",
             "epochs",
             "precision",
+            "micro_batch_size",
             "weight_decay",
             "warmup_epochs",
             "blur",

@@ -10,6 +10,7 @@ run along memory. Colour does not care, blur is symmetric, and the last pass tur
 
 import itertools
 import os
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -91,13 +92,14 @@ def render_views(
         (1 / np.array(std)).astype(np.float32),
         views.permute(0, 2, 3, 1).numpy(),
     )
+    render: Callable[..., None] = _render
     threads = min(torch.get_num_threads(), count)
     if threads == 1:
-        _render(*arguments, 0, count)
+        render(*arguments, 0, count)
         return views
     edges = np.linspace(0, count, threads + 1).astype(int).tolist()
     with ThreadPoolExecutor(threads) as pool:
-        parts = [pool.submit(_render, *arguments, a, b) for a, b in itertools.pairwise(edges)]
+        parts = [pool.submit(render, *arguments, a, b) for a, b in itertools.pairwise(edges)]
         for part in parts:
             part.result()
     return views
