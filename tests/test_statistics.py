@@ -1,13 +1,20 @@
 """Intervals and verdicts, against printed tables and scipy's own tests."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from scipy import stats
 
 from labelwise.measures import statistics
-from labelwise.measures.statistics import Interval, interval, paired_difference, verdict
+from labelwise.measures.statistics import (
+    Interval,
+    accuracy_interval,
+    interval,
+    paired_difference,
+    verdict,
+)
 
 # Two-sided 95 % points of Student's t, from a printed table: values in the sample, t.
 T_TABLE = [(2, 12.706), (3, 4.303), (5, 2.776), (10, 2.262), (30, 2.045)]
@@ -107,3 +114,11 @@ def test_test_set_margin_equals_scipys_wilson_interval(right: int, images: int) 
 
 def test_372_images_leave_about_five_points_open() -> None:
     assert statistics.test_set_margin(0.7, 372) == pytest.approx(0.0464, abs=1e-3)
+
+
+def test_an_accuracy_interval_ends_at_0_and_1() -> None:
+    wide = accuracy_interval([0.82, 0.95, 0.99])
+    assert wide == replace(interval([0.82, 0.95, 0.99]), high=1.0)
+    assert accuracy_interval([0.0, 0.0, 0.3]).low == 0.0
+    assert accuracy_interval([0.4, 0.41, 0.42]) == interval([0.4, 0.41, 0.42])
+    assert accuracy_interval([0.5]).high is None

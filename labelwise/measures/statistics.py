@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 from scipy import stats
@@ -40,6 +40,14 @@ def interval(values: Sequence[float]) -> Interval:
         return Interval(mean, None, None, 1)
     half = float(stats.t.ppf((1 + CONFIDENCE) / 2, n - 1)) * float(np.std(values, ddof=1)) / math.sqrt(n)
     return Interval(mean, mean - half, mean + half, n)
+
+
+def accuracy_interval(accuracies: Sequence[float]) -> Interval:
+    """Mean accuracy over draws with its t interval, cut off at 0 and 1, which no accuracy can pass."""
+    found = interval(accuracies)
+    if found.low is None or found.high is None:
+        return found
+    return replace(found, low=max(found.low, 0.0), high=min(found.high, 1.0))
 
 
 def paired_difference(first: dict[int, float], second: dict[int, float]) -> Interval | None:

@@ -9,7 +9,7 @@ from labelwise.measures.statistics import (
     HELPS,
     HURTS,
     UNCLEAR,
-    interval,
+    accuracy_interval,
     paired_difference,
     test_set_margin,
     verdict,
@@ -117,13 +117,13 @@ def _summarize(results: list[Result]) -> list[dict[str, Any]]:
         entry: dict[str, Any] = {
             "fraction": fractions.get(labels),
             "labels": labels,
-            "arms": {arm: interval(list(draws.values())).to_json() for arm, draws in arms.items()},
+            "arms": {arm: accuracy_interval(list(draws.values())).to_json() for arm, draws in arms.items()},
             "gain": gain,
             "comparisons": comparisons,
         }
         if not is_balanced:
             entry["macro"] = {
-                arm: interval(list(draws.values())).to_json() for arm, draws in macros[labels].items()
+                arm: accuracy_interval(list(draws.values())).to_json() for arm, draws in macros[labels].items()
             }
         summary.append(entry)
     return summary
