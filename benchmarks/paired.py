@@ -11,36 +11,48 @@ import numpy as np
 Measure = Callable[[], float]  # what one go costs: seconds per image, or bytes; smaller is better
 
 
-def compare(name: str, ours: Measure, theirs: Measure, bar: float, pairs: int = 6) -> dict[str, object]:
+def compare(
+    name: str, ours: Measure, theirs: Measure, bar: float, pairs: int = 6, controls: int = 3
+) -> dict[str, object]:
     """Measure both sides in turns; ratios are theirs / ours, so that larger is better for us.
 
     Returns:
         `name`, `ratio` (median), `low` and `high` (95 % bootstrap interval), `control` (median ratio of
         our side to itself, 1.00 on a quiet machine), `bar`, and the medians `ours` and `theirs`.
     """
-    ours(), theirs()  # both warm
-    costs: list[tuple[float, float]] = []
-    for pair in range(pairs):
-        if pair % 2 == 0:
-            mine = ours()
-            costs.append((mine, theirs()))
-        else:
-            other = theirs()
-            costs.append((ours(), other))
-    control = statistics.median(ours() / ours() for _ in range(3))
-    ratios = np.array([other / mine for mine, other in costs])
-    draws = np.random.default_rng(0).choice(ratios, (10_000, pairs))
-    low, high = np.percentile(np.median(draws, axis=1), [2.5, 97.5])
-    return {
-        "name": name,
-        "ratio": float(np.median(ratios)),
-        "low": float(low),
-        "high": float(high),
-        "control": control,
-        "bar": bar,
-        "ours": statistics.median(mine for mine, _ in costs),
-        "theirs": statistics.median(other for _, other in costs),
-    }
+    return compare_all(ours, {name: (theirs, bar)}, pairs, controls)[0]
+
+
+def compare_all(
+    ours: Measure, rivals: dict[str, tuple[Measure, float]], pairs: int = 6, controls: int = 3
+) -> list[dict[str, object]]:
+    """Measure our side and several others in rounds, every second round backwards; a figure for each rival."""
+    sides = {"": ours} | {name: measure for name, (measure, _) in rivals.items()}
+    for measure in sides.values():
+        measure()  # warm
+    rounds: list[dict[str, float]] = []
+    for number in range(pairs):
+        order = list(sides) if number % 2 == 0 else list(sides)[::-1]
+        rounds.append({name: sides[name]() for name in order})
+    control = statistics.median(ours() / ours() for _ in range(controls))
+    figures = []
+    for name, (_, bar) in rivals.items():
+        ratios = np.array([each[name] / each[""] for each in rounds])
+        draws = np.random.default_rng(0).choice(ratios, (10_000, pairs))
+        low, high = np.percentile(np.median(draws, axis=1), [2.5, 97.5])
+        figures.append(
+            {
+                "name": name,
+                "ratio": float(np.median(ratios)),
+                "low": float(low),
+                "high": float(high),
+                "control": control,
+                "bar": bar,
+                "ours": statistics.median(each[""] for each in rounds),
+                "theirs": statistics.median(each[name] for each in rounds),
+            }
+        )
+    return figures
 
 
 def seconds(run: Callable[[], object]) -> float:

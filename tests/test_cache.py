@@ -3,15 +3,21 @@
 import json
 import os
 import shutil
+import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import datasets
 import numpy as np
+import numpy.typing as npt
 import pytest
 from PIL import Image
 
 from labelwise.errors import DataError, ResourceError
+from labelwise.images import decoding
 from labelwise.images.cache import (
     ImageCache,
     build_cache,
@@ -54,7 +60,7 @@ def test_rows_are_the_square_and_the_evaluation_image_of_each_file(root: Path, p
     assert cache.squares.shape == (3, 24, 24, 3)
     assert cache.evaluations.shape == (3, 16, 16, 3)
     for row, name in enumerate(images.names):
-        image = decode_image((root / name).read_bytes())
+        image = decode_image((root / name).read_bytes())[0]
         assert np.array_equal(cache.squares[row], square_pixels(image, 24))
         assert np.array_equal(cache.evaluations[row], evaluation_pixels(image, 16))
         assert tuple(cache.sizes[row]) == (image.height, image.width)
@@ -244,17 +250,110 @@ def test_a_cache_that_cannot_be_made_is_refused(
         build(root)
 
 
-def test_a_stopped_build_leaves_nothing_and_can_be_repeated(root: Path, photo: Photo, cache: Path) -> None:
-    for seed in range(3):
+def contents(cache: ImageCache) -> list[npt.NDArray[Any]]:
+    return [np.array(part) for part in (cache.squares, cache.evaluations, cache.sizes, cache.keys)]
+
+
+def test_a_stopped_build_goes_on_where_it_stopped(
+    root: Path, photo: Photo, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for seed in range(7):
         photo(root / f"{seed}.png", seed)
+    (root / "1.png").write_bytes(b"")
+    monkeypatch.setenv("LABELWISE_CACHE", str(tmp_path / "whole"))
+    expected = build(root, 8, 8)
+    monkeypatch.setenv("LABELWISE_CACHE", str(cache))
+    monkeypatch.setattr("labelwise.images.cache._CHUNK", 2)
+    monkeypatch.setattr("labelwise.images.cache._SAVE_SECONDS", 0.0)
+    seen = 0
 
     def stop(count: int) -> None:
-        raise KeyboardInterrupt
+        nonlocal seen
+        seen += count
+        if seen == 5:
+            raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         build_cache(open_images(root), side=8, evaluation_size=8, progress=stop)
-    assert list(cache.iterdir()) == []
-    assert build(root).readable.all()
+    assert [folder.name.startswith(".building-") for folder in cache.iterdir()] == [True]
+    assert list_caches() == []
+    for name in ("0.png", "2.png", "3.png"):  # done already: never looked at again
+        monkeypatch.setattr(decoding, "decode_image", refuse((root / name).read_bytes()))
+    done: list[int] = []
+    found = build_cache(open_images(root), side=8, evaluation_size=8, progress=done.append)
+    assert done == [4, 1, 1, 1]
+    assert [folder.name for folder in cache.iterdir()] == [found.folder.name] == [expected.folder.name]
+    assert found.quarantined == expected.quarantined == [{"file": "1.png", "reason": "empty file"}]
+    for one, other in zip(contents(found), contents(expected), strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def refuse(forbidden: bytes) -> Callable[..., Any]:
+    """Decode, but not these bytes."""
+    decode = decoding.decode_image
+
+    def checked(data: bytes, *arguments: Any) -> Any:
+        assert data != forbidden
+        return decode(data, *arguments)
+
+    return checked
+
+
+BUILDER = """
+import sys
+from pathlib import Path
+from labelwise.images import cache
+from labelwise.images.source import open_images
+cache._CHUNK, cache._SAVE_SECONDS = 4, 0.0
+done = 0
+def tell(count):
+    global done
+    done += count
+    print(done, flush=True)
+found = cache.build_cache(open_images(Path(sys.argv[1])), side=48, evaluation_size=32, progress=tell)
+print("built", found.folder.name)
+"""
+
+
+def start_builder(root: Path) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-c", BUILDER, str(root)], stdout=subprocess.PIPE, text=True, bufsize=1
+    )
+
+
+def test_a_killed_build_goes_on_to_the_same_cache(
+    root: Path, photo: Photo, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for seed in range(120):
+        photo(root / f"{seed:03}.jpg", seed, (300, 200))
+    monkeypatch.setenv("LABELWISE_CACHE", str(tmp_path / "whole"))
+    expected = build(root, 48, 32)
+    monkeypatch.setenv("LABELWISE_CACHE", str(cache))
+    with start_builder(root) as killed:
+        assert killed.stdout is not None
+        while int(killed.stdout.readline()) < 30:
+            pass
+        killed.kill()
+        assert killed.wait() == -signal.SIGKILL
+    with start_builder(root) as again:
+        lines = again.communicate()[0].splitlines()
+    assert again.returncode == 0
+    assert int(lines[0]) >= 24
+    assert lines[-2:] == ["120", f"built {expected.folder.name}"]
+    for one, other in zip(contents(build(root, 48, 32)), contents(expected), strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_two_processes_build_one_cache_once(root: Path, photo: Photo, cache: Path) -> None:
+    for seed in range(60):
+        photo(root / f"{seed:03}.jpg", seed, (300, 200))
+    builders = [start_builder(root), start_builder(root)]
+    outputs = [builder.communicate()[0].split() for builder in builders]
+    assert [builder.returncode for builder in builders] == [0, 0]
+    one_by_one = [output for output in outputs if output[0] != "60"]
+    assert len(one_by_one) == 1  # the other waited, then found all of it done
+    assert outputs[0][-1] == outputs[1][-1]
+    assert [folder.name for folder in cache.iterdir()] == [outputs[0][-1]]
 
 
 def test_mean_and_spread_are_those_of_the_chosen_squares(root: Path, photo: Photo) -> None:

@@ -30,6 +30,10 @@ from labelwise.images.source import open_images
 ORIENTATION = 0x0112
 
 
+def decoded(data: bytes, *arguments: Any) -> Image.Image:
+    return decode_image(data, *arguments)[0]
+
+
 def corners() -> npt.NDArray[np.uint8]:
     """An image that looks different in each of the eight orientations, (32, 48, 3)."""
     pixels = np.zeros((32, 48, 3), np.uint8)
@@ -79,14 +83,14 @@ def png_header(width: int, height: int) -> bytes:
 
 def refusal(data: bytes) -> str:
     with decoding.without_warnings(), pytest.raises(UnreadableImage) as caught:
-        decode_image(data)
+        decoded(data)
     return str(caught.value)
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "TIFF", "WEBP"])
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_every_exif_orientation_comes_out_upright(orientation: int, kind: str) -> None:
-    found = np.asarray(decode_image(turned(orientation, kind)), dtype=int)
+    found = np.asarray(decoded(turned(orientation, kind)), dtype=int)
     assert found.shape == (32, 48, 3)
     assert np.abs(found - corners()).mean() < (3 if kind == "JPEG" else 0.01)
 
@@ -102,13 +106,13 @@ def test_a_deep_image_is_turned_upright_too() -> None:
     exif[ORIENTATION] = 6
     upright = np.arange(6, dtype=np.uint16).reshape(2, 3) * 10_000
     data = encoded(Image.fromarray(np.ascontiguousarray(upright.T[::-1])), "PNG", exif=exif.tobytes())
-    found = np.asarray(decode_image(data))
+    found = np.asarray(decoded(data))
     assert found[..., 0].tolist() == [[0, 51, 102], [153, 204, 255]]
 
 
 def test_a_damaged_exif_block_does_not_cost_the_image() -> None:
     data = encoded(Image.fromarray(corners()), "PNG", exif=b"Exif\0\0no such thing in here")
-    assert np.array_equal(np.asarray(decode_image(data)), corners())
+    assert np.array_equal(np.asarray(decoded(data)), corners())
 
 
 def test_a_damaged_exif_block_does_not_hide_the_size() -> None:
@@ -119,14 +123,14 @@ def test_a_damaged_exif_block_does_not_hide_the_size() -> None:
 def test_a_damaged_exif_block_does_not_cost_a_deep_image() -> None:
     deep = Image.fromarray(np.array([[0, 1000]], np.uint16))
     data = encoded(deep, "PNG", exif=b"Exif\0\0no such thing in here")
-    assert np.asarray(decode_image(data))[0, :, 0].tolist() == [0, 255]
+    assert np.asarray(decoded(data))[0, :, 0].tolist() == [0, 255]
 
 
 def test_cmyk_inks_become_their_colours() -> None:
     inks = np.zeros((16, 48, 4), np.uint8)
     inks[:, :16], inks[:, 16:32], inks[:, 32:] = (255, 0, 0, 0), (0, 255, 255, 0), (0, 0, 0, 255)
     data = encoded(Image.fromarray(inks, "CMYK"), "JPEG", quality=95, subsampling=0)
-    found = np.asarray(decode_image(data), dtype=int)
+    found = np.asarray(decoded(data), dtype=int)
     for column, colour in ((8, (0, 255, 255)), (24, (255, 0, 0)), (40, (0, 0, 0))):
         assert np.abs(found[8, column] - colour).max() <= 6
 
@@ -139,35 +143,35 @@ def palette_image() -> Image.Image:
 
 
 def test_a_palette_png_shows_its_palette() -> None:
-    found = np.asarray(decode_image(encoded(palette_image(), "PNG")))
+    found = np.asarray(decoded(encoded(palette_image(), "PNG")))
     assert found[0].tolist() == [[10, 20, 30], [200, 100, 0], [0, 0, 0]]
 
 
 def test_a_transparent_palette_colour_becomes_white() -> None:
-    found = np.asarray(decode_image(encoded(palette_image(), "PNG", transparency=0)))
+    found = np.asarray(decoded(encoded(palette_image(), "PNG", transparency=0)))
     assert found[0].tolist() == [[255, 255, 255], [200, 100, 0], [0, 0, 0]]
 
 
 def test_a_palette_with_shades_of_transparency_is_blended_with_white() -> None:
-    found = np.asarray(decode_image(encoded(palette_image(), "PNG", transparency=bytes([255, 0, 51]))))
+    found = np.asarray(decoded(encoded(palette_image(), "PNG", transparency=bytes([255, 0, 51]))))
     assert found[0].tolist() == [[10, 20, 30], [255, 255, 255], [204, 204, 204]]
 
 
 def test_transparency_is_laid_on_white_and_hidden_colours_stay_hidden() -> None:
     pixels = np.array([[[255, 0, 0, 0], [0, 0, 0, 51], [0, 0, 255, 255]]], np.uint8)
-    found = np.asarray(decode_image(encoded(Image.fromarray(pixels, "RGBA"), "PNG")))
+    found = np.asarray(decoded(encoded(Image.fromarray(pixels, "RGBA"), "PNG")))
     assert found[0].tolist() == [[255, 255, 255], [204, 204, 204], [0, 0, 255]]
 
 
 def test_a_transparent_colour_of_an_rgb_png_becomes_white() -> None:
     pixels = np.array([[[1, 2, 3], [4, 5, 6]]], np.uint8)
-    found = np.asarray(decode_image(encoded(Image.fromarray(pixels), "PNG", transparency=(1, 2, 3))))
+    found = np.asarray(decoded(encoded(Image.fromarray(pixels), "PNG", transparency=(1, 2, 3))))
     assert found[0].tolist() == [[255, 255, 255], [4, 5, 6]]
 
 
 def test_gray_with_transparency_is_laid_on_white() -> None:
     pixels = np.array([[[100, 0], [0, 102], [100, 255]]], np.uint8)
-    found = np.asarray(decode_image(encoded(Image.fromarray(pixels, "LA"), "PNG")))
+    found = np.asarray(decoded(encoded(Image.fromarray(pixels, "LA"), "PNG")))
     assert found[0].tolist() == [[255] * 3, [153] * 3, [100] * 3]
 
 
@@ -175,7 +179,7 @@ def test_gray_with_transparency_is_laid_on_white() -> None:
 def test_one_bit_is_black_and_white(kind: str) -> None:
     image = Image.new("1", (2, 1))
     image.putdata([0, 255])
-    assert np.asarray(decode_image(encoded(image, kind)))[0].tolist() == [[0] * 3, [255] * 3]
+    assert np.asarray(decoded(encoded(image, kind)))[0].tolist() == [[0] * 3, [255] * 3]
 
 
 @pytest.mark.parametrize("kind", ["PNG", "TIFF", "PPM"])
@@ -183,9 +187,9 @@ def test_a_16_bit_image_is_scaled_and_not_white(kind: str) -> None:
     values = np.linspace(1000, 5000, 5).astype(np.uint16)[None]
     data = encoded(Image.fromarray(values), kind)
     assert deep_range(data) == (1000, 5000)
-    assert np.asarray(decode_image(data, (1000, 5000)))[0, :, 1].tolist() == [0, 64, 128, 191, 255]
-    assert np.asarray(decode_image(data, (1000, 9000)))[0, :, 1].tolist() == [0, 32, 64, 96, 128]
-    assert np.asarray(decode_image(data, (2000, 3000)))[0, :, 1].tolist() == [0, 0, 255, 255, 255]
+    assert np.asarray(decoded(data, (1000, 5000)))[0, :, 1].tolist() == [0, 64, 128, 191, 255]
+    assert np.asarray(decoded(data, (1000, 9000)))[0, :, 1].tolist() == [0, 32, 64, 96, 128]
+    assert np.asarray(decoded(data, (2000, 3000)))[0, :, 1].tolist() == [0, 0, 255, 255, 255]
 
 
 @pytest.mark.parametrize("suffix", [".png", ".tif"])
@@ -215,13 +219,13 @@ def test_a_float_tiff_is_scaled_and_not_black() -> None:
     values = np.array([[-1, -0.5, 0, 0.5, 1]], np.float32)
     data = encoded(Image.fromarray(values), "TIFF")
     assert deep_range(data) == (-1, 1)
-    assert np.asarray(decode_image(data))[0, :, 2].tolist() == [0, 64, 128, 191, 255]
+    assert np.asarray(decoded(data))[0, :, 2].tolist() == [0, 64, 128, 191, 255]
 
 
 def test_holes_of_a_float_tiff_do_not_spoil_its_range() -> None:
     data = encoded(Image.fromarray(np.array([[np.nan, 0, 2, np.inf, -np.inf]], np.float32)), "TIFF")
     assert deep_range(data) == (0, 2)
-    assert np.asarray(decode_image(data))[0, :, 0].tolist() == [0, 0, 255, 255, 0]
+    assert np.asarray(decoded(data))[0, :, 0].tolist() == [0, 0, 255, 255, 0]
 
 
 def test_a_float_tiff_of_holes_only_is_refused() -> None:
@@ -232,7 +236,7 @@ def test_a_float_tiff_of_holes_only_is_refused() -> None:
 def test_of_several_frames_the_first_is_taken(kind: str) -> None:
     frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue", "lime")]
     data = encoded(frames[0], kind, save_all=True, append_images=frames[1:])
-    found = np.asarray(decode_image(data), dtype=int)
+    found = np.asarray(decoded(data), dtype=int)
     assert np.abs(found - (255, 0, 0)).max() <= 4
 
 
@@ -360,7 +364,7 @@ def test_the_square_of_a_fine_pattern_is_gray_and_not_aliased() -> None:
 
 def test_equal_pixels_have_one_key_whatever_the_format() -> None:
     keys = {
-        content_key(np.asarray(decode_image(encoded(Image.fromarray(corners()), kind))))
+        content_key(np.asarray(decoded(encoded(Image.fromarray(corners()), kind))))
         for kind in ("PNG", "BMP", "TIFF", "PPM")
     }
     assert len(keys) == 1
@@ -375,3 +379,47 @@ def test_one_changed_pixel_changes_the_key() -> None:
 
 def test_equal_bytes_in_another_shape_have_another_key() -> None:
     assert content_key(np.zeros((2, 8, 3), np.uint8)) != content_key(np.zeros((4, 4, 3), np.uint8))
+
+
+# Large JPEGs
+
+
+@pytest.mark.parametrize(("size", "expected"), [
+    ((1023, 2000), (1023, 2000)), ((1024, 2000), (512, 1000)), ((2051, 2049), (513, 513)), ((4500, 4096), (563, 512)),
+])  # fmt: skip
+def test_a_large_jpeg_is_decoded_at_a_smaller_scale(size: tuple[int, int], expected: tuple[int, int]) -> None:
+    data = encoded(Image.linear_gradient("L").resize(size).convert("RGB"), "JPEG")
+    image, true_size = decode_image(data)
+    assert image.size == expected
+    assert true_size == size[::-1]
+    assert header_size(data) == true_size
+
+
+@pytest.mark.parametrize("orientation", [1, 3, 6, 8])
+def test_the_true_size_of_a_scaled_jpeg_is_that_of_the_upright_original(orientation: int) -> None:
+    exif = Image.Exif()
+    exif[ORIENTATION] = orientation
+    data = encoded(Image.new("RGB", (1500, 1100)), "JPEG", exif=exif)
+    image, true_size = decode_image(data)
+    assert true_size == header_size(data) == ((1500, 1100) if orientation in (6, 8) else (1100, 1500))
+    assert image.size == ((550, 750) if orientation in (6, 8) else (750, 550))
+
+
+def test_a_scaled_jpeg_looks_like_the_whole_one_made_smaller() -> None:
+    rng = np.random.default_rng(0)
+    coarse = Image.fromarray(rng.integers(0, 256, (16, 24, 3), np.uint8))
+    data = encoded(coarse.resize((2400, 1600), Image.Resampling.BICUBIC), "JPEG", quality=95)
+    scaled, _ = decode_image(data)
+    whole, _ = decode_image(data, None, 10_000)
+    assert (scaled.size, whole.size) == ((1200, 800), (2400, 1600))
+    for make in (square_pixels, evaluation_pixels):
+        difference = np.abs(make(scaled, 96).astype(int) - make(whole, 96).astype(int))
+        assert difference.mean() < 1
+        assert np.percentile(difference, 99) <= 4
+
+
+def test_an_image_is_decoded_whole_where_all_of_it_is_needed() -> None:
+    data = encoded(Image.new("RGB", (1200, 1200)), "JPEG")
+    assert decode_image(data, None, 601)[0].size == (1200, 1200)
+    assert decode_image(data, None, 600)[0].size == (600, 600)
+    assert decode_image(encoded(Image.new("RGB", (1200, 1200)), "PNG"))[0].size == (1200, 1200)

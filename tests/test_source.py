@@ -236,7 +236,7 @@ def piece(count: int, first_seed: int) -> tuple[datasets.Dataset, list[Image.Ima
 
 
 def shows(images: ImageSet, pictures: list[Image.Image]) -> bool:
-    found = [np.asarray(decode_image(images.read(row))) for row in range(len(images.names))]
+    found = [np.asarray(decode_image(images.read(row))[0]) for row in range(len(images.names))]
     return all(np.array_equal(a, np.asarray(b)) for a, b in zip(found, pictures, strict=True))
 
 

@@ -1,16 +1,22 @@
 """Decode once: every image as a square to cut views from and as an evaluation image, in memory maps.
 
+A cache that was being built when its process ended is gone on with; two processes never build the same one.
+
 The cache lies in `LABELWISE_CACHE`, or `labelwise` in `XDG_CACHE_HOME` or `~/.cache`. Its name is a hash
 of the files (name, size, time) and the settings, so runs on the same images share it.
 """
 
+import errno
+import fcntl
 import hashlib
 import json
+import mmap
 import os
 import shutil
-import tempfile
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,11 +28,13 @@ from labelwise.errors import DataError, ResourceError
 from labelwise.images import decoding
 from labelwise.images.decoding import Pixels, Range, UnreadableImage
 from labelwise.images.source import ImageSet
-from labelwise.rundir import cache_root
+from labelwise.rundir import cache_root, write_json
 
-_VERSION = 2  # of what the files in a cache mean
+_VERSION = 3  # of what the files in a cache mean
 _SAMPLED = 10_000  # images whose mean and spread stand for the set's
 _CHUNK = 512
+_SAVE_SECONDS = 5.0
+_PROGRESS = "progress.json"  # in a cache that is being built: rows done, what was found in them
 
 
 @dataclass(frozen=True)
@@ -79,23 +87,23 @@ def build_cache(
         ResourceError: The disk is full.
     """
     folder = cache_root() / _fingerprint(images, side, evaluation_size)
-    if folder.exists():
-        try:
-            cache = _open_cache(folder)
-        except (OSError, ValueError, KeyError, EOFError):
-            shutil.rmtree(folder)  # damaged; the images are still there
-        else:
-            progress(len(images.names))
-            return cache
-    _check_space(folder, len(images.names) * 3 * (side**2 + evaluation_size**2))
-    fresh = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".building-"))
+    if not folder.exists():
+        _check_space(folder, len(images.names) * 3 * (side**2 + evaluation_size**2))
+        fresh = folder.with_name(f".building-{folder.name}")
+        with _alone_in(fresh):
+            if folder.exists():  # another process finished it while this one waited
+                shutil.rmtree(fresh)
+            else:
+                _fill(fresh, images, side, evaluation_size, progress)
+                fresh.rename(folder)
+                return _open_cache(folder)
     try:
-        _fill(fresh, images, side, evaluation_size, progress)
-        if not folder.exists():  # another run may have been faster
-            fresh.rename(folder)
-    finally:
-        shutil.rmtree(fresh, ignore_errors=True)
-    return _open_cache(folder)
+        cache = _open_cache(folder)
+    except (OSError, ValueError, KeyError, EOFError):
+        shutil.rmtree(folder)  # damaged; the images are still there
+        return build_cache(images, side=side, evaluation_size=evaluation_size, progress=progress)
+    progress(len(images.names))
+    return cache
 
 
 def sample_sizes(images: ImageSet, count: int = 200) -> npt.NDArray[np.int64]:
@@ -132,53 +140,111 @@ def channel_statistics(
     return (mean[0], mean[1], mean[2]), (std[0], std[1], std[2])
 
 
+@contextmanager
+def _alone_in(folder: Path) -> Iterator[None]:
+    """Make a folder, or go on with it, while no other process does; wait for one that does."""
+    while True:
+        folder.mkdir(exist_ok=True)
+        try:
+            descriptor = os.open(folder, os.O_RDONLY)
+        except FileNotFoundError:  # another process has just finished it
+            continue
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            if folder.exists() and os.path.samestat(folder.stat(), os.fstat(descriptor)):
+                yield
+                return
+        finally:
+            os.close(descriptor)
+
+
 def _fill(
     folder: Path, images: ImageSet, side: int, evaluation_size: int, progress: Callable[[int], None]
 ) -> None:
+    """Decode what is not decoded yet; `done.json` says how far an earlier process came."""
     count = len(images.names)
-    squares = np.lib.format.open_memmap(folder / "squares.npy", "w+", np.uint8, (count, side, side, 3))
-    evaluations = np.lib.format.open_memmap(
-        folder / "evaluations.npy", "w+", np.uint8, (count, evaluation_size, evaluation_size, 3)
+    squares = _open_array(folder / "squares.npy", np.uint8, (count, side, side, 3))
+    evaluations = _open_array(
+        folder / "evaluations.npy", np.uint8, (count, evaluation_size, evaluation_size, 3)
     )
-    sizes, keys = np.ones((count, 2), np.int32), np.zeros(count, np.uint64)
-    quarantined: list[dict[str, str]] = []
+    sizes = _open_array(folder / "sizes.npy", np.int32, (count, 2))
+    keys = _open_array(folder / "keys.npy", np.uint64, (count,))
+    shortest = max(decoding.SHORTEST, side, decoding.evaluation_short_side(evaluation_size))
     with decoding.without_warnings(), ThreadPoolExecutor(os.cpu_count()) as pool:
-        intensity_range = _set_range(images, pool)
+        facts = _read_progress(folder) or {
+            "rows": 0,
+            "quarantined": [],
+            "intensity_range": _set_range(images, pool),
+        }
+        quarantined: list[dict[str, str]] = facts["quarantined"]
+        progress(facts["rows"])
 
-        def decode(row: int) -> tuple[Pixels, Pixels, tuple[int, int], int] | str:
+        def decode(row: int) -> str | None:
+            """Fill a row, or say why it cannot be."""
             try:
-                image = decoding.decode_image(images.read(row), intensity_range)
-                key = decoding.content_key(np.asarray(image))
-                shape = (image.height, image.width)
-                return (
-                    decoding.square_pixels(image, side),
-                    decoding.evaluation_pixels(image, evaluation_size),
-                    shape,
-                    key,
-                )
+                image, size = decoding.decode_image(images.read(row), facts["intensity_range"], shortest)
+                squares[row] = decoding.square_pixels(image, side)
+                evaluations[row] = decoding.evaluation_pixels(image, evaluation_size)
+                sizes[row], keys[row] = size, decoding.content_key(np.asarray(image))
             except UnreadableImage as error:
                 return str(error)
             except OSError as error:
                 return f"cannot be read ({error.strerror or error})"
+            return None
 
-        for start in range(0, count, _CHUNK):
+        saved_at = time.monotonic()
+        for start in range(facts["rows"], count, _CHUNK):
             rows = range(start, min(start + _CHUNK, count))
-            for row, result in zip(rows, pool.map(decode, rows), strict=True):
-                if isinstance(result, str):
-                    quarantined.append({"file": images.names[row], "reason": result})
-                else:
-                    squares[row], evaluations[row], sizes[row], keys[row] = result
+            for row, reason in zip(rows, pool.map(decode, rows), strict=True):
+                if reason is not None:
+                    squares[row], evaluations[row], sizes[row], keys[row] = 0, 0, 1, 0
+                    quarantined.append({"file": images.names[row], "reason": reason})
                 progress(1)
+            facts["rows"] = rows.stop
+            is_last = rows.stop == count
+            if is_last or time.monotonic() - saved_at > _SAVE_SECONDS:
+                for array in (squares, evaluations, sizes, keys):
+                    array.flush()
+                if not is_last:
+                    write_json(folder / _PROGRESS, facts)
+                saved_at = time.monotonic()
+            for array in (squares, evaluations):
+                _forget_pages(array)
     if len(quarantined) == count:
+        shutil.rmtree(folder)
         raise DataError(
             f"{images.root}: none of its {count} images can be read, e.g. {quarantined[0]['file']}: {quarantined[0]['reason']}."
         )
-    squares.flush()
-    evaluations.flush()
-    np.save(folder / "sizes.npy", sizes)
-    np.save(folder / "keys.npy", keys)
-    facts = {"images": count, "quarantined": quarantined, "intensity_range": intensity_range}
-    (folder / "facts.json").write_text(json.dumps(facts), encoding="utf-8")
+    (folder / _PROGRESS).unlink(missing_ok=True)
+    write_json(
+        folder / "facts.json",
+        {"images": count, "quarantined": quarantined, "intensity_range": facts["intensity_range"]},
+    )
+
+
+def _open_array(path: Path, kind: type[np.generic], shape: tuple[int, ...]) -> np.memmap[Any, Any]:
+    """Open an array that an earlier process began, or make one whose disk space is taken at once."""
+    if (path.parent / _PROGRESS).exists():
+        return np.lib.format.open_memmap(path, "r+")
+    array = np.lib.format.open_memmap(path, "w+", kind, shape)
+    if hasattr(os, "posix_fallocate"):  # a map into a full disk would end the process by SIGBUS
+        with path.open("rb+") as file:
+            try:
+                os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+            except OSError as error:
+                if error.errno == errno.ENOSPC:
+                    raise _no_space(path.parent, path.stat().st_size) from None
+    return array
+
+
+def _read_progress(folder: Path) -> dict[str, Any] | None:
+    path = folder / _PROGRESS
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+
+def _forget_pages(array: np.memmap[Any, Any]) -> None:
+    """Let go of the memory behind what was written; the system keeps or writes it as it sees fit."""
+    array._mmap.madvise(mmap.MADV_DONTNEED)  # type: ignore[attr-defined]  # numpy's, not in its stubs
 
 
 def _open_cache(folder: Path) -> ImageCache:
@@ -220,12 +286,16 @@ def _check_space(folder: Path, needed: int) -> None:
         raise ResourceError(
             f"{folder.parent}: the image cache cannot be written there; name another place in LABELWISE_CACHE."
         )
-    free = shutil.disk_usage(folder.parent).free
-    if needed > free:
-        raise ResourceError(
-            f"{folder.parent}: the image cache needs {needed / 2**30:.1f} GiB and {free / 2**30:.1f} GiB are free; "
-            f"free some, name another place in LABELWISE_CACHE, or use a smaller --image-size."
-        )
+    if needed > shutil.disk_usage(folder.parent).free:
+        raise _no_space(folder.parent, needed)
+
+
+def _no_space(place: Path, needed: int) -> ResourceError:
+    free = shutil.disk_usage(place).free
+    return ResourceError(
+        f"{place}: the image cache needs {needed / 2**30:.1f} GiB and {free / 2**30:.1f} GiB are free; "
+        f"free some, name another place in LABELWISE_CACHE, or use a smaller --image-size."
+    )
 
 
 def _set_range(images: ImageSet, pool: ThreadPoolExecutor) -> Range | None:

@@ -123,7 +123,8 @@ def _summarize(results: list[Result]) -> list[dict[str, Any]]:
         }
         if not is_balanced:
             entry["macro"] = {
-                arm: accuracy_interval(list(draws.values())).to_json() for arm, draws in macros[labels].items()
+                arm: accuracy_interval(list(draws.values())).to_json()
+                for arm, draws in macros[labels].items()
             }
         summary.append(entry)
     return summary

@@ -111,13 +111,13 @@ def show(document: dict[str, Any]) -> None:
 def _examine(images: ImageSet, row: int) -> tuple[int, tuple[int, int], bool] | str:
     """Content key, height and width, and whether the image is flat; or the reason it cannot be used."""
     try:
-        image = decode_image(images.read(row))
+        image, size = decode_image(images.read(row))
     except UnreadableImage as error:
         return str(error)
     except OSError as error:
         return f"cannot be read ({error.strerror or error})"
     flat = float(evaluation_pixels(image, 32).std()) < _FLAT
-    return content_key(np.asarray(image)), (image.height, image.width), flat
+    return content_key(np.asarray(image)), size, flat
 
 
 def _estimate(shapes: npt.NDArray[np.int64]) -> dict[str, Any]:
