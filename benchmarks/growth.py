@@ -1,0 +1,126 @@
+"""1,000 and 100,000 images: does an image cost the same, and does memory stay where it was?
+
+    python benchmarks/growth.py CIFAR      # a folder of JPEG files; names are repeated until they are 100,000
+
+Finds the files, builds the cache and makes two 32 px views of every image, each size in a process of its own,
+after a warm-up on 64 images. Cost of the first figure: seconds per image; the bar, 1 / 1.15, lets the large set
+cost 15 % more. Cost of the second: bytes of memory that the system cannot take back (anonymous and shared; pages of
+the cache file are not counted), at the peak, above what the small set took; the limit is 200 MB.
+"""
+
+import argparse
+import functools
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from paired import compare, parser, show
+from pipeline import NORMALIZATION
+
+from labelwise.images.cache import build_cache
+from labelwise.images.duplicates import unique_keys
+from labelwise.images.source import open_images
+from labelwise.seeding import permutation
+from labelwise.views.draws import Policy
+from labelwise.views.pipeline import make_views
+
+SMALL, LARGE = 1_000, 100_000
+LIMIT = 200e6
+
+
+def main() -> None:
+    options = parser(__doc__)
+    options.add_argument("images", type=Path)
+    options.add_argument("--count", type=int, help=argparse.SUPPRESS)
+    given = options.parse_args()
+    if given.count:
+        print(json.dumps(measure(given.images, given.count)))
+        return
+    runs = {count: functools.partial(in_a_process, given.images, count) for count in (SMALL, LARGE)}
+    figures = [
+        compare(
+            "seconds per image, 100,000 against 1,000 images",
+            lambda: runs[LARGE]("seconds"),
+            lambda: runs[SMALL]("seconds"),
+            1 / 1.15,
+            pairs=3,
+            controls=1,
+        ),
+        compare(
+            "memory, limit 200 MB more",
+            lambda: max(runs[LARGE]("bytes") - runs[SMALL]("bytes"), 1.0),
+            lambda: LIMIT,
+            1.0,
+            pairs=2,
+            controls=1,
+        ),
+    ]
+    show(figures, given.json)
+
+
+def measure(source: Path, count: int) -> dict[str, float]:
+    files = sorted(source.rglob("*.jpg"))
+    with tempfile.TemporaryDirectory() as folder:
+        go_over(link(files, Path(folder) / "warm", 64))
+        images = link(files, Path(folder) / "images", count)
+        done, peak = threading.Event(), 0.0
+
+        def watch() -> None:
+            nonlocal peak
+            while not done.is_set():
+                peak = max(peak, held_bytes())
+                time.sleep(0.02)
+
+        watcher = threading.Thread(target=watch)
+        watcher.start()
+        start = time.perf_counter()
+        go_over(images)
+        seconds = time.perf_counter() - start
+        done.set()
+        watcher.join()
+    return {"seconds": seconds / count, "bytes": peak}
+
+
+def link(files: list[Path], folder: Path, count: int) -> Path:
+    """Link files into folders of 1,000."""
+    for number in range(count):
+        place = folder / f"{number // 1000:03}" / f"{number:06}.jpg"
+        place.parent.mkdir(parents=True, exist_ok=True)
+        place.symlink_to(files[number % len(files)].resolve())
+    return folder
+
+
+def go_over(folder: Path) -> None:
+    """Decode everything once, then make views of everything."""
+    images = open_images(folder)
+    cache = build_cache(images, side=32, evaluation_size=32)
+    keys = unique_keys(cache.keys)
+    order = permutation(0, 0, len(keys))
+    for start in range(0, len(order), 256):
+        rows = np.asarray(order[start : start + 256])
+        squares = torch.from_numpy(cache.squares[rows])
+        policy = Policy(size=32, blur=0.0)
+        make_views(policy, squares, cache.sizes[rows], keys[rows], 0, 0, (0, 1), NORMALIZATION)
+    shutil.rmtree(cache.folder)
+
+
+def held_bytes() -> float:
+    """Memory that belongs to this process alone."""
+    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+    return sum(1024.0 * int(line.split()[1]) for line in lines if line.startswith(("RssAnon:", "RssShmem:")))
+
+
+def in_a_process(source: Path, count: int, key: str) -> float:
+    command = [sys.executable, __file__, str(source), "--count", str(count)]
+    return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)[key]
+
+
+if __name__ == "__main__":
+    main()
