@@ -188,8 +188,14 @@ def read_json(path: Path) -> Any:
         raise CheckpointError(f"{path}: damaged ({error}); delete the run and start it again.") from None
 
 
-def append_jsonl(path: Path, row: dict[str, Any]) -> None:
-    """Add one line to a JSON-lines file and flush it to disk; a line torn by a power cut before is cut off."""
+def append_jsonl(path: Path, row: dict[str, Any], *, durable: bool = True) -> None:
+    """Add one line to a JSON-lines file; a line torn by a power cut before is cut off.
+
+    Args:
+        path: The file.
+        row: The line.
+        durable: Wait until it, and all lines before it, are on the disk.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("ab+") as file:
         end = file.seek(0, os.SEEK_END)
@@ -198,7 +204,8 @@ def append_jsonl(path: Path, row: dict[str, Any]) -> None:
             file.truncate(file.read().rfind(b"\n") + 1)
         file.write((json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n").encode())
         file.flush()
-        os.fsync(file.fileno())
+        if durable:
+            os.fsync(file.fileno())
 
 
 def _last_byte(file: BinaryIO) -> bytes:

@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -354,6 +355,19 @@ def test_two_processes_build_one_cache_once(root: Path, photo: Photo, cache: Pat
     assert len(one_by_one) == 1  # the other waited, then found all of it done
     assert outputs[0][-1] == outputs[1][-1]
     assert [folder.name for folder in cache.iterdir()] == [outputs[0][-1]]
+
+
+def test_a_build_abandoned_a_week_ago_is_deleted_and_a_fresh_one_kept(
+    root: Path, photo: Photo, cache: Path
+) -> None:
+    photo(root / "a.png", 0)
+    for name in (".building-old", ".building-new"):
+        (cache / name).mkdir(parents=True)
+        (cache / name / "squares.npy").write_bytes(b"x" * 100)
+    week_ago = time.time() - 8 * 24 * 3600
+    os.utime(cache / ".building-old", (week_ago, week_ago))
+    built = build(root)
+    assert {folder.name for folder in cache.iterdir()} == {".building-new", built.folder.name}
 
 
 def test_mean_and_spread_are_those_of_the_chosen_squares(root: Path, photo: Photo) -> None:

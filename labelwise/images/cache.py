@@ -34,6 +34,7 @@ _VERSION = 3  # of what the files in a cache mean
 _SAMPLED = 10_000  # images whose mean and spread stand for the set's
 _CHUNK = 512
 _SAVE_SECONDS = 5.0
+_ABANDONED_SECONDS = 7 * 24 * 3600.0
 _PROGRESS = "progress.json"  # in a cache that is being built: rows done, what was found in them
 
 
@@ -88,6 +89,7 @@ def build_cache(
     """
     folder = cache_root() / _fingerprint(images, side, evaluation_size)
     if not folder.exists():
+        _remove_abandoned(cache_root())
         _check_space(folder, len(images.names) * 3 * (side**2 + evaluation_size**2))
         fresh = folder.with_name(f".building-{folder.name}")
         with _alone_in(fresh):
@@ -156,6 +158,18 @@ def _alone_in(folder: Path) -> Iterator[None]:
                 return
         finally:
             os.close(descriptor)
+
+
+def _remove_abandoned(root: Path) -> None:
+    """Delete caches whose building stopped long ago and was never gone on with."""
+    for folder in root.glob(".building-*"):
+        try:
+            age = time.time() - folder.stat().st_mtime
+        except FileNotFoundError:  # another process has just finished it
+            continue
+        if age > _ABANDONED_SECONDS:
+            with _alone_in(folder):
+                shutil.rmtree(folder)
 
 
 def _fill(

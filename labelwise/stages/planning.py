@@ -59,6 +59,8 @@ _PROBED = 16  # images whose activations are weighed to find the micro-batch
 _WORKING = 2.0  # a step needs about twice what it keeps: gradients of activations, buffers of convolutions
 _MEMORY_SHARE = 0.5  # of what is free goes to a step
 _TWICE_FORWARD = 4 / 3  # a step in parts runs forward, forward, backward; backward costs two forwards
+_RESIDENT_SHARE = 0.25  # of a GPU's free memory may hold the decoded images
+_COPIED = 4096  # squares copied to a GPU at a time
 _LIMIT_SHARE = 0.93  # of a time limit goes to steps; the rest to monitoring, start and end
 
 
@@ -84,19 +86,28 @@ class Plan:
 
 @dataclasses.dataclass(frozen=True)
 class Pool:
-    """The images that may be trained on; row r of the pool is row `rows[r]` of the cache."""
+    """The images that may be trained on; row r of the pool is row `rows[r]` of the cache.
+
+    Attributes:
+        resident: The squares of the pool on the training device, uint8 (N, S, S, 3), where they fit there.
+    """
 
     cache: ImageCache
     rows: npt.NDArray[np.int64]
     keys: npt.NDArray[np.uint64]
     labels: list[str | None]
+    resident: Tensor | None = None
 
     def squares(
         self, members: npt.NDArray[np.int64], device: torch.device
     ) -> tuple[Tensor, npt.NDArray[np.int32]]:
         """Cached squares, uint8 (B, S, S, 3), and true sizes, (B, 2)."""
         rows = self.rows[members]
-        return torch.from_numpy(self.cache.squares[rows]).to(device), self.cache.sizes[rows]
+        if self.resident is not None and self.resident.device == device:
+            squares = self.resident[torch.from_numpy(members).to(device)]
+        else:
+            squares = torch.from_numpy(self.cache.squares[rows]).to(device)
+        return squares, self.cache.sizes[rows]
 
 
 def view_policy(settings: PretrainSettings, plan: Plan) -> Policy:
@@ -162,6 +173,25 @@ def make_pool(images: ImageSet, cache: ImageCache, lock: dict[str, Any], setting
             f"{len(rows)}, better {2 ** int(math.log2(len(rows) / 4))}."
         )
     return Pool(cache, rows, unique_keys(cache.keys[rows]), [images.labels[row] for row in rows])
+
+
+def keep_on_device(pool: Pool, device: torch.device) -> Pool:
+    """Copy the pool's squares to a GPU once, if that takes at most a quarter of its free memory.
+
+    The CPU needs no copy: the system keeps the cache's pages in memory.
+    """
+    shape = (len(pool.rows), *pool.cache.squares.shape[1:])
+    if device.type != "cuda" or math.prod(shape) > _RESIDENT_SHARE * available_memory(device):
+        return pool
+    return dataclasses.replace(pool, resident=copy_squares(pool, device))
+
+
+def copy_squares(pool: Pool, device: torch.device) -> Tensor:
+    """Squares of the pool on a device, copied some at a time, uint8 (N, S, S, 3)."""
+    squares = torch.empty((len(pool.rows), *pool.cache.squares.shape[1:]), dtype=torch.uint8, device=device)
+    for members in np.array_split(np.arange(len(pool.rows)), math.ceil(len(pool.rows) / _COPIED)):
+        squares[members[0] : members[-1] + 1] = torch.from_numpy(pool.cache.squares[pool.rows[members]])
+    return squares
 
 
 def specify_encoder(settings: PretrainSettings, size: int, pool: Pool) -> EncoderSpec:

@@ -42,6 +42,7 @@ from labelwise.stages.planning import (
     choose_sizes,
     inherit_model,
     is_run,
+    keep_on_device,
     make_learner,
     make_plan,
     make_pool,
@@ -84,7 +85,7 @@ def pretrain(settings: PretrainSettings) -> RunDirectory:
     with terminal.track("reading images", len(images.names)) as bar:
         cache = build_cache(images, side=side, evaluation_size=size, progress=bar.advance)
     lock = _test_lock(run, settings, images, cache)
-    pool = make_pool(images, cache, lock, settings)
+    pool = keep_on_device(make_pool(images, cache, lock, settings), device)
     spec = specify_encoder(settings, size, pool)
 
     if plan is None:
@@ -166,22 +167,21 @@ def _train(
                     )
 
                 losses.append(loss)
-                rundir.append_jsonl(
-                    run.metrics,
-                    {
-                        "kind": "step",
-                        "step": at.step,
-                        "epoch": at.epoch,
-                        "loss": loss,
-                        "learning_rate": rate * plan.learning_rate,
-                    },
-                )
+                must_save = bool(stop) or time.monotonic() - saved_at > SAVE_SECONDS
+                line = {
+                    "kind": "step",
+                    "step": at.step,
+                    "epoch": at.epoch,
+                    "loss": loss,
+                    "learning_rate": rate * plan.learning_rate,
+                }
+                rundir.append_jsonl(run.metrics, line, durable=must_save)
                 at = Position(at.step + 1, at.epoch, at.batch + 1)
                 bar.advance(plan.batch_size, loss=loss, chance=chance, **figures)
-                if stop or time.monotonic() - saved_at > SAVE_SECONDS:
+                if must_save:
                     save_checkpoint(run.checkpoints, at, learner.modules, learner.optimizer)
                     saved_at = time.monotonic()
-                if stop:
+                if must_save and stop:
                     raise Interrupted(
                         f"saved step {at.step:,} of {steps:,} in {run.path}; the same command goes on.",
                         stop.signal_number or 0,
