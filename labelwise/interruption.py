@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+from labelwise.errors import Interrupted
+
 
 class StopRequest:
     """Whether somebody asked the process to stop, and by which signal."""
@@ -15,6 +17,11 @@ class StopRequest:
 
     def __bool__(self) -> bool:
         return self.signal_number is not None
+
+    def check(self, words: str) -> None:
+        """Raise Interrupted with these words if somebody did."""
+        if self.signal_number is not None:
+            raise Interrupted(words, self.signal_number)
 
 
 @contextmanager

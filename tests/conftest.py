@@ -1,11 +1,24 @@
 """Fixtures of all tests: a cache of one's own, and images to put into folders."""
 
-from collections.abc import Callable
+import os
+import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
+
+
+@pytest.fixture(autouse=True, scope="session")
+def compiled() -> Iterator[None]:
+    """Let the processes that tests start share what numba compiled, which takes ten seconds each time."""
+    if "NUMBA_CACHE_DIR" in os.environ:
+        yield
+        return
+    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+        patch.setenv("NUMBA_CACHE_DIR", folder)
+        yield
 
 
 @pytest.fixture(autouse=True)

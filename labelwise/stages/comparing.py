@@ -6,6 +6,7 @@ plain pixels. Probes come first, so that a first verdict shows within a minute.
 """
 
 import dataclasses
+import itertools
 import math
 import time
 from collections.abc import Sequence
@@ -16,21 +17,23 @@ import numpy as np
 
 from labelwise import environment, rundir, terminal
 from labelwise.config import FinetuneSettings, Method, read_run_config, to_toml
-from labelwise.errors import DataError, Interrupted, UsageError
+from labelwise.errors import DataError, UsageError
 from labelwise.images.cache import ImageCache, build_cache
 from labelwise.images.source import ImageSet, open_images
 from labelwise.images.splits import draw_labels, hash_names, lock_test, pool_indices
 from labelwise.interruption import stop_between_steps
 from labelwise.learning.memory import keep_freed_memory
 from labelwise.learning.precision import Precision, choose_device
+from labelwise.learning.workers import side_by_side
 from labelwise.measures.linear import accuracy, macro_accuracy
 from labelwise.models.weights import load_encoder, save_module
 from labelwise.predictions import store_predictions
 from labelwise.rundir import RunDirectory
 from labelwise.stages.finetuning import Floats, Rows
-from labelwise.stages.methods import Bench, is_unbalanced, refit, run_method
+from labelwise.stages.methods import STOPPED, Bench, is_unbalanced, refit, run_method, steps_of, workers_for
 from labelwise.views.draws import Policy
 
+Job = tuple[Method, int, int]  # method, number of labels, draw
 LADDER = (2, 5, 10, 25, 50, 100)  # labels per class when nothing is asked
 
 
@@ -53,36 +56,38 @@ def finetune(settings: FinetuneSettings) -> RunDirectory:
         for count in counts
         for draw in range(settings.draws)
     ]
-    done = _finished(bench) & set(jobs)
+    finished = _finished(bench)
+    done = [job for job in jobs if job in finished]
     _announce(bench, list(counts), len(jobs), len(done))
+    costs = {job: steps_of(job[0], bench, bench.labeled[orders[job[2]][: job[1]]]) for job in jobs}
 
+    def train(job: Job) -> tuple[Floats, dict[str, Any]]:
+        method, count, draw = job
+        clock = time.monotonic()
+        probabilities, chosen, tries = run_method(method, bench, bench.labeled[orders[draw][:count]], draw)
+        seconds = round(time.monotonic() - clock, 2)
+        return probabilities, {"seconds": seconds, "chosen": chosen, "tries": tries}
+
+    already = sum(costs[job] for job in done)
     with (
-        stop_between_steps() as stop,
-        terminal.track("comparing", len(jobs), done=len(done), unit="classifiers") as bar,
+        stop_between_steps() as bench.stop,
+        terminal.track("comparing", sum(costs.values()), done=already, unit="steps") as bar,
     ):
-        for place, (method, count, draw) in enumerate(jobs):
-            if (method, count, draw) in done:
-                continue
-            if stop:
-                raise Interrupted(
-                    f"finished classifiers are saved in {run.path}; the same command goes on.",
-                    stop.signal_number or 0,
-                )
-            rows = bench.labeled[orders[draw][:count]]
-            clock = time.monotonic()
-            probabilities, chosen, tries = run_method(method, bench, rows, draw)
-            facts = {"seconds": round(time.monotonic() - clock, 2), "chosen": chosen, "tries": tries}
-            _store(bench, method, rows, draw, counts[count], probabilities, facts)
-            bar.advance(1)
-            if place + 1 == len(jobs) or jobs[place + 1][:2] != (method, count):
-                bar.note(_line(bench, method, count))
-        if stop:
-            raise Interrupted(
-                f"finished classifiers are saved in {run.path}; the same command goes on.",
-                stop.signal_number or 0,
-            )
-    if "simclr" in settings.methods:
-        _keep_classifier(bench)
+        for method, group in itertools.groupby(jobs, key=lambda job: job[0]):
+            everything = list(group)
+            waiting = [job for job in everything if job not in finished]
+            workers = min(len(everything), workers_for(method, bench)) if waiting else 1
+            results = side_by_side(train, waiting, workers)
+            for place, (job, (probabilities, facts)) in enumerate(zip(waiting, results, strict=True)):
+                _, count, draw = job
+                rows = bench.labeled[orders[draw][:count]]
+                _store(bench, method, rows, draw, counts[count], probabilities, facts)
+                bar.advance(costs[job])
+                bench.stop.check(STOPPED)
+                if place + 1 == len(waiting) or waiting[place + 1][1] != count:
+                    bar.note(_line(bench, method, count))
+        if "simclr" in settings.methods:
+            _keep_classifier(bench)
     _write_settings(run, settings)
     environment.finish(run, time.monotonic() - started)
     return run

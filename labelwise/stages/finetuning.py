@@ -5,6 +5,7 @@ steps, and the choice between light and strong augmentation.
 """
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -84,6 +85,7 @@ def train_classifier(
     precision: Precision,
     device: torch.device,
     seed: int,
+    before_step: Callable[[], None],
 ) -> None:
     """Train a classifier in place; the last step is what counts, nothing is picked on the way.
 
@@ -98,6 +100,7 @@ def train_classifier(
         precision: Number type and layout.
         device: Where.
         seed: Of order and augmentation.
+        before_step: Called before each step; what it raises ends the training.
     """
     precision.arrange(classifier.network)
     optimizer = create_optimizer(
@@ -109,10 +112,10 @@ def train_classifier(
     sizes, keys = cache.sizes[rows], cache.keys[rows]
     targets = torch.from_numpy(labels).to(device)
     warmup_steps = max(1, round(WARMUP_SHARE * trial.steps))
-    torch.manual_seed(seed)
     classifier.train()
 
     for step in range(trial.steps):
+        before_step()
         members = _batch(step, len(rows), trial.batch_size, seed)
         draw_keys = seeding.combine(keys[members], np.arange(len(members), dtype=np.uint64))
         images = make_views(

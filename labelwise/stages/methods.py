@@ -5,6 +5,7 @@ between them by the same folds inside the labels. Nothing here ever sees a test 
 """
 
 import dataclasses
+import threading
 from collections.abc import Callable
 
 import numpy as np
@@ -15,7 +16,9 @@ from torch import nn
 from labelwise import seeding
 from labelwise.config import FinetuneSettings, Method
 from labelwise.images.cache import ImageCache
+from labelwise.interruption import StopRequest
 from labelwise.learning.precision import Precision
+from labelwise.learning.workers import count_workers
 from labelwise.measures.linear import Probe, accuracy, fit_probe, macro_accuracy, stratified_folds
 from labelwise.models.encoder import EncoderSpec, create_encoder
 from labelwise.models.features import extract_features
@@ -37,6 +40,7 @@ from labelwise.views.draws import Policy
 FEW_PER_CLASS = 5  # up to here folds are so small that they choose by chance
 FOLDS = 2
 UNBALANCED = 1.5
+TRAINED: tuple[Method, ...] = ("simclr", "supervised")  # the others only fit a probe
 
 # The first of each pair is the default at few labels. Measured on CIFAR-10 and digits, recipes/LOG.md.
 PROBE_STRENGTHS = (3.0, 30.0)
@@ -50,7 +54,10 @@ PASSES = 15  # over the labels, between the two
 PIXEL_SIDE = 32
 
 
-@dataclasses.dataclass(frozen=True)
+STOPPED = "finished classifiers are saved; the same command goes on."
+
+
+@dataclasses.dataclass
 class Bench:
     """Everything the methods share.
 
@@ -62,6 +69,8 @@ class Bench:
         policy: Views of pretraining.
         unbalanced: The classes of the whole set differ in size; macro accuracy is what is chosen by.
         features: Frozen features by kind, filled on first use.
+        stop: Whether somebody asked to stop.
+        building: Held while weights are drawn, from a generator that all threads share.
     """
 
     run: RunDirectory
@@ -80,6 +89,8 @@ class Bench:
     device: torch.device
     unbalanced: bool
     features: dict[str, Floats] = dataclasses.field(default_factory=dict)
+    stop: StopRequest = dataclasses.field(default_factory=StopRequest)
+    building: threading.Lock = dataclasses.field(default_factory=threading.Lock)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,6 +116,25 @@ def run_method(method: Method, bench: Bench, rows: Rows, draw: int) -> tuple[Flo
         return ways[0].fit(rows, bench.test, seed, 1.0), ways[0].name, 1
     best = _choose(bench, rows, seed, ways)
     return best.fit(rows, bench.test, seed, 1.0), best.name, len(ways)
+
+
+def steps_of(method: Method, bench: Bench, rows: Rows) -> int:
+    """Optimizer steps that `run_method` takes, folds included; 1 for a probe."""
+    if method not in TRAINED:
+        return 1
+    trials = (_scratch_trials if method == "supervised" else _finetuning_trials)(bench, len(rows))
+    folds = 0 if is_few(bench, rows) else len(trials) * (FOLDS - 1)  # each takes its share of the steps
+    return trials[0].steps * (1 + folds)
+
+
+def workers_for(method: Method, bench: Bench) -> int:
+    """How many classifiers of this method to train side by side."""
+    if method not in TRAINED:
+        return 1
+    if method == "simclr":
+        _features(bench, "network")  # filled once, before threads ask for it
+    network = create_encoder(bench.spec)
+    return count_workers(network, bench.spec.image_size, bench.settings.batch_size, bench.device)
 
 
 def refit(bench: Bench) -> tuple[Classifier, Trial]:
@@ -179,9 +209,10 @@ def _train_from_scratch(bench: Bench, trial: Trial) -> Way:
     """The same network from random weights."""
 
     def fit(rows: Rows, asked: Rows, seed: int, share: float) -> Floats:
-        torch.manual_seed(seed)
-        encoder = create_encoder(bench.spec)
-        classifier = Classifier(encoder, encoder.features, len(bench.classes)).to(bench.device)
+        with bench.building:
+            torch.manual_seed(seed)
+            encoder = create_encoder(bench.spec)
+            classifier = Classifier(encoder, encoder.features, len(bench.classes)).to(bench.device)
         _train(bench, classifier, trial, rows, seed, share)
         return predict(classifier, bench.cache, asked, bench.spec.normalization, bench.device)
 
@@ -230,6 +261,8 @@ def _train(
     bench: Bench, classifier: Classifier, trial: Trial, rows: Rows, seed: int, share: float = 1.0
 ) -> None:
     labels = bench.labels[rows]
+    with bench.building:
+        torch.manual_seed(seed)  # dropout, stochastic depth
     train_classifier(
         classifier,
         dataclasses.replace(trial, steps=max(1, round(trial.steps * share))),
@@ -243,13 +276,15 @@ def _train(
         bench.precision,
         bench.device,
         seed,
+        lambda: bench.stop.check(STOPPED),
     )
 
 
 def _pretrained_classifier(bench: Bench, rows: Rows) -> Classifier:
     """The pretrained network with a last layer that starts where a linear probe on these labels ended."""
-    network, width = _pretrained_network(bench)
-    classifier = Classifier(network, width, len(bench.classes)).to(bench.device)
+    with bench.building:
+        network, width = _pretrained_network(bench)
+        classifier = Classifier(network, width, len(bench.classes)).to(bench.device)
     classifier.start_from(_fit_probe(bench, "network", rows, PROBE_STRENGTHS[0]))
     return classifier
 

@@ -30,7 +30,9 @@ _BLOCK = 16  # rows that are turned over the diagonal together, a cache line of 
 
 
 def _can_keep_compiled() -> bool:
-    """Let numba keep what it compiles beside the decoded images, where that folder can be written to."""
+    """Let numba keep what it compiles: where its own variable says, else beside the decoded images."""
+    if "NUMBA_CACHE_DIR" in os.environ:
+        return True
     folder = cache_root() / "compiled"
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -1,0 +1,149 @@
+"""Trainings side by side: the same results as one by one, and nothing left behind."""
+
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from labelwise import rundir
+from labelwise.config import FinetuneSettings, PretrainSettings
+from labelwise.learning.workers import count_workers, is_repeatable, side_by_side
+from labelwise.models.encoder import EncoderSpec, create_encoder
+from labelwise.predictions import read_predictions
+from labelwise.rundir import RunDirectory
+from labelwise.stages.comparing import finetune
+from labelwise.stages.demo import write_digits
+from labelwise.stages.pretraining import pretrain
+
+NARROW: dict[str, Any] = {"layers": [1, 1, 1, 1], "channels": [8, 8, 16, 16]}
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def pretrained(tmp_path_factory: pytest.TempPathFactory) -> RunDirectory:
+    folder = tmp_path_factory.mktemp("pretrained")
+    write_digits(folder / "images")
+    for number, file in enumerate(sorted((folder / "images").glob("*/*.png"))):
+        if number % 6:
+            file.unlink()
+    settings = PretrainSettings(
+        images=folder / "images",
+        out=folder / "run",
+        backbone="resnet18",
+        backbone_args=NARROW,
+        stem="half",
+        image_size=16,
+        batch_size=64,
+        epochs=1,
+        precision="fp32",
+    )
+    return pretrain(settings)
+
+
+@pytest.fixture
+def threads() -> Any:
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+def encoder(**arguments: Any) -> nn.Module:
+    spec = EncoderSpec("resnet18", {**NARROW, **arguments}, "half", 16, (0.5,) * 3, (0.25,) * 3)
+    return create_encoder(spec)
+
+
+def test_results_come_in_the_order_of_the_jobs(threads: Any) -> None:
+    threads(2)
+
+    def run(seconds: float) -> float:
+        time.sleep(seconds)
+        return seconds
+
+    assert list(side_by_side(run, [0.05, 0.0, 0.02], 2)) == [0.05, 0.0, 0.02]
+
+
+def test_each_worker_has_its_share_of_the_cores_and_they_come_back(threads: Any) -> None:
+    threads(4)
+    assert set(side_by_side(lambda _: torch.get_num_threads(), range(6), 2)) == {2}
+    assert torch.get_num_threads() == 4
+
+
+def test_the_error_of_a_job_is_raised_and_the_rest_is_not_begun(threads: Any) -> None:
+    threads(2)
+    begun = []
+
+    def run(number: int) -> None:
+        begun.append(number)
+        time.sleep(0.01)
+        raise ValueError(number)
+
+    with pytest.raises(ValueError, match="0"):
+        list(side_by_side(run, range(200), 2))
+    assert len(begun) < 100
+
+
+@pytest.mark.parametrize("arguments", [{"drop_rate": 0.5}, {"drop_path_rate": 0.5}])
+def test_a_network_that_draws_while_it_trains_is_trained_alone(
+    threads: Any, arguments: dict[str, float]
+) -> None:
+    threads(4)
+    images = torch.randn(8, 3, 16, 16)
+    assert is_repeatable(encoder().train(), images)
+    assert not is_repeatable(encoder(**arguments).train(), images)
+    assert count_workers(encoder(), 16, 64, CPU) == 4
+    assert count_workers(encoder(**arguments), 16, 64, CPU) == 1
+
+
+def test_memory_decides_how_many_train_at_once(threads: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    threads(4)
+    plenty = count_workers(encoder(), 16, 64, CPU)
+    monkeypatch.setattr("labelwise.learning.workers.available_memory", lambda device: 1e6)
+    assert (plenty, count_workers(encoder(), 16, 64, CPU)) == (4, 1)
+
+
+@pytest.mark.slow
+def test_side_by_side_gives_the_predictions_of_one_by_one(
+    pretrained: RunDirectory, tmp_path: Path, threads: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = []
+    for cores in (1, 2):
+        threads(cores)
+        run = RunDirectory(tmp_path / str(cores))
+        shutil.copytree(pretrained.path, run.path)
+        settings = {"label_counts": (60,), "draws": 3, "steps": 4, "scratch_steps": 4}
+        finetune(FinetuneSettings(run=run.path, methods=("simclr", "supervised"), **settings))
+        found.append(read_predictions(run.predictions))
+    assert found[0] == found[1]
+
+
+@pytest.mark.slow
+def test_a_signal_while_comparing_ends_it_soon_and_the_same_command_goes_on(
+    pretrained: RunDirectory, tmp_path: Path
+) -> None:
+    run = RunDirectory(tmp_path / "run")
+    shutil.copytree(pretrained.path, run.path)
+    options = ["--label-counts", "20", "--draws", "2", "--methods", "simclr_probe,supervised"]
+    command = [sys.executable, "-m", "labelwise", "finetune", "--run", str(run.path), *options]
+    subprocess.run([*command, "--scratch-steps", "2"], check=True, capture_output=True)  # compiles the views
+    endless = [*command, "--scratch-steps", "1000000"]
+    process = subprocess.Popen(endless, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+    deadline = time.monotonic() + 120
+    while len(rundir.read_jsonl(run.results)) != 2:  # the earlier four are set aside, then probes come first
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
+    time.sleep(2)  # into the training from scratch
+    asked = time.monotonic()
+    process.send_signal(signal.SIGTERM)
+    _, words = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM, words
+    assert time.monotonic() - asked < 10
+    assert "finished classifiers are saved; the same command goes on." in words
+    again = subprocess.run([*endless[:-1], "3"], capture_output=True, text=True, check=True)
+    assert "20 labels  supervised" in again.stderr
