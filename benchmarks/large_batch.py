@@ -2,7 +2,7 @@
 
     python benchmarks/large_batch.py
 
-The narrow ResNet at 32 px, bfloat16. Memory: peak of a process that takes steps of batch 2,048 in passes of
+The narrow ResNet at 32 px, bfloat16 where the processor has it. Memory: peak of a process that takes steps of batch 2,048 in passes of
 128, against one that takes plain steps of 128; the bar is 1 / 1.3. Time: a step in passes against the same
 step in one piece; the bar is 1 / 1.45. Each measurement is a process of its own.
 """
@@ -18,10 +18,10 @@ import time
 import numpy as np
 import torch
 from paired import compare, parser, show
+from training import best_precision
 
 from labelwise.learning.memory import keep_freed_memory
 from labelwise.learning.optimization import create_optimizer
-from labelwise.learning.precision import Precision
 from labelwise.learning.simclr import Learner
 from labelwise.models.encoder import EncoderSpec, create_encoder
 from labelwise.models.heads import create_head
@@ -53,7 +53,7 @@ def measure(batch: int, part: int) -> dict[str, float]:
     torch.manual_seed(0)
     encoder = create_encoder(EncoderSpec("resnet18", NARROW, "small", 32, *NORMALIZATION))
     head = create_head("nonlinear", encoder.features)
-    precision = Precision("bf16", "channels_last", "")
+    precision = best_precision()
     precision.arrange(encoder)
     optimizer = create_optimizer("adamw", [(encoder, 1e-3), (head, 1e-3)], 1e-4)
     learner = Learner(encoder, head, optimizer, precision, torch.device("cpu"), 0.2, part, False)

@@ -199,7 +199,7 @@ def _resource_words(error: Exception) -> str | None:
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return f"{error.filename or 'disk'}: full; free some and run the same command again."
     is_memory = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"  # torch's own
-    if is_memory or "not enough memory" in str(error):
+    if is_memory or "not enough memory" in str(error) or "can't allocate memory" in str(error):
         return "out of memory; use a smaller --batch-size or --image-size."
     return None
 

@@ -1,5 +1,6 @@
 """predictions.parquet: every test prediction behind the report."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -66,21 +67,21 @@ def store_predictions(
     rundir.write_atomically(path, lambda fresh: pq.write_table(table, fresh))
 
 
-def read_predictions(path: Path) -> dict[str, list[Any]]:
-    """Read all columns as lists; empty ones when nothing was predicted yet.
+def read_predictions(path: Path, names: Sequence[str] = COLUMNS) -> dict[str, list[Any]]:
+    """Read columns as lists; empty ones when nothing was predicted yet.
 
     Raises:
         CheckpointError: The file is damaged.
     """
     if not path.exists():
-        return {name: [] for name in COLUMNS}
-    columns: dict[str, list[Any]] = _read(path).to_pydict()
+        return {name: [] for name in names}
+    columns: dict[str, list[Any]] = _read(path, list(names)).to_pydict()
     return columns
 
 
-def _read(path: Path) -> pa.Table:
+def _read(path: Path, names: list[str] | None = None) -> pa.Table:
     try:
-        return pq.read_table(path, schema=_SCHEMA)
+        return pq.read_table(path, columns=names, schema=_SCHEMA)
     except (OSError, pa.ArrowException) as error:
         raise CheckpointError(
             f"{path}: damaged ({error}); delete {path.parent} and run `labelwise finetune` again."

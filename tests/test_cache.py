@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import namedtuple
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -280,6 +281,8 @@ def test_a_stopped_build_goes_on_where_it_stopped(
     assert list_caches() == []
     for name in ("0.png", "2.png", "3.png"):  # done already: never looked at again
         monkeypatch.setattr(decoding, "decode_image", refuse((root / name).read_bytes()))
+    disk = namedtuple("disk", "free")(0)  # what is to be written lies there already
+    monkeypatch.setattr("labelwise.images.cache.shutil.disk_usage", lambda place: disk)
     done: list[int] = []
     found = build_cache(open_images(root), side=8, evaluation_size=8, progress=done.append)
     assert done == [4, 1, 1, 1]

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from labelwise import cli, terminal
@@ -394,3 +395,9 @@ def test_a_table_off_a_terminal_cuts_no_cell(capsys: pytest.CaptureFixture[str])
 )
 def test_durations_are_written_as_people_say_them(seconds: float, words: str) -> None:
     assert terminal.duration(seconds) == words
+
+
+def test_memory_that_torch_cannot_get_is_told_as_such() -> None:
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(2**50, dtype=torch.uint8)
+    assert cli._resource_words(caught.value) == "out of memory; use a smaller --batch-size or --image-size."

@@ -2,8 +2,13 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+import torch
+
+from labelwise.learning import memory
+from labelwise.learning.memory import available_memory, container_limit
 
 SCRIPT = """
 import resource, sys
@@ -32,3 +37,31 @@ def faults(how: str) -> int:
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only glibc is asked to keep memory")
 def test_kept_memory_is_not_mapped_again() -> None:
     assert faults("keep") * 10 < faults("leave")
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="containers run Linux")
+@pytest.mark.parametrize(
+    ("limit", "use", "statistics"),
+    [
+        ("memory.max", "memory.current", "memory.stat"),
+        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat"),
+    ],
+)
+def test_pages_of_files_do_not_count_as_memory_a_container_has_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: str, use: str, statistics: str
+) -> None:
+    monkeypatch.setattr(memory, "_CGROUPS", tmp_path)
+    assert container_limit() == float("inf")
+    (tmp_path / "memory").mkdir()
+    (tmp_path / limit).write_text("1000000\n", encoding="ascii")
+    (tmp_path / use).write_text("900000\n", encoding="ascii")
+    words = "anon 150000\nfile 750000\ninactive_file 500000\nactive_file 250000\n"
+    (tmp_path / statistics).write_text(words, encoding="ascii")
+    assert container_limit() == 1_000_000
+    assert available_memory(torch.device("cpu")) == 850_000
+
+
+@pytest.mark.skipif(not Path("/sys/fs/cgroup/memory.max").exists(), reason="no cgroup of version 2 here")
+def test_a_machine_without_a_limit_has_none() -> None:
+    if Path("/sys/fs/cgroup/memory.max").read_text(encoding="ascii").strip() == "max":
+        assert container_limit() == float("inf")

@@ -8,11 +8,13 @@ import pytest
 import torch
 from PIL import Image
 
+from labelwise.config import PretrainSettings
+from labelwise.errors import UsageError
 from labelwise.images.cache import build_cache
 from labelwise.images.duplicates import unique_keys
 from labelwise.images.source import open_images
 from labelwise.stages import planning
-from labelwise.stages.planning import Pool, copy_squares, keep_on_device
+from labelwise.stages.planning import Pool, choose_sizes, copy_squares, keep_on_device
 
 
 @pytest.fixture
@@ -50,3 +52,17 @@ def test_a_gpu_holds_the_squares_that_fit(pool: Pool, monkeypatch: pytest.Monkey
         monkeypatch.setattr(planning, "available_memory", lambda device, free=free: float(free))
         kept = keep_on_device(pool, torch.device("cuda"))
         assert (kept.resident is not None) == fits
+
+
+def test_resident_squares_are_used_however_the_gpu_is_named(pool: Pool) -> None:
+    resident = torch.empty((8, 16, 16, 3), dtype=torch.uint8, device=torch.device("meta", 0))
+    kept = Pool(pool.cache, pool.rows, pool.keys, pool.labels, resident)
+    squares, _ = kept.squares(np.array([1, 2]), torch.device("meta"))  # as "cuda" is "cuda:0"
+    assert squares.device == resident.device
+
+
+def test_squares_smaller_than_a_view_are_refused(tmp_path: Path, photo: Callable[..., Image.Image]) -> None:
+    photo(tmp_path / "a.png", size=(100, 90))
+    settings = PretrainSettings(images=tmp_path, image_size=64, cache_side=48)
+    with pytest.raises(UsageError, match=r"--cache-side 48: smaller than a view of 64 px; use at least 64"):
+        choose_sizes(settings, open_images(tmp_path), torch.device("cpu"))

@@ -170,6 +170,21 @@ def test_other_settings_set_earlier_results_aside(finished: RunDirectory, tmp_pa
     aside = list(copy.results.parent.glob("*/results.jsonl"))
     assert [file.read_bytes() for file in aside] == [before]
     assert {row["seed"] for row in rundir.read_jsonl(copy.results)} == {1}
+    finetune(FinetuneSettings(run=copy.path, methods=("simclr_probe",), **FEW))
+    assert copy.results.read_bytes() == before, "the earlier settings again take their results up again"
+
+
+def test_all_labels_are_one_draw_without_an_interval(finished: RunDirectory, tmp_path: Path) -> None:
+    copy = RunDirectory(tmp_path / "copy")
+    shutil.copytree(finished.path, copy.path)
+    finetune(
+        FinetuneSettings(run=copy.path, methods=("simclr_probe", "pixels"), label_counts=("all",), draws=3)
+    )
+    rows = rundir.read_jsonl(copy.results)
+    assert {(row["method"], row["draw"]) for row in rows} == {("simclr_probe", 0), ("pixels", 0)}
+    assert {row["labels"] for row in rows} == {rows[0]["labels_there"]}
+    arms = report(copy)["summary"][0]["arms"]
+    assert {(arm["low"], arm["high"], arm["n"]) for arm in arms.values()} == {(None, None, 1)}
 
 
 def test_the_same_run_twice_gives_the_same_encoder(digits: Path, tmp_path: Path) -> None:

@@ -90,8 +90,9 @@ def build_cache(
     folder = cache_root() / _fingerprint(images, side, evaluation_size)
     if not folder.exists():
         _remove_abandoned(cache_root())
-        _check_space(folder, len(images.names) * 3 * (side**2 + evaluation_size**2))
         fresh = folder.with_name(f".building-{folder.name}")
+        held = sum(file.stat().st_blocks * 512 for file in fresh.glob("*"))  # of an earlier process
+        _check_space(folder, len(images.names) * 3 * (side**2 + evaluation_size**2) - held)
         with _alone_in(fresh):
             if folder.exists():  # another process finished it while this one waited
                 shutil.rmtree(fresh)
@@ -247,6 +248,7 @@ def _open_array(path: Path, kind: type[np.generic], shape: tuple[int, ...]) -> n
                 os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
             except OSError as error:
                 if error.errno == errno.ENOSPC:
+                    path.unlink()
                     raise _no_space(path.parent, path.stat().st_size) from None
     return array
 

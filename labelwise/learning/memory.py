@@ -9,6 +9,7 @@ import torch
 
 _TRIM_THRESHOLD, _TOP_PAD, _MMAP_THRESHOLD, _MMAP_MAX = -1, -2, -3, -4  # malloc.h of glibc
 _LARGEST = 2**31 - 1  # mallopt takes an int
+_CGROUPS = Path("/sys/fs/cgroup")
 
 
 def keep_freed_memory() -> None:
@@ -38,13 +39,31 @@ def available_memory(device: torch.device) -> float:
     if not meminfo.exists():
         return math.inf
     words = meminfo.read_text(encoding="ascii").split()
-    return min(1024.0 * int(words[words.index("MemAvailable:") + 1]), _container_limit())
+    there = 1024.0 * int(words[words.index("MemAvailable:") + 1])
+    return min(there, container_limit() - _container_use())
 
 
-def _container_limit() -> float:
-    """What a container's memory limit leaves; infinite outside one."""
-    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
-    try:
-        return float(limit.read_text(encoding="ascii")) - float(used.read_text(encoding="ascii"))
-    except (OSError, ValueError):  # no cgroup v2, or "max"
-        return math.inf
+def container_limit() -> float:
+    """Bytes that a container may use in all; infinite outside one."""
+    for name in ("memory.max", "memory/memory.limit_in_bytes"):  # version 2 and 1 of cgroups
+        try:
+            return float((_CGROUPS / name).read_text(encoding="ascii"))
+        except (OSError, ValueError):  # another version, or "max"
+            continue
+    return math.inf
+
+
+def _container_use() -> float:
+    """Bytes of its limit that a container cannot get back; pages of files can be dropped at any time."""
+    for use, statistics in (
+        ("memory.current", "memory.stat"),
+        ("memory/memory.usage_in_bytes", "memory/memory.stat"),
+    ):
+        try:
+            used = float((_CGROUPS / use).read_text(encoding="ascii"))
+            words = (_CGROUPS / statistics).read_text(encoding="ascii").split()
+        except (OSError, ValueError):
+            continue
+        pages = dict(zip(words[::2], words[1::2], strict=False))
+        return used - float(pages.get("inactive_file", 0)) - float(pages.get("active_file", 0))
+    return 0.0

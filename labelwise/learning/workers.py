@@ -1,7 +1,7 @@
 """Independent trainings side by side: small networks fill the cores of a CPU better that way than one by one."""
 
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Generator, Iterable
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from typing import TypeVar
 
 import torch
@@ -15,25 +15,45 @@ Result = TypeVar("Result")
 
 _PROBED = 8  # images whose activations are weighed
 _WORKING = 2.0  # a step needs about twice what it keeps
+_STATES = 4  # weight, gradient, and two moments of AdamW
 _MEMORY_SHARE = 0.5  # of what is free goes to all trainings together
 
 
-def side_by_side(run: Callable[[Job], Result], jobs: Iterable[Job], workers: int) -> Iterator[Result]:
-    """Run jobs in as many threads, each with its share of the cores, and give their results in order.
+def side_by_side(
+    run: Callable[[Job], Result], jobs: Iterable[Job], workers: int
+) -> Generator[tuple[Job, Result]]:
+    """Run jobs in as many threads, each with its share of the cores; give each and its result once it is done.
+
+    When one fails, those that have not begun are dropped, and the error is raised after the results of
+    those that were being run.
 
     PyTorch lets go of Python's lock inside its operations, so threads are enough. What a job draws from
     PyTorch's global generator would depend on the others: see `is_repeatable`.
     """
     if workers == 1:
-        yield from map(run, jobs)
+        yield from ((job, run(job)) for job in jobs)
         return
     cores = torch.get_num_threads()
     share = max(1, cores // workers)
+    pool = ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(share,))
+    error: BaseException | None = None
     try:
-        with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(share,)) as pool:
-            yield from pool.map(run, jobs)
+        begun = {pool.submit(run, job): job for job in jobs}
+        for future in as_completed(begun):
+            if future.cancelled():
+                continue
+            failure = future.exception()
+            if failure is None:
+                yield begun[future], future.result()
+            elif error is None:
+                error = failure
+                for other in begun:
+                    other.cancel()
     finally:
+        pool.shutdown(cancel_futures=True)
         torch.set_num_threads(cores)  # the number of some libraries is everybody's
+    if error is not None:
+        raise error
 
 
 def count_workers(network: nn.Module, size: int, batch_size: int, device: torch.device) -> int:
@@ -51,8 +71,9 @@ def count_workers(network: nn.Module, size: int, batch_size: int, device: torch.
     if device.type != "cpu" or not is_repeatable(network.train(), images):
         return 1
     kept = activation_bytes(network, images, [network]) * batch_size / _PROBED
-    fitting = int(_MEMORY_SHARE * available_memory(device) / (_WORKING * kept))
-    return max(1, min(torch.get_num_threads(), fitting))
+    weights = sum(each.nbytes for each in network.parameters())
+    each = _WORKING * kept + _STATES * weights
+    return int(max(1.0, min(torch.get_num_threads(), _MEMORY_SHARE * available_memory(device) / each)))
 
 
 @torch.no_grad()

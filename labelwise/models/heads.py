@@ -44,6 +44,11 @@ def _layer(inputs: int, outputs: int, *, last: bool) -> nn.Sequential:
     return nn.Sequential(*parts)
 
 
+def has_kept_layer(metadata: dict[str, str]) -> bool:
+    """Whether the head of this file header has three layers, the first of which fine-tuning keeps."""
+    return metadata["kind"] == "nonlinear" and metadata["layers"] == "3"
+
+
 def keep_first_layer(encoder: Encoder, head: Path, metadata: dict[str, str]) -> tuple[nn.Module, int]:
     """Put the first layer of a three-layer head on top of its encoder; leave any other encoder alone.
 
@@ -57,7 +62,7 @@ def keep_first_layer(encoder: Encoder, head: Path, metadata: dict[str, str]) -> 
 
     Source: Chen et al. 2020 (arXiv 2006.10029), SimCLRv2: fine-tune from the first layer of the head.
     """
-    if metadata["kind"] != "nonlinear" or metadata["layers"] != "3":
+    if not has_kept_layer(metadata):
         return encoder, encoder.features
     width = int(metadata["width"] or encoder.features)
     full = create_head("nonlinear", encoder.features, 3, width, int(metadata["output"]))

@@ -9,11 +9,14 @@ import dataclasses
 import itertools
 import math
 import time
+from collections import Counter
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from labelwise import environment, rundir, terminal
 from labelwise.config import FinetuneSettings, Method, read_run_config, to_toml
@@ -23,7 +26,7 @@ from labelwise.images.source import ImageSet, open_images
 from labelwise.images.splits import draw_labels, hash_names, lock_test, pool_indices
 from labelwise.interruption import stop_between_steps
 from labelwise.learning.memory import keep_freed_memory
-from labelwise.learning.precision import Precision, choose_device
+from labelwise.learning.precision import Precision, choose_device, has_fast_bf16
 from labelwise.learning.workers import side_by_side
 from labelwise.measures.linear import accuracy, macro_accuracy
 from labelwise.models.weights import load_encoder, save_module
@@ -54,7 +57,7 @@ def finetune(settings: FinetuneSettings) -> RunDirectory:
         (method, count, draw)
         for method in _methods_in_order(settings.methods)
         for count in counts
-        for draw in range(settings.draws)
+        for draw in range(1 if count == len(bench.labeled) else settings.draws)  # all labels are one draw
     ]
     finished = _finished(bench)
     done = [job for job in jobs if job in finished]
@@ -62,6 +65,7 @@ def finetune(settings: FinetuneSettings) -> RunDirectory:
     costs = {job: steps_of(job[0], bench, bench.labeled[orders[job[2]][: job[1]]]) for job in jobs}
 
     def train(job: Job) -> tuple[Floats, dict[str, Any]]:
+        bench.stop.check(STOPPED)
         method, count, draw = job
         clock = time.monotonic()
         probabilities, chosen, tries = run_method(method, bench, bench.labeled[orders[draw][:count]], draw)
@@ -77,15 +81,16 @@ def finetune(settings: FinetuneSettings) -> RunDirectory:
             everything = list(group)
             waiting = [job for job in everything if job not in finished]
             workers = min(len(everything), workers_for(method, bench)) if waiting else 1
-            results = side_by_side(train, waiting, workers)
-            for place, (job, (probabilities, facts)) in enumerate(zip(waiting, results, strict=True)):
-                _, count, draw = job
-                rows = bench.labeled[orders[draw][:count]]
-                _store(bench, method, rows, draw, counts[count], probabilities, facts)
-                bar.advance(costs[job])
-                bench.stop.check(STOPPED)
-                if place + 1 == len(waiting) or waiting[place + 1][1] != count:
-                    bar.note(_line(bench, method, count))
+            left = Counter(count for _, count, _ in waiting)
+            with closing(side_by_side(train, waiting, workers)) as results:
+                for job, (probabilities, facts) in results:
+                    _, count, draw = job
+                    rows = bench.labeled[orders[draw][:count]]
+                    _store(bench, method, rows, draw, counts[count], probabilities, facts)
+                    bar.advance(costs[job])
+                    left[count] -= 1
+                    if not left[count]:
+                        bar.note(_line(bench, method, count))
         if "simclr" in settings.methods:
             _keep_classifier(bench)
     _write_settings(run, settings)
@@ -132,11 +137,22 @@ def _set_up(run: RunDirectory, settings: FinetuneSettings) -> Bench:
     keep_freed_memory()
     plan = rundir.read_json(run.environment)["plan"]
     policy = _view_policy(read_run_config(run.config), plan)
+    device = choose_device(settings.device)
     return Bench(
         run=run, settings=settings, cache=cache, names=images.names, labels=labels, classes=classes, labeled=labeled, test=test, test_method=test_method, pool=pool,
-        spec=spec, policy=policy, precision=Precision(plan["precision"], plan["layout"], plan["reason"]), device=choose_device(settings.device),
+        spec=spec, policy=policy, precision=_precision(plan, device), device=device,
         unbalanced=is_unbalanced(labels[labeled], len(classes)),
     )  # fmt: skip
+
+
+def _precision(plan: dict[str, Any], device: torch.device) -> Precision:
+    """What was chosen when pretraining, unless this device does not compute in it."""
+    if plan["precision"] == "bf16" and not has_fast_bf16(device):
+        terminal.say(
+            f"precision  fp32: pretraining used bf16, which {device.type} here has no arithmetic for"
+        )
+        return Precision("fp32", plan["layout"], "no bf16 arithmetic here")
+    return Precision(plan["precision"], plan["layout"], plan["reason"])
 
 
 def _test_lock(
@@ -247,13 +263,21 @@ def _finished(bench: Bench) -> set[tuple[str, int, int]]:
     signature = _signature(bench)
     rows = rundir.read_jsonl(bench.run.results)
     if any(row["signature"] != signature for row in rows):
-        aside = bench.run.results.parent / rows[0]["signature"]
-        aside.mkdir(exist_ok=True)
-        for file in (bench.run.results, bench.run.predictions):
-            file.replace(aside / file.name)
+        here = bench.run.results.parent
+        aside = here / rows[0]["signature"]
+        _move_results(bench.run, here, aside)
         terminal.warn(f"earlier results were made with other settings or labels; they now lie in {aside}.")
-        return set()
+        _move_results(bench.run, here / signature, here)  # of these settings, from before the others
+        rows = rundir.read_jsonl(bench.run.results)
     return {_key(row) for row in rows}
+
+
+def _move_results(run: RunDirectory, source: Path, target: Path) -> None:
+    """Move predictions, then the results that rest on them, from one folder to another, if there are any."""
+    for file in (run.predictions.name, run.results.name):
+        if (source / file).exists():
+            target.mkdir(exist_ok=True)
+            (source / file).replace(target / file)
 
 
 def _store(
@@ -324,6 +348,8 @@ def _announce(bench: Bench, counts: Sequence[int], jobs: int, done: int) -> None
     terminal.say(
         f"labels     {', '.join(f'{count:,}' for count in counts)} of {len(bench.labeled):,}, {bench.settings.draws} random draws each, written to {bench.run.splits}"
     )
+    if len(bench.labeled) in counts:
+        terminal.say(f"           all {len(bench.labeled):,} labels are one draw: no interval there")
     share = 1.96 * math.sqrt(0.25 / len(bench.test))
     terminal.say(f"test       {len(bench.test):,} images; they alone leave up to +/-{share:.1%}")
     if done:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from labelwise.images.cache import list_caches
+from labelwise.learning.memory import container_limit
 from labelwise.learning.precision import has_fast_bf16
 from labelwise.rundir import DEFAULT_RUNS, cache_root
 
@@ -78,21 +79,11 @@ def _memory() -> Check:
     if not hasattr(os, "sysconf") or "SC_PHYS_PAGES" not in os.sysconf_names:
         return _check("memory", "unknown")
     total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    limit = _container_limit()
-    there = min(total, limit) if limit else total
-    value = f"{there / _GIB:.1f} GiB" + (" (limit of this container)" if limit and limit < total else "")
+    there = min(float(total), container_limit())
+    value = f"{there / _GIB:.1f} GiB" + (" (limit of this container)" if there < total else "")
     return _check(
         "memory", value, "use a smaller --batch-size and --image-size" if there < _LITTLE_MEMORY else ""
     )
-
-
-def _container_limit() -> int | None:
-    for file in (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes")):
-        try:
-            return int(file.read_text())
-        except (OSError, ValueError):
-            continue
-    return None
 
 
 def _shared_memory() -> Check:

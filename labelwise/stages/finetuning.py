@@ -108,7 +108,6 @@ def train_classifier(
         [(classifier.network, trial.trunk_rate), (classifier.linear, trial.head_rate)],
         trial.weight_decay,
     )
-    squares = torch.from_numpy(cache.squares[rows]).to(device)  # (n, S, S, 3)
     sizes, keys = cache.sizes[rows], cache.keys[rows]
     targets = torch.from_numpy(labels).to(device)
     warmup_steps = max(1, round(WARMUP_SHARE * trial.steps))
@@ -118,9 +117,8 @@ def train_classifier(
         before_step()
         members = _batch(step, len(rows), trial.batch_size, seed)
         draw_keys = seeding.combine(keys[members], np.arange(len(members), dtype=np.uint64))
-        images = make_views(
-            trial.policy, squares[members], sizes[members], draw_keys, seed, step, (0,), normalization
-        )
+        squares = torch.from_numpy(cache.squares[rows[members]]).to(device)  # (B, S, S, 3)
+        images = make_views(trial.policy, squares, sizes[members], draw_keys, seed, step, (0,), normalization)
         images = arrange_images(images, precision)
         set_rate(optimizer, warmup_cosine(step, trial.steps, warmup_steps))
         with precision.autocast(device):

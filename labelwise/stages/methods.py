@@ -22,7 +22,7 @@ from labelwise.learning.workers import count_workers
 from labelwise.measures.linear import Probe, accuracy, fit_probe, macro_accuracy, stratified_folds
 from labelwise.models.encoder import EncoderSpec, create_encoder
 from labelwise.models.features import extract_features
-from labelwise.models.heads import keep_first_layer
+from labelwise.models.heads import has_kept_layer, keep_first_layer
 from labelwise.models.weights import load_encoder, read_metadata
 from labelwise.rundir import RunDirectory
 from labelwise.stages.finetuning import (
@@ -312,6 +312,8 @@ def _fit_probe(bench: Bench, kind: str, rows: Rows, strength: float) -> Probe:
 
 def _features(bench: Bench, kind: str) -> Floats:
     """Features of every image of the set, (N, F), computed once per kind."""
+    if kind == "network" and not has_kept_layer(read_metadata(bench.run.head)):
+        kind = "encoder"  # nothing of the head stays on it
     if kind not in bench.features:
         bench.features[kind] = _small_pixels(bench) if kind == "pixels" else _network_features(bench, kind)
     return bench.features[kind]

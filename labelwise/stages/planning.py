@@ -103,7 +103,7 @@ class Pool:
     ) -> tuple[Tensor, npt.NDArray[np.int32]]:
         """Cached squares, uint8 (B, S, S, 3), and true sizes, (B, 2)."""
         rows = self.rows[members]
-        if self.resident is not None and self.resident.device == device:
+        if self.resident is not None and self.resident.device.type == device.type:
             squares = self.resident[torch.from_numpy(members).to(device)]
         else:
             squares = torch.from_numpy(self.cache.squares[rows]).to(device)
@@ -152,6 +152,10 @@ def choose_sizes(settings: PretrainSettings, images: ImageSet, device: torch.dev
     most = 96 if device.type == "cpu" else 224
     size = settings.image_size or max(32, min(most, round(shortest / 32) * 32))
     side = max(size, min(math.ceil(CACHE_MARGIN * size / 8) * 8, max(size, shortest)))
+    if settings.cache_side is not None and settings.cache_side < size:
+        raise UsageError(
+            f"--cache-side {settings.cache_side}: smaller than a view of {size} px; use at least {size}, better {side}."
+        )
     return size, settings.cache_side or side
 
 

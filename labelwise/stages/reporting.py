@@ -47,7 +47,7 @@ def report(run: RunDirectory) -> dict[str, Any]:
     results = rundir.read_jsonl(run.results)
     data, surroundings = rundir.read_json(run.data), rundir.read_json(run.environment)
     summary = _summarize(results)
-    predictions = read_predictions(run.predictions)
+    predictions = read_predictions(run.predictions, ("method", "labels", "label", "prediction"))
     document = {
         "verdict": _verdict(summary, data["pool"], results[0]["n_test"] if results else 0),
         "summary": summary,
