@@ -239,14 +239,15 @@ def _limits(
             f"{tested:,} test images: from the images alone, an accuracy of {best:.0%} is known to "
             f"\u00b1{100 * test_set_margin(best, tested):.1f} points. The intervals in the table are over label draws on these same images."
         )
-        draws = {arm["n"] for entry in summary for arm in entry["arms"].values()}
-        if 1 in draws:
+        single = [entry for entry in summary if 1 in {arm["n"] for arm in entry["arms"].values()}]
+        everything = {row["labels"] for row in results if row["labels"] >= row["labels_there"]}
+        if any(entry["labels"] not in everything for entry in single):
             limits.append(
                 "With one label draw there is no interval, and no verdict can be more than 'no difference shown'."
             )
-        if any(row["labels"] >= row["labels_there"] for row in results):
+        if everything:
             limits.append(
-                "With all labels every draw is the same set: the intervals there show only the noise of training."
+                "All labels are one draw: there is no interval there, and nothing is claimed from it."
             )
         limits.append(
             f"The test set was used {test_uses:,} times, once per trained classifier; Labelwise chose nothing on it."
