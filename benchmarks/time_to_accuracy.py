@@ -11,6 +11,7 @@ from files, cache included; against each rival one run per seed, of a length fix
 at least the rival's after its last epoch; where no look is, the run counts as never arriving: ratio 0.
 """
 
+import dataclasses
 import functools
 import json
 import math
@@ -43,6 +44,7 @@ from labelwise.models.features import extract_features
 from labelwise.models.heads import create_head
 from labelwise.recipes import find_recipe, read_recipe
 from labelwise.seeding import permutation
+from labelwise.stages.planning import INITIAL_SHARE
 from labelwise.views.draws import Policy
 from labelwise.views.pipeline import make_views
 
@@ -132,14 +134,16 @@ def ours(folder: Path, epochs: int, seed: int) -> list[list[float]]:
     optimizer = create_optimizer(settings.optimizer, parts, 1e-4)
     learner = Learner(encoder, head, optimizer, precision, CPU, settings.temperature, BATCH, False)
     policy = Policy(size=32, blur=0.0, crop_scale=settings.crop_scale, color_strength=settings.color_strength)
+    small = dataclasses.replace(policy, size=round(settings.initial_scale * 32 / 4) * 4)
     per_epoch = len(pool) // BATCH
     found, step, looking = [], 0, 0.0
     for epoch in range(epochs):
 
         def make(rows, epoch=epoch):
             squares = torch.from_numpy(cache.squares[rows])
+            now = small if epoch < math.floor(INITIAL_SHARE * epochs + 1e-9) else policy
             return make_views(
-                policy, squares, cache.sizes[rows], cache.keys[rows], seed, epoch, (0, 1), normalization
+                now, squares, cache.sizes[rows], cache.keys[rows], seed, epoch, (0, 1), normalization
             )
 
         order = pool[permutation(seed, epoch, len(pool))]

@@ -193,6 +193,14 @@ class PretrainSettings(Settings):
         json_schema_extra={"panel": "Views"},
     )
 
+    initial_scale: float = Field(
+        1.0,
+        ge=0.25,
+        le=1,
+        description="side of the views in the first 60 % of the epochs, as a share of the image size; 1: all alike",
+        json_schema_extra={"panel": "Views"},
+    )
+
     epochs: int = Field(
         100, ge=1, description="passes over the images", json_schema_extra={"panel": "Training"}
     )

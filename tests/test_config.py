@@ -46,6 +46,7 @@ TYPED: dict[type[Settings], dict[str, tuple[str, Any]]] = {
         "projection_width": ("32", 32),
         "image_size": ("48", 48),
         "cache_side": ("64", 64),
+        "initial_scale": ("0.75", 0.75),
         "crop_scale": ("0.2,0.9", (0.2, 0.9)),
         "crop_ratio": ("0.5, 2", (0.5, 2.0)),
         "flip": ("0", 0.0),

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,8 +14,11 @@ from labelwise.errors import UsageError
 from labelwise.images.cache import build_cache
 from labelwise.images.duplicates import unique_keys
 from labelwise.images.source import open_images
-from labelwise.stages import planning
-from labelwise.stages.planning import Pool, choose_sizes, copy_squares, keep_on_device
+from labelwise.rundir import read_json
+from labelwise.stages import planning, pretraining
+from labelwise.stages.planning import Plan, Pool, choose_sizes, copy_squares, keep_on_device, size_at
+from labelwise.stages.pretraining import pretrain
+from labelwise.views.draws import Policy
 
 
 @pytest.fixture
@@ -66,3 +70,67 @@ def test_squares_smaller_than_a_view_are_refused(tmp_path: Path, photo: Callable
     settings = PretrainSettings(images=tmp_path, image_size=64, cache_side=48)
     with pytest.raises(UsageError, match=r"--cache-side 48: smaller than a view of 64 px; use at least 64"):
         choose_sizes(settings, open_images(tmp_path), torch.device("cpu"))
+
+
+def plan_with(initial_size: int, epochs: int = 10) -> Plan:
+    numbers = {
+        "batch_size": 8,
+        "micro_batch_size": 8,
+        "learning_rate": 1.0,
+        "weight_decay": 0.0,
+        "warmup_epochs": 1.0,
+    }
+    words = {"stem": "stock", "precision": "fp32", "layout": "channels_last", "reason": ""}
+    sizes = {"image_size": 32, "initial_size": initial_size, "cache_side": 32, "blur": 0.0}
+    return Plan(epochs=epochs, seconds_per_step=None, **numbers, **words, **sizes)  # type: ignore[arg-type]
+
+
+def test_views_are_small_in_the_first_three_fifths_of_the_epochs() -> None:
+    assert [size_at(plan_with(24), epoch) for epoch in range(10)] == [24] * 6 + [32] * 4
+    assert {size_at(plan_with(32), epoch) for epoch in range(10)} == {32}
+    assert size_at(plan_with(24, epochs=1), 0) == 32
+
+
+def test_small_views_first_are_trained_on_and_go_into_the_estimate(
+    tmp_path: Path, photo: Callable[..., Image.Image], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for seed in range(40):
+        photo(tmp_path / "images" / f"{seed:02}.png", seed)
+    trained: list[int] = []
+    make_views = pretraining.make_views
+
+    def note(policy: Policy, *rest: Any) -> torch.Tensor:
+        trained.append(policy.size)
+        return make_views(policy, *rest)
+
+    monkeypatch.setattr(pretraining, "make_views", note)
+    settings = PretrainSettings(
+        images=tmp_path / "images",
+        out=tmp_path / "run",
+        backbone_args={"layers": [1, 1, 1, 1], "channels": [8, 8, 8, 8]},
+        image_size=32,
+        initial_scale=0.5,
+        epochs=5,
+        batch_size=8,
+        precision="fp32",
+        holdout=0,
+    )
+    run = pretrain(settings)
+    assert trained == [16] * 15 + [32] * 10  # five steps an epoch
+    assert read_json(run.environment)["plan"]["initial_size"] == 16
+
+
+def test_a_backbone_of_one_size_takes_no_smaller_views(
+    tmp_path: Path, photo: Callable[..., Image.Image]
+) -> None:
+    for seed in range(40):
+        photo(tmp_path / "images" / f"{seed:02}.png", seed)
+    arguments = {"embed_dim": 16, "depth": 1, "num_heads": 1}
+    settings = PretrainSettings(
+        images=tmp_path / "images", out=tmp_path / "run", backbone="vit_tiny_patch16_224", backbone_args=arguments,
+        image_size=32, initial_scale=0.5, epochs=1, batch_size=8, holdout=0,
+    )  # fmt: skip
+    with pytest.raises(
+        UsageError, match=r"--initial-scale 0.5: vit_tiny_patch16_224 takes images of 32 px only, not 16"
+    ):
+        pretrain(settings)

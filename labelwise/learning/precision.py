@@ -90,7 +90,7 @@ def calibrate(
         name = f"{number} {layout}"
         trial = Precision(number, layout, "")
         losses[name] = step(trial)  # also warms up
-        seconds[name] = min(_timed(step, trial, device) for _ in range(_TIMED_STEPS))
+        seconds[name] = min(seconds_of(step, trial, device) for _ in range(_TIMED_STEPS))
     reference = losses["fp32 channels_last"]
     agreeing = [name for name in seconds if abs(losses[name] - reference) <= AGREEMENT * abs(reference)]
     best = min(agreeing, key=lambda name: seconds[name])
@@ -122,10 +122,11 @@ def synchronize(device: torch.device) -> None:
         torch.mps.synchronize()
 
 
-def _timed(step: Callable[[Precision], float], trial: Precision, device: torch.device) -> float:
+def seconds_of(step: Callable[[Precision], float], precision: Precision, device: torch.device) -> float:
+    """How long a step takes."""
     synchronize(device)
     start = time.perf_counter()
-    step(trial)
+    step(precision)
     synchronize(device)
     return time.perf_counter() - start
 

@@ -201,6 +201,17 @@ def _make_stem_small(backbone: nn.Module) -> None:
 
 
 @torch.no_grad()
+def takes_size(spec: EncoderSpec, image_size: int) -> bool:
+    """Whether the encoder of a spec, built for one size, takes images of another."""
+    encoder = create_encoder(spec).eval()
+    try:
+        encoder(torch.zeros(1, 3, image_size, image_size))
+    except (AssertionError, RuntimeError, ValueError):
+        return False
+    return True
+
+
+@torch.no_grad()
 def _feature_width(backbone: nn.Module, image_size: int) -> int:
     """Feature width as the backbone really gives it; timm's `num_features` is not always that."""
     backbone.eval()

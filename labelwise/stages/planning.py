@@ -4,7 +4,6 @@ import dataclasses
 import math
 import resource
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +27,7 @@ from labelwise.learning.optimization import (
     scaled_rate,
     set_rate,
 )
-from labelwise.learning.precision import Precision, calibrate, synchronize
+from labelwise.learning.precision import Precision, calibrate, seconds_of
 from labelwise.learning.simclr import Learner
 from labelwise.models.encoder import (
     Encoder,
@@ -36,6 +35,7 @@ from labelwise.models.encoder import (
     choose_stem,
     create_encoder,
     pretrained_normalization,
+    takes_size,
 )
 from labelwise.models.heads import create_head
 from labelwise.models.weights import load_encoder, load_module
@@ -61,6 +61,7 @@ _MEMORY_SHARE = 0.5  # of what is free goes to a step
 _TWICE_FORWARD = 4 / 3  # a step in parts runs forward, forward, backward; backward costs two forwards
 _RESIDENT_SHARE = 0.25  # of a GPU's free memory may hold the decoded images
 _COPIED = 4096  # squares copied to a GPU at a time
+INITIAL_SHARE = 0.6  # of the epochs are trained at the initial scale; measured 2026-11-25, recipes/LOG.md
 _LIMIT_SHARE = 0.93  # of a time limit goes to steps; the rest to monitoring, start and end
 
 
@@ -69,6 +70,7 @@ class Plan:
     """Everything decided before step 0; stored, and reused when the run is continued."""
 
     image_size: int
+    initial_size: int
     cache_side: int
     stem: str
     epochs: int
@@ -110,10 +112,19 @@ class Pool:
         return squares, self.cache.sizes[rows]
 
 
-def view_policy(settings: PretrainSettings, plan: Plan) -> Policy:
-    """Put the settings of the views together."""
+def size_at(plan: Plan, epoch: int) -> int:
+    """Side of the views in an epoch, pixels: smaller ones first, where that was asked for."""
+    return plan.initial_size if epoch < _initial_epochs(plan) else plan.image_size
+
+
+def _initial_epochs(plan: Plan) -> int:
+    return math.floor(INITIAL_SHARE * plan.epochs + 1e-9)  # the last epoch is never among them
+
+
+def view_policy(settings: PretrainSettings, plan: Plan, size: int) -> Policy:
+    """Put the settings of views of a size together."""
     return Policy(
-        size=plan.image_size,
+        size=size,
         crop_scale=settings.crop_scale,
         crop_ratio=settings.crop_ratio,
         flip=settings.flip,
@@ -257,6 +268,7 @@ def make_plan(
     default_rate, default_decay = DEFAULTS[settings.optimizer]
     plan = Plan(
         image_size=spec.image_size,
+        initial_size=_initial_size(settings, spec),
         cache_side=side,
         stem=spec.stem,
         epochs=settings.epochs,
@@ -285,14 +297,14 @@ def make_plan(
     precision, seconds = calibrate(trial, device, settings.precision)
     if not seconds:
         trial(precision)
-        start = time.perf_counter()
+        seconds[f"{precision.number} {precision.layout}"] = seconds_of(trial, precision, device)
+    one = seconds[f"{precision.number} {precision.layout}"]
+    if plan.initial_size != plan.image_size:
+        trial.size = plan.initial_size
         trial(precision)
-        synchronize(device)
-        seconds[f"{precision.number} {precision.layout}"] = time.perf_counter() - start
+        one = (1 - INITIAL_SHARE) * one + INITIAL_SHARE * seconds_of(trial, precision, device)
     parts = settings.batch_size // plan.micro_batch_size
-    per_step = (
-        seconds[f"{precision.number} {precision.layout}"] * parts * (1 if parts == 1 else _TWICE_FORWARD)
-    )
+    per_step = one * parts * (1 if parts == 1 else _TWICE_FORWARD)
     plan = dataclasses.replace(
         plan,
         precision=precision.number,
@@ -311,6 +323,22 @@ def make_plan(
         )
     warmup = min(10.0, epochs / 10) if settings.warmup_epochs is None else settings.warmup_epochs
     return dataclasses.replace(plan, epochs=epochs, warmup_epochs=warmup)
+
+
+def _initial_size(settings: PretrainSettings, spec: EncoderSpec) -> int:
+    """Side of the first epochs' views, a multiple of 4.
+
+    Raises:
+        UsageError: The backbone takes images of one size only.
+    """
+    size = max(8, round(settings.initial_scale * spec.image_size / 4) * 4)
+    if settings.initial_scale == 1 or size >= spec.image_size:
+        return spec.image_size
+    if not takes_size(spec, size):
+        raise UsageError(
+            f"--initial-scale {settings.initial_scale:g}: {spec.backbone} takes images of {spec.image_size} px only, not {size}; leave it out."
+        )
+    return size
 
 
 def _fit_micro_batch(
@@ -344,6 +372,7 @@ class _TrialStep:
         device: torch.device,
     ) -> None:
         self.settings, self.plan, self.spec, self.pool, self.device = settings, plan, spec, pool, device
+        self.size = plan.image_size
         self.learner: Learner | None = None
 
     def __call__(self, precision: Precision) -> float:
@@ -360,7 +389,7 @@ class _TrialStep:
     def make_views(self, members: npt.NDArray[np.int64]) -> Tensor:
         """Views as the training makes them, (2B, 3, H, W)."""
         squares, sizes = self.pool.squares(members, self.device)
-        policy = view_policy(self.settings, self.plan)
+        policy = view_policy(self.settings, self.plan, self.size)
         keys, normalization = self.pool.keys[members], self.spec.normalization
         return make_views(policy, squares, sizes, keys, self.settings.seed, 0, (0, 1), normalization)
 
@@ -393,6 +422,11 @@ def announce(
         terminal.say(f"note       {note}")
     terminal.say(
         f"model      {spec.backbone}, {plan.stem} stem, {plan.image_size} px views from {plan.cache_side} px squares"
+        + (
+            f", {plan.initial_size} px in the first {_initial_epochs(plan)} epochs"
+            if plan.initial_size != plan.image_size
+            else ""
+        )
     )
     parts = plan.batch_size // plan.micro_batch_size
     passes = f" in {parts} passes of {plan.micro_batch_size} (batch norm sees one pass)" if parts > 1 else ""

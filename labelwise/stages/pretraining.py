@@ -46,6 +46,7 @@ from labelwise.stages.planning import (
     make_learner,
     make_plan,
     make_pool,
+    size_at,
     specify_encoder,
     view_policy,
 )
@@ -97,7 +98,7 @@ def pretrain(settings: PretrainSettings) -> RunDirectory:
         )
     spec = dataclasses.replace(spec, stem=plan.stem)
     announce(run, plan, spec, pool, lock, images, is_new)
-    save_mosaic(run, view_policy(settings, plan), pool, settings.seed)
+    save_mosaic(run, view_policy(settings, plan, plan.image_size), pool, settings.seed)
 
     learner = make_learner(settings, plan, spec, Precision(plan.precision, plan.layout, plan.reason), device)
     _train(run, settings, plan, pool, spec.normalization, learner)
@@ -129,7 +130,6 @@ def _train(
     learner: Learner,
 ) -> None:
     """Run SimCLR from wherever the run stands to its last epoch."""
-    policy = view_policy(settings, plan)
     steps_per_epoch = len(pool.rows) // plan.batch_size
     steps = plan.epochs * steps_per_epoch
     warmup_steps = round(plan.warmup_epochs * steps_per_epoch)
@@ -141,6 +141,7 @@ def _train(
     figures: dict[str, float] = {}
 
     def make(members: npt.NDArray[np.int64], epoch: int) -> torch.Tensor:
+        policy = view_policy(settings, plan, size_at(plan, epoch))
         squares, sizes = pool.squares(members, learner.device)
         keys = pool.keys[members]
         return make_views(policy, squares, sizes, keys, settings.seed, epoch, (0, 1), normalization)
