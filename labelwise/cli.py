@@ -16,7 +16,7 @@ import typer
 
 from labelwise import terminal
 from labelwise.config import FinetuneSettings, PretrainSettings, Settings, read_recipe
-from labelwise.errors import LabelwiseError, ResourceError
+from labelwise.errors import Interrupted, LabelwiseError, ResourceError
 from labelwise.options import parameters, parse, with_parameters
 from labelwise.recipes import find_recipe, list_recipes
 
@@ -40,6 +40,9 @@ def main() -> NoReturn:
     signal.signal(signal.SIGTERM, _terminated)
     try:
         app()
+    except Interrupted as error:
+        terminal.warn(f"stopped: {error}")
+        sys.exit(error.exit_code)
     except LabelwiseError as error:
         if debug:
             traceback.print_exc()
@@ -102,13 +105,15 @@ def scan(
 
 def _pretrain(recipe: Recipe = None, json: Json = False, **given: Any) -> None:
     """Train an encoder on a folder of unlabeled images (SimCLR). The same command again goes on."""
+    from labelwise.rundir import read_json
     from labelwise.stages.pretraining import pretrain
 
     run = pretrain(_resolve(PretrainSettings, recipe, given))
     if json:
         terminal.emit_json({"run": str(run.path), "encoder": str(run.encoder)})
     else:
-        terminal.emit(f"next: labelwise finetune --run {_shown(run.path)} --fraction 0.01")
+        labels = "" if read_json(run.data)["classes"] else " --labels FILE"
+        terminal.emit(f"next: labelwise finetune --run {_shown(run.path)}{labels} --fraction 0.01")
 
 
 def _finetune(recipe: Recipe = None, json: Json = False, **given: Any) -> None:

@@ -362,7 +362,8 @@ def _in_words(error: ValidationError, settings: type[Settings]) -> str:
                 f"{settings.table} has no setting '{key}'{_did_you_mean(key, list(settings.model_fields))}"
             )
         else:
-            lines.append(f"{key} = {problem['input']!r}: {problem['msg'][0].lower()}{problem['msg'][1:]}.")
+            words = problem["msg"].removeprefix("Value error, ")
+            lines.append(f"{key} = {problem['input']!r}: {words[0].lower()}{words[1:]}.")
     return "\n".join(dict.fromkeys(lines))
 
 
@@ -385,14 +386,15 @@ def _toml_value(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
-def read_run_config(path: Path) -> dict[str, Any]:
-    """Read the [pretrain] table of a run's own config.toml.
+def read_run_config(path: Path, of: type[Settings] | None = None) -> dict[str, Any]:
+    """Read the table of a run's own config.toml: of pretraining, or of these settings, empty if not there yet.
 
     Raises:
         CheckpointError: It is damaged.
     """
     try:
-        table: dict[str, Any] = tomllib.loads(path.read_text(encoding="utf-8"))["pretrain"]
+        tables = tomllib.loads(path.read_text(encoding="utf-8"))
+        table: dict[str, Any] = tables["pretrain"] if of is None else tables.get(of.table, {})
     except (OSError, KeyError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise CheckpointError(f"{path}: damaged ({error}); the run cannot be used.") from None
     return table

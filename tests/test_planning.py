@@ -16,7 +16,15 @@ from labelwise.images.duplicates import unique_keys
 from labelwise.images.source import open_images
 from labelwise.rundir import read_json
 from labelwise.stages import planning, pretraining
-from labelwise.stages.planning import Plan, Pool, choose_sizes, copy_squares, keep_on_device, size_at
+from labelwise.stages.planning import (
+    Plan,
+    Pool,
+    batch_size_for,
+    choose_sizes,
+    copy_squares,
+    keep_on_device,
+    size_at,
+)
 from labelwise.stages.pretraining import pretrain
 from labelwise.views.draws import Policy
 
@@ -134,3 +142,8 @@ def test_a_backbone_of_one_size_takes_no_smaller_views(
         UsageError, match=r"--initial-scale 0.5: vit_tiny_patch16_224 takes images of 32 px only, not 16"
     ):
         pretrain(settings)
+
+
+def test_a_batch_nobody_asked_for_fits_the_images(tmp_path: Path) -> None:
+    default = PretrainSettings(images=tmp_path)
+    assert [batch_size_for(default, images) for images in (32, 240, 255, 256, 5000)] == [8, 32, 32, 256, 256]

@@ -401,6 +401,9 @@ def test_one_class_or_no_labels_is_refused_in_words(digits: Path, tmp_path: Path
     labels.write_text("file_name,label\n" + "".join(f"{name},{name[0]}\n" for name in names))
     document = report(finetune(FinetuneSettings(run=run.path, labels=labels, labels_root=flat, **FEW)))
     assert document["summary"][0]["labels"] == 20
+    results = run.results.read_bytes()
+    finetune(FinetuneSettings(run=run.path, **FEW))
+    assert run.results.read_bytes() == results, "the labels of the last comparison are taken again"
 
 
 def test_all_labels_and_a_ladder_can_be_asked_for(finished: RunDirectory, tmp_path: Path) -> None:

@@ -122,3 +122,14 @@ def test_an_accuracy_interval_ends_at_0_and_1() -> None:
     assert accuracy_interval([0.0, 0.0, 0.3]).low == 0.0
     assert accuracy_interval([0.4, 0.41, 0.42]) == interval([0.4, 0.41, 0.42])
     assert accuracy_interval([0.5]).high is None
+
+
+def test_two_draws_claim_nothing_however_well_they_agree() -> None:
+    assert verdict(interval([0.1000, 0.1001])) == "no difference shown"
+    assert verdict(interval([0.1000, 0.1001, 0.1002])) == "helps"
+
+
+@pytest.mark.parametrize("n", [2, 3, 10])
+def test_draws_that_all_agree_have_no_interval(n: int) -> None:
+    assert interval([-0.067] * n) == Interval(-0.067, None, None, n)
+    assert verdict(interval([-0.067] * n)) == "no difference shown"

@@ -8,12 +8,13 @@ import numpy as np
 from scipy import stats
 
 CONFIDENCE = 0.95
+FEWEST_DRAWS = 3  # two may agree by chance, and then their interval is as narrow as one likes
 HELPS, UNCLEAR, HURTS = "helps", "no difference shown", "hurts"
 
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean over n draws and its 95 % interval; without bounds when there is one draw."""
+    """A mean over n draws and its 95 % interval; without bounds when there is one draw, or all agree."""
 
     mean: float
     low: float | None
@@ -36,8 +37,10 @@ def interval(values: Sequence[float]) -> Interval:
     """
     n = len(values)
     mean = float(np.mean(values))
-    if n == 1:
-        return Interval(mean, None, None, 1)
+    if n == 1 or min(values) == max(
+        values
+    ):  # draws that agree to the last image do not show how far they vary
+        return Interval(mean, None, None, n)
     half = float(stats.t.ppf((1 + CONFIDENCE) / 2, n - 1)) * float(np.std(values, ddof=1)) / math.sqrt(n)
     return Interval(mean, mean - half, mean + half, n)
 
@@ -61,7 +64,9 @@ def paired_difference(first: dict[int, float], second: dict[int, float]) -> Inte
 
 
 def verdict(difference: Interval) -> str:
-    """Helps or hurts when the interval of the difference leaves out zero, else no difference shown."""
+    """Helps or hurts when three draws or more leave out zero, else no difference shown."""
+    if difference.n < FEWEST_DRAWS:
+        return UNCLEAR
     if difference.low is not None and difference.low > 0:
         return HELPS
     if difference.high is not None and difference.high < 0:

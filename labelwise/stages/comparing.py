@@ -29,6 +29,7 @@ from labelwise.learning.memory import keep_freed_memory
 from labelwise.learning.precision import Precision, choose_device, has_fast_bf16
 from labelwise.learning.workers import side_by_side
 from labelwise.measures.linear import accuracy, macro_accuracy
+from labelwise.measures.statistics import FEWEST_DRAWS
 from labelwise.models.weights import load_encoder, save_module
 from labelwise.predictions import store_predictions
 from labelwise.rundir import RunDirectory
@@ -50,6 +51,7 @@ def finetune(settings: FinetuneSettings) -> RunDirectory:
     started = time.monotonic()
     run = rundir.open_run(settings.run)
     terminal.say(f"run        {run.path}")
+    settings = _remember(run, settings)
     bench = _set_up(run, settings)
     counts = _label_counts(settings, bench)
     orders = _draw(bench, list(counts))
@@ -143,6 +145,20 @@ def _set_up(run: RunDirectory, settings: FinetuneSettings) -> Bench:
         spec=spec, policy=policy, precision=_precision(plan, device), device=device,
         unbalanced=is_unbalanced(labels[labeled], len(classes)),
     )  # fmt: skip
+
+
+def _remember(run: RunDirectory, settings: FinetuneSettings) -> FinetuneSettings:
+    """Take labels and test images that the last comparison of this run was given, where none are given now."""
+    before = read_run_config(run.config, FinetuneSettings)
+    paths: dict[str, Path] = {}
+    for name in ("labels", "labels_root", "test"):
+        given = getattr(settings, name)
+        if given is not None:
+            paths[name] = given.absolute()
+        elif name in before:
+            paths[name] = Path(before[name])
+            terminal.say(f"{name:<10} {before[name]}, as in the last comparison")
+    return settings.model_copy(update=paths)
 
 
 def _precision(plan: dict[str, Any], device: torch.device) -> Precision:
@@ -336,8 +352,9 @@ def _line(bench: Bench, method: str, count: int) -> str:
         for row in rundir.read_jsonl(bench.run.results)
         if (row["method"], row["labels"]) == (method, count)
     ]
-    spread = f" +/- {np.std(scores, ddof=1):.1%}" if len(scores) > 1 else ""
-    return f"{count:>6,} labels  {method:<13} {np.mean(scores):.1%}{spread} over {len(scores)} draws"
+    drawn = f" over {len(scores)} draws" if len(scores) > 1 else ", one draw"
+    spread = f", standard deviation {100 * np.std(scores, ddof=1):.1f} points" if len(scores) > 1 else ""
+    return f"{count:>6,} labels  {method:<13} {np.mean(scores):.1%}{drawn}{spread}"
 
 
 def _announce(bench: Bench, counts: Sequence[int], jobs: int, done: int) -> None:
@@ -351,7 +368,11 @@ def _announce(bench: Bench, counts: Sequence[int], jobs: int, done: int) -> None
     if len(bench.labeled) in counts:
         terminal.say(f"           all {len(bench.labeled):,} labels are one draw: no interval there")
     share = 1.96 * math.sqrt(0.25 / len(bench.test))
-    terminal.say(f"test       {len(bench.test):,} images; they alone leave up to +/-{share:.1%}")
+    terminal.say(
+        f"test       {len(bench.test):,} images; they alone leave up to \u00b1{100 * share:.1f} points"
+    )
+    if bench.settings.draws < FEWEST_DRAWS:
+        terminal.say(f"           fewer than {FEWEST_DRAWS} draws: nothing will be claimed (--draws 5)")
     if done:
         terminal.say(f"going on   {done} of {jobs} classifiers are there already")
 

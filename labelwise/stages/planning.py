@@ -62,6 +62,7 @@ _TWICE_FORWARD = 4 / 3  # a step in parts runs forward, forward, backward; backw
 _RESIDENT_SHARE = 0.25  # of a GPU's free memory may hold the decoded images
 _COPIED = 4096  # squares copied to a GPU at a time
 INITIAL_SHARE = 0.6  # of the epochs are trained at the initial scale; measured 2026-11-25, recipes/LOG.md
+_FEW_STEPS = 100
 _LIMIT_SHARE = 0.93  # of a time limit goes to steps; the rest to monitoring, start and end
 
 
@@ -182,12 +183,23 @@ def make_pool(images: ImageSet, cache: ImageCache, lock: dict[str, Any], setting
         raise DataError(
             f"{settings.images}: {len(rows)} images to train on; SimCLR needs at least {SMALLEST_POOL}."
         )
-    if settings.batch_size > len(rows):
+    if settings.batch_size > len(rows) and "batch_size" in settings.model_fields_set:
         raise UsageError(
             f"--batch-size {settings.batch_size}: larger than the {len(rows)} images to train on; use at most "
-            f"{len(rows)}, better {2 ** int(math.log2(len(rows) / 4))}."
+            f"{len(rows)}, better {_small_batch(len(rows))}."
         )
     return Pool(cache, rows, unique_keys(cache.keys[rows]), [images.labels[row] for row in rows])
+
+
+def batch_size_for(settings: PretrainSettings, images: int) -> int:
+    """The batch that was asked for, or the default where so many images are there."""
+    if settings.batch_size <= images:
+        return settings.batch_size
+    return _small_batch(images)
+
+
+def _small_batch(images: int) -> int:
+    return int(2 ** int(math.log2(images / 4)))
 
 
 def keep_on_device(pool: Pool, device: torch.device) -> Pool:
@@ -266,6 +278,7 @@ def make_plan(
 ) -> Plan:
     """Decide what was left open; time some steps for the precision and the epochs."""
     default_rate, default_decay = DEFAULTS[settings.optimizer]
+    batch_size = batch_size_for(settings, len(pool.rows))
     plan = Plan(
         image_size=spec.image_size,
         initial_size=_initial_size(settings, spec),
@@ -275,11 +288,9 @@ def make_plan(
         precision="fp32",
         layout="channels_last",
         reason="",
-        batch_size=settings.batch_size,
-        micro_batch_size=settings.batch_size,
-        learning_rate=scaled_rate(
-            settings.learning_rate or default_rate, settings.batch_size, settings.rate_scaling
-        ),
+        batch_size=batch_size,
+        micro_batch_size=batch_size,
+        learning_rate=scaled_rate(settings.learning_rate or default_rate, batch_size, settings.rate_scaling),
         weight_decay=default_decay if settings.weight_decay is None else settings.weight_decay,
         warmup_epochs=min(10.0, settings.epochs / 10)
         if settings.warmup_epochs is None
@@ -303,7 +314,7 @@ def make_plan(
         trial.size = plan.initial_size
         trial(precision)
         one = (1 - INITIAL_SHARE) * one + INITIAL_SHARE * seconds_of(trial, precision, device)
-    parts = settings.batch_size // plan.micro_batch_size
+    parts = batch_size // plan.micro_batch_size
     per_step = one * parts * (1 if parts == 1 else _TWICE_FORWARD)
     plan = dataclasses.replace(
         plan,
@@ -315,7 +326,7 @@ def make_plan(
     if settings.time_limit is None:
         return plan
     limit = parse_duration(settings.time_limit) * _LIMIT_SHARE
-    per_epoch = per_step * (len(pool.rows) // settings.batch_size)
+    per_epoch = per_step * (len(pool.rows) // batch_size)
     epochs = int(limit / per_epoch)
     if epochs < 1:
         raise UsageError(
@@ -346,17 +357,17 @@ def _fit_micro_batch(
 ) -> int:
     """Images that go through the network at once: as asked, else the whole batch if it fits into memory."""
     if settings.micro_batch_size is not None:
-        if settings.batch_size % settings.micro_batch_size:
+        if plan.batch_size % settings.micro_batch_size:
             raise UsageError(
-                f"--micro-batch-size {settings.micro_batch_size}: does not divide --batch-size {settings.batch_size}."
+                f"--micro-batch-size {settings.micro_batch_size}: does not divide --batch-size {plan.batch_size}."
             )
         return settings.micro_batch_size
     trial = _TrialStep(settings, plan, spec, pool, device)
     learner = trial.learner_for(Precision("fp32", "channels_last", ""))
-    probed = np.arange(min(_PROBED, settings.batch_size))
+    probed = np.arange(min(_PROBED, plan.batch_size))
     needed = activation_bytes(learner.project, trial.make_views(probed), learner.modules.values())
     return largest_part(
-        settings.batch_size, _WORKING * needed / len(probed), _MEMORY_SHARE * available_memory(device)
+        plan.batch_size, _WORKING * needed / len(probed), _MEMORY_SHARE * available_memory(device)
     )
 
 
@@ -431,6 +442,8 @@ def announce(
     parts = plan.batch_size // plan.micro_batch_size
     passes = f" in {parts} passes of {plan.micro_batch_size} (batch norm sees one pass)" if parts > 1 else ""
     terminal.say(f"training   {plan.epochs} epochs, batch {plan.batch_size}{passes}, {steps:,} steps{hours}")
+    if steps < _FEW_STEPS:
+        terminal.warn(f"{steps:,} steps teach little; use more --epochs.")
     terminal.say(
         f"precision  {plan.precision}, {plan.layout.replace('_', ' ')}"
         + (f" ({plan.reason})" if plan.reason else "")

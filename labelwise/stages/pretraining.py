@@ -324,12 +324,14 @@ def _write_start(
             "stem",
             "epochs",
             "precision",
-            "micro_batch_size",
+            "batch_size",
             "weight_decay",
             "warmup_epochs",
             "blur",
         )
     }
+    if plan.micro_batch_size < plan.batch_size:
+        resolved["micro_batch_size"] = plan.micro_batch_size
     resolved["learning_rate"] = settings.learning_rate or DEFAULTS[settings.optimizer][0]
     rundir.write_text(run.config, to_toml({"pretrain": resolved}))
     environment.start(
