@@ -14,7 +14,7 @@ HELPS, UNCLEAR, HURTS = "helps", "no difference shown", "hurts"
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean over n draws and its 95 % interval; without bounds when there is one draw, or all agree."""
+    """A mean over n draws and its 95 % interval; without bounds when there is one draw."""
 
     mean: float
     low: float | None
@@ -37,10 +37,8 @@ def interval(values: Sequence[float]) -> Interval:
     """
     n = len(values)
     mean = float(np.mean(values))
-    if n == 1 or min(values) == max(
-        values
-    ):  # draws that agree to the last image do not show how far they vary
-        return Interval(mean, None, None, n)
+    if n == 1:
+        return Interval(mean, None, None, 1)
     half = float(stats.t.ppf((1 + CONFIDENCE) / 2, n - 1)) * float(np.std(values, ddof=1)) / math.sqrt(n)
     return Interval(mean, mean - half, mean + half, n)
 

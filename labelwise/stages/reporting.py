@@ -134,7 +134,6 @@ def _verdict(summary: list[dict[str, Any]], pool: int, tested: int) -> str:
     """The answer in words, for every number of labels: fine-tuned SimCLR against training from scratch."""
     said: dict[str, list[str]] = {HELPS: [], UNCLEAR: [], HURTS: []}
     single: list[str] = []
-    one = True
     for entry in summary:
         best = next(
             (c for c in entry["comparisons"] if c["arm"] == "simclr" and c["against"] == "supervised"), None
@@ -146,12 +145,10 @@ def _verdict(summary: list[dict[str, Any]], pool: int, tested: int) -> str:
         share = "" if any(said.values()) else f" ({100 * fraction:.2g} % of the images)"
         if best["low"] is None:
             single.append(f"{text.gain_in_words(best)} with {entry['labels']:,} labels")
-            one = best["n"] == 1
             continue
         said[best["verdict"]].append(f"{text.gain_in_words(best)} with {entry['labels']:,} labels{share}")
     if single and not any(said.values()):
-        why = "One label draw, no interval" if one else "All draws agree, which is no interval"
-        return f"{why}, so nothing is claimed: {', '.join(single)}."
+        return f"One label draw, no interval, so nothing is claimed: {', '.join(single)}."
     if not any(said.values()):
         done = {arm for entry in summary for arm in entry["arms"]}
         return "No comparison with training from scratch yet." + (
