@@ -48,7 +48,7 @@ def main() -> NoReturn:
             traceback.print_exc()
         terminal.fail(str(error))
         sys.exit(error.exit_code)
-    except (OSError, MemoryError, RuntimeError) as error:
+    except Exception as error:
         words = _resource_words(error)
         if debug or words is None:
             raise
@@ -201,8 +201,11 @@ def runs_remove(run: Annotated[Path, typer.Argument(help="run folder")]) -> None
 
 def _resource_words(error: Exception) -> str | None:
     """What to say when memory or disk ran out; None for any other error."""
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return f"{error.filename or 'disk'}: full; free some and run the same command again."
+    is_full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+    if is_full or f"(os error {errno.ENOSPC})" in str(error):  # safetensors says it in words only
+        return (
+            f"{getattr(error, 'filename', None) or 'disk'}: full; free some and run the same command again."
+        )
     is_memory = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"  # torch's own
     if is_memory or "not enough memory" in str(error) or "can't allocate memory" in str(error):
         return "out of memory; use a smaller --batch-size or --image-size."

@@ -51,6 +51,9 @@ def _is_ascending(values: tuple[float, float]) -> tuple[float, float]:
     return values
 
 
+_LONGEST_SECONDS = 366 * 24 * 3600.0
+
+
 def parse_duration(text: str) -> float:
     """Read `90s`, `30m`, `2h` or `1h30m` as seconds.
 
@@ -61,7 +64,10 @@ def parse_duration(text: str) -> float:
     if not text.strip() or parts is None:
         raise ValueError("write it like 90s, 30m, 2h or 1h30m")
     hours, minutes, seconds = (float(part or 0) for part in parts.groups())
-    return hours * 3600 + minutes * 60 + seconds
+    total = hours * 3600 + minutes * 60 + seconds
+    if total > _LONGEST_SECONDS:
+        raise ValueError("longer than a year")
+    return total
 
 
 def _is_duration(text: str) -> str:
@@ -254,7 +260,7 @@ class PretrainSettings(Settings):
     )
     device: str = Field("auto", description="auto, cpu, cuda or mps", json_schema_extra={"panel": "Training"})
     seed: int = Field(
-        0, ge=0, description="seed of every random draw", json_schema_extra={"panel": "Training"}
+        0, ge=0, lt=2**32, description="seed of every random draw", json_schema_extra={"panel": "Training"}
     )
 
 
@@ -317,7 +323,7 @@ class FinetuneSettings(Settings):
     )
     device: str = Field("auto", description="auto, cpu, cuda or mps", json_schema_extra={"panel": "Training"})
     seed: int = Field(
-        0, ge=0, description="seed of every random draw", json_schema_extra={"panel": "Training"}
+        0, ge=0, lt=2**32, description="seed of every random draw", json_schema_extra={"panel": "Training"}
     )
 
 

@@ -1,5 +1,6 @@
 """Decode once: what is in the cache, when it is used again, and that the user's folder is left alone."""
 
+import errno
 import json
 import os
 import shutil
@@ -485,3 +486,16 @@ def test_a_damaged_cache_is_built_again(tmp_path: Path, photo: Callable[..., Ima
     data = (whole.folder / name).read_bytes()
     (whole.folder / name).write_bytes(data[: len(data) // 2])
     np.testing.assert_array_equal(build_cache(images, side=16, evaluation_size=16).squares, expected)
+
+
+def test_a_disk_that_fills_up_while_space_is_taken_is_told(
+    tmp_path: Path, photo: Callable[..., Image.Image], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    photo(tmp_path / "images" / "a.png")
+
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(ResourceError, match="the image cache needs"):
+        build_cache(open_images(tmp_path / "images"), side=8, evaluation_size=8)

@@ -401,3 +401,27 @@ def test_memory_that_torch_cannot_get_is_told_as_such() -> None:
     with pytest.raises(RuntimeError) as caught:
         torch.empty(2**50, dtype=torch.uint8)
     assert cli._resource_words(caught.value) == "out of memory; use a smaller --batch-size or --image-size."
+
+
+@pytest.mark.parametrize(
+    ("line", "code"), [("--version >&-", 0), ("--version 2>&-", 0), ("report --run nowhere >&-", 2)]
+)
+def test_a_closed_stream_changes_no_exit_code(line: str, code: int) -> None:
+    ran = subprocess.run(
+        ["sh", "-c", f"{sys.executable} -m labelwise {line}"], capture_output=True, text=True
+    )
+    assert ran.returncode == code
+    assert "Traceback" not in ran.stderr
+    assert ("labelwise" in ran.stdout) == ("2>&-" in line)
+
+
+def test_a_full_disk_is_told_whoever_found_it() -> None:
+    found = Exception("Error while serializing: I/O error: No space left on device (os error 28)")
+    assert cli._resource_words(found) == "disk: full; free some and run the same command again."
+
+
+@pytest.mark.parametrize("option", [("--seed", "99999999999999999999"), ("--time-limit", "9999999999h")])
+def test_huge_settings_are_refused(labelwise: Command, photos: Path, option: tuple[str, str]) -> None:
+    ran = labelwise("pretrain", str(photos), *option)
+    assert ran.code == 2
+    assert option[1] in ran.err

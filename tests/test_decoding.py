@@ -229,7 +229,10 @@ def test_holes_of_a_float_tiff_do_not_spoil_its_range() -> None:
 
 
 def test_a_float_tiff_of_holes_only_is_refused() -> None:
-    assert refusal(encoded(Image.fromarray(np.full((2, 2), np.nan, np.float32)), "TIFF")) == "no finite pixel"
+    empty = encoded(Image.fromarray(np.full((2, 2), np.nan, np.float32)), "TIFF")
+    assert refusal(empty) == "no finite pixel"
+    with pytest.raises(UnreadableImage, match="no finite pixel"):
+        decode_image(empty, (0.0, 5.0), 32)  # among others that have a range
 
 
 @pytest.mark.parametrize("kind", ["GIF", "TIFF", "WEBP"])

@@ -5,6 +5,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from labelwise.learning.workers import count_workers, is_repeatable, side_by_sid
 from labelwise.models.encoder import EncoderSpec, create_encoder
 from labelwise.predictions import read_predictions
 from labelwise.rundir import RunDirectory
+from labelwise.stages import comparing
 from labelwise.stages.comparing import finetune
 from labelwise.stages.demo import write_digits
 from labelwise.stages.pretraining import pretrain
@@ -170,3 +172,39 @@ def test_a_signal_while_comparing_ends_it_soon_and_the_same_command_goes_on(
     assert "finished classifiers are saved; the same command goes on." in words
     again = subprocess.run([*endless[:-1], "3"], capture_output=True, text=True, check=True)
     assert "20 labels  supervised" in again.stderr
+
+
+@pytest.mark.slow
+def test_results_set_aside_by_an_interrupted_change_of_settings_are_taken_up_again(
+    pretrained: RunDirectory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = RunDirectory(tmp_path / "run")
+    shutil.copytree(pretrained.path, run.path)
+    first = FinetuneSettings(run=run.path, label_counts=(20,), draws=2, methods=("simclr_probe", "pixels"))
+    finetune(first)
+    before = run.results.read_bytes()
+
+    def stop(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(comparing, "run_method", stop)
+        with pytest.raises(KeyboardInterrupt):
+            finetune(first.model_copy(update={"seed": 1}))
+        assert not run.results.exists()
+        with pytest.raises(KeyboardInterrupt):
+            finetune(first.model_copy(update={"seed": 2}))
+    finetune(first)
+    assert run.results.read_bytes() == before
+
+
+def test_whoever_asks_twice_does_not_wait_for_a_step(threads: Any) -> None:
+    threads(2)
+    release = threading.Event()
+    results = side_by_side(lambda number: release.wait(20) if number else None, range(2), 2)
+    assert next(results) == (0, None)
+    asked = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        results.throw(KeyboardInterrupt)
+    assert time.monotonic() - asked < 10
+    release.set()

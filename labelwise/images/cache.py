@@ -248,8 +248,9 @@ def _open_array(path: Path, kind: type[np.generic], shape: tuple[int, ...]) -> n
                 os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
             except OSError as error:
                 if error.errno == errno.ENOSPC:
+                    needed = path.stat().st_size
                     path.unlink()
-                    raise _no_space(path.parent, path.stat().st_size) from None
+                    raise _no_space(path.parent, needed) from None
     return array
 
 

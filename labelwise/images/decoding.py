@@ -70,7 +70,8 @@ def decode_image(
         is_scaled = image.size != original
         image.load()
         if image.mode in _DEEP_MODES:
-            image = _shallow(image, intensity_range or _own_range(image))
+            own = _own_range(image)  # refuses an image without a number in it
+            image = _shallow(image, intensity_range or own)
         if is_scaled and _orientation(image) in (5, 6, 7, 8):
             original = original[::-1]
         image = _upright(image)

@@ -37,6 +37,7 @@ def side_by_side(
     share = max(1, cores // workers)
     pool = ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(share,))
     error: BaseException | None = None
+    is_urgent = False
     try:
         begun = {pool.submit(run, job): job for job in jobs}
         for future in as_completed(begun):
@@ -49,8 +50,11 @@ def side_by_side(
                 error = failure
                 for other in begun:
                     other.cancel()
+    except KeyboardInterrupt:  # asked twice: whoever leaves now does not wait for a step
+        is_urgent = True
+        raise
     finally:
-        pool.shutdown(cancel_futures=True)
+        pool.shutdown(wait=not is_urgent, cancel_futures=True)
         torch.set_num_threads(cores)  # the number of some libraries is everybody's
     if error is not None:
         raise error

@@ -276,13 +276,14 @@ def _signature(bench: Bench) -> str:
 
 def _finished(bench: Bench) -> set[tuple[str, int, int]]:
     """Results that are there already; those made with other settings or labels are set aside."""
-    signature = _signature(bench)
+    signature, here = _signature(bench), bench.run.results.parent
     rows = rundir.read_jsonl(bench.run.results)
     if any(row["signature"] != signature for row in rows):
-        here = bench.run.results.parent
         aside = here / rows[0]["signature"]
         _move_results(bench.run, here, aside)
         terminal.warn(f"earlier results were made with other settings or labels; they now lie in {aside}.")
+        rows = []
+    if not rows:
         _move_results(bench.run, here / signature, here)  # of these settings, from before the others
         rows = rundir.read_jsonl(bench.run.results)
     return {_key(row) for row in rows}
