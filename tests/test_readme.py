@@ -16,6 +16,8 @@ SHORTER = {
     "finetune": ["--draws", "1", "--steps", "2", "--scratch-steps", "2"],
 }
 
+NARROW = {"layers": [1, 1, 1, 1], "channels": [8, 8, 16, 16]}
+
 
 def commands() -> list[list[str]]:
     """The indented lines of README.md that call labelwise, without comments."""
@@ -69,7 +71,7 @@ def test_the_python_of_readme_runs(photos: Path) -> None:
     assert code is not None
     short = (
         code[1]
-        .replace("epochs=100", "epochs=1, batch_size=64")
+        .replace("epochs=100", f"epochs=1, batch_size=64, backbone_args={NARROW}")
         .replace("fraction=(0.01, 0.1)", "label_counts=(20,), draws=1, steps=2, scratch_steps=2")
     )
     assert short != code[1]
