@@ -81,7 +81,7 @@ def demo(
     """The whole path on handwritten digits: no network, no GPU."""
     from labelwise.stages.demo import demo as run_demo
 
-    run_demo(out, quick=quick)
+    run_demo(out, _run_as_typed, quick=quick)
 
 
 @app.command()
@@ -197,6 +197,12 @@ def runs_remove(run: Annotated[Path, typer.Argument(help="run folder")]) -> None
 
     remove_run(run)
     terminal.emit(f"removed {run}")
+
+
+def _run_as_typed(words: list[str]) -> None:
+    """Run one command in this process, as if it had been typed."""
+    sys.argv = ["labelwise", *words]
+    app(words, standalone_mode=False)
 
 
 def _resource_words(error: Exception) -> str | None:

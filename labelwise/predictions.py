@@ -40,6 +40,8 @@ def store_predictions(
 ) -> None:
     """Put one classifier's predictions into the file, in place of earlier ones of the same three.
 
+    The file is sorted by these three, so that it is the same whichever classifier is done first.
+
     Args:
         path: predictions.parquet.
         method, draw, labels: Which classifier; `labels` is how many it learned from.
@@ -64,6 +66,7 @@ def store_predictions(
             pc.equal(before["draw"], draw),
         )
         table = pa.concat_tables([before.filter(pc.invert(same)), table])
+        table = table.sort_by([(key, "ascending") for key in ("method", "labels", "draw")])
     rundir.write_atomically(path, lambda fresh: pq.write_table(table, fresh))
 
 

@@ -174,14 +174,17 @@ def _labeled(count: int, classes: int, width: int, seed: int = 0) -> tuple[np.nd
 
 
 @pytest.mark.parametrize("balanced", [False, True])
+@pytest.mark.parametrize("width", [6, 400])  # fewer features than rows, and many more
 @pytest.mark.parametrize("classes", [2, 3, 5])
-def test_probe_equals_scikit_learn_on_the_same_scaled_features(classes: int, balanced: bool) -> None:
-    features, labels = _labeled(80, classes, 6)
-    reference, _ = _labeled(300, classes, 6, seed=5)
+def test_probe_equals_scikit_learn_on_the_same_scaled_features(
+    classes: int, width: int, balanced: bool
+) -> None:
+    features, labels = _labeled(80, classes, width)
+    reference, _ = _labeled(300, classes, width, seed=5)
     probe = fit_probe(features, labels, classes, 10.0, balanced=balanced, reference=reference)
-    model = LogisticRegression(C=10.0, max_iter=2000, class_weight="balanced" if balanced else None)
+    model = LogisticRegression(C=10.0, tol=1e-9, max_iter=2000, class_weight="balanced" if balanced else None)
     model.fit(((features - probe.mean) / probe.scale).astype(np.float64), labels)
-    unseen, _ = _labeled(50, classes, 6, seed=6)
+    unseen, _ = _labeled(50, classes, width, seed=6)
     logits = probe.logits(unseen)
     shares = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
     assert logits.shape == (50, classes)

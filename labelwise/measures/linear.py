@@ -11,6 +11,7 @@ Floats = npt.NDArray[np.float32]
 Indices = npt.NDArray[np.int64]
 
 _ITERATIONS = 500
+_WIDE = 4  # with so many features a row, a fit in the span of the rows is faster, the basis included
 
 
 @dataclass(frozen=True)
@@ -62,8 +63,14 @@ def fit_probe(
     model = LogisticRegression(
         C=strength, max_iter=_ITERATIONS, class_weight="balanced" if balanced else None
     )
-    model.fit((features - mean) / scale, labels)
+    rows, basis = (features - mean) / scale, None
+    if _WIDE * len(rows) < rows.shape[1]:  # the optimum lies in the span of the rows: look only there
+        basis = np.linalg.qr(rows.T)[0]  # (F, n)
+        rows = rows @ basis
+    model.fit(rows, labels)
     weight, bias = model.coef_, model.intercept_
+    if basis is not None:
+        weight = weight @ basis.T
     if classes == 2:  # scikit-learn keeps one row for two classes
         weight, bias = np.concatenate([-weight, weight]) / 2, np.concatenate([-bias, bias]) / 2
     return Probe(mean, scale.astype(np.float32), weight.astype(np.float32), bias.astype(np.float32))

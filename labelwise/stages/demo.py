@@ -1,10 +1,9 @@
 """`labelwise demo`: the whole path on scikit-learn's handwritten digits, each command shown before it runs."""
 
-import os
+import contextlib
+import io
 import shlex
-import signal
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -12,18 +11,19 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from labelwise import terminal
-from labelwise.errors import LabelwiseError, UsageError
+from labelwise.errors import UsageError
 from labelwise.rundir import RunDirectory
 
 _TEST_SHARE = 0.25  # 450 of 1,797 digits
 _INK = 16  # scikit-learn's digits have 17 shades
 
 
-def demo(out: Path, *, quick: bool = False) -> RunDirectory:
+def demo(out: Path, run_command: Callable[[list[str]], None], *, quick: bool = False) -> RunDirectory:
     """Make the images, then scan, pretrain, fine-tune and report as a user would.
 
     Args:
         out: Folder to create; an unfinished demo in it is continued.
+        run_command: Runs the program with these words, in this process: torch is loaded once.
         quick: Few epochs, draws and methods, to see that everything runs.
 
     Raises:
@@ -53,7 +53,10 @@ def demo(out: Path, *, quick: bool = False) -> RunDirectory:
         few = [*finetune, "0.01,0.1", "--draws", "2", "--steps", "5", "--scratch-steps", "5"]
     comparisons = [few] if quick else [few, more]
     for command in (["scan", str(images)], pretrain, *comparisons, ["report", "--run", str(run)]):
-        _run(command, quiet=command[0] == "finetune")
+        terminal.heading(f"$ labelwise {shlex.join(command)}")
+        hidden = command[0] == "finetune"  # the report that follows prints the same table
+        with contextlib.redirect_stdout(io.StringIO()) if hidden else contextlib.nullcontext():
+            run_command(command)
     return RunDirectory(run.absolute())
 
 
@@ -65,24 +68,3 @@ def write_digits(folder: Path) -> None:
         if not file.exists():
             file.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray((image * 255 / _INK).round().astype(np.uint8)).save(file)
-
-
-def _run(command: list[str], *, quiet: bool) -> None:
-    """Print a command and run it in a process of its own, as a terminal would."""
-    terminal.heading(f"$ labelwise {shlex.join(command)}")
-    stdout = subprocess.DEVNULL if quiet else None  # the report that follows prints the same table
-    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
-    arguments = [sys.executable, "-m", "labelwise", *command]
-    previous = signal.signal(
-        signal.SIGINT, lambda number, frame: None
-    )  # the command gets Ctrl-C too, and saves first
-    try:
-        status = subprocess.run(arguments, stdout=stdout, env=environment, check=False).returncode
-    finally:
-        signal.signal(signal.SIGINT, previous)
-    if status < 0 or status in (130, 143):
-        raise KeyboardInterrupt
-    if status:
-        raise LabelwiseError(
-            f"demo: `labelwise {command[0]}` failed with exit code {status}; its message stands above."
-        )
