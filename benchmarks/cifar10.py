@@ -2,6 +2,7 @@
 
     python benchmarks/cifar10.py cifar10.zip --work /tmp/cifar-bench            # the first 10,000 images
     python benchmarks/cifar10.py cifar10.zip --work /tmp/cifar-bench --part 1   # another 10,000
+    python benchmarks/cifar10.py cifar10.zip --work /tmp/cifar-bench --time-limit 20m   # as many epochs as fit
 
 Takes a subset, runs the real commands, and prints the accuracy of 20 nearest neighbours (pool as bank, test
 images as queries), the table of methods, and the seconds that pretraining took.
@@ -36,6 +37,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True, help="folder for images and runs")
     parser.add_argument("--part", type=int, default=0)
     parser.add_argument("--label-counts", default="100,1000")
+    parser.add_argument("--time-limit", help="of pretraining, as 20m; without it the recipe's epochs")
     parser.add_argument("--json", action="store_true")
     given = parser.parse_args()
 
@@ -44,7 +46,8 @@ def main() -> None:
         counts = ["--train", "10000", "--test", "2000", "--part", str(given.part)]
         call(str(ROOT / "data" / "subset.py"), str(given.source), str(images), *counts)
     started = time.monotonic()
-    call("-m", "labelwise", "pretrain", str(images), "--recipe", "cifar10-cpu", "--out", str(run))
+    limit = ["--time-limit", given.time_limit] if given.time_limit else []
+    call("-m", "labelwise", "pretrain", str(images), "--recipe", "cifar10-cpu", "--out", str(run), *limit)
     seconds = time.monotonic() - started
     neighbours = test_knn(run)
     comparison = ["--run", str(run), "--recipe", "cifar10-cpu", "--label-counts", given.label_counts]
