@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from labelwise.learning.contrast import nt_xent
-from labelwise.learning.large_batch import activation_bytes, backward_in_parts, largest_part
+from labelwise.learning.large_batch import backward_in_parts, largest_part, step_bytes
 
 BATCH = 24
 MEMBERS = np.arange(BATCH)
@@ -100,10 +100,10 @@ def test_batch_norm_follows_again_after_a_failure() -> None:
 
 def test_activations_grow_with_the_images_and_leave_out_the_weights() -> None:
     model = network(norm=False)
-    few, many = (activation_bytes(model, make_views(MEMBERS[:count]), [model]) for count in (6, 24))
+    few, many = (step_bytes(model, make_views(MEMBERS[:count]), [model]) for count in (6, 24))
     assert few * 3.5 < many < few * 4.5
     heavy = nn.Sequential(copy.deepcopy(model), nn.Linear(16, 50_000))
-    assert activation_bytes(heavy, make_views(MEMBERS), [heavy]) < 2 * many
+    assert step_bytes(heavy, make_views(MEMBERS), [heavy]) < 2 * many
 
 
 @pytest.mark.parametrize(

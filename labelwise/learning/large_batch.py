@@ -22,6 +22,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 Rows = npt.NDArray[np.int64]
 
+_WORKING = (
+    2.0  # what backward keeps, and about as much for gradients of activations and buffers of convolutions
+)
+
 
 def backward_in_parts(
     project: Callable[[Tensor], Tensor],
@@ -61,8 +65,8 @@ def backward_in_parts(
     return loss.detach()
 
 
-def activation_bytes(project: Callable[[Tensor], Tensor], views: Tensor, modules: Iterable[nn.Module]) -> int:
-    """Bytes that the backward pass of these views keeps, besides the weights."""
+def step_bytes(project: Callable[[Tensor], Tensor], views: Tensor, modules: Iterable[nn.Module]) -> float:
+    """Bytes that a training step on these views needs, besides the weights and what the optimizer keeps."""
     kept = {views.untyped_storage().data_ptr(): views.nbytes}
     weights = {each.data_ptr() for module in modules for each in (*module.parameters(), *module.buffers())}
 
@@ -74,7 +78,7 @@ def activation_bytes(project: Callable[[Tensor], Tensor], views: Tensor, modules
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
         project(views)
-    return sum(kept.values())
+    return _WORKING * sum(kept.values())
 
 
 def largest_part(batch_size: int, bytes_per_image: float, available: float) -> int:

@@ -9,6 +9,7 @@ import torch
 
 _TRIM_THRESHOLD, _TOP_PAD, _MMAP_THRESHOLD, _MMAP_MAX = -1, -2, -3, -4  # malloc.h of glibc
 _LARGEST = 2**31 - 1  # mallopt takes an int
+TRAINING_SHARE = 0.5  # of what is free goes to training
 _CGROUPS = Path("/sys/fs/cgroup")
 
 

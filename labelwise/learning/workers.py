@@ -7,16 +7,14 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from labelwise.learning.large_batch import activation_bytes
-from labelwise.learning.memory import available_memory
+from labelwise.learning.large_batch import step_bytes
+from labelwise.learning.memory import TRAINING_SHARE, available_memory
 
 Job = TypeVar("Job")
 Result = TypeVar("Result")
 
 _PROBED = 8  # images whose activations are weighed
-_WORKING = 2.0  # a step needs about twice what it keeps
 _STATES = 4  # weight, gradient, and two moments of AdamW
-_MEMORY_SHARE = 0.5  # of what is free goes to all trainings together
 
 
 def side_by_side(
@@ -74,10 +72,10 @@ def count_workers(network: nn.Module, size: int, batch_size: int, device: torch.
     images = torch.linspace(-2, 2, _PROBED * 3 * size * size).view(_PROBED, 3, size, size)
     if device.type != "cpu" or not is_repeatable(network.train(), images):
         return 1
-    kept = activation_bytes(network, images, [network]) * batch_size / _PROBED
+    step = step_bytes(network, images, [network]) * batch_size / _PROBED
     weights = sum(each.nbytes for each in network.parameters())
-    each = _WORKING * kept + _STATES * weights
-    return int(max(1.0, min(torch.get_num_threads(), _MEMORY_SHARE * available_memory(device) / each)))
+    each = step + _STATES * weights
+    return int(max(1.0, min(torch.get_num_threads(), TRAINING_SHARE * available_memory(device) / each)))
 
 
 @torch.no_grad()

@@ -19,8 +19,8 @@ from labelwise.images.cache import ImageCache, channel_statistics, sample_sizes
 from labelwise.images.duplicates import unique_keys
 from labelwise.images.source import ImageSet
 from labelwise.images.splits import pool_indices
-from labelwise.learning.large_batch import activation_bytes, largest_part
-from labelwise.learning.memory import available_memory
+from labelwise.learning.large_batch import largest_part, step_bytes
+from labelwise.learning.memory import TRAINING_SHARE, available_memory
 from labelwise.learning.optimization import (
     DEFAULTS,
     create_optimizer,
@@ -56,8 +56,6 @@ _MODEL = (  # settings that the weights of a run fix
 )
 CACHE_MARGIN = 1.25  # cached squares are this much larger than a view, so that a crop keeps some detail
 _PROBED = 16  # images whose activations are weighed to find the micro-batch
-_WORKING = 2.0  # a step needs about twice what it keeps: gradients of activations, buffers of convolutions
-_MEMORY_SHARE = 0.5  # of what is free goes to a step
 _TWICE_FORWARD = 4 / 3  # a step in parts runs forward, forward, backward; backward costs two forwards
 _RESIDENT_SHARE = 0.25  # of a GPU's free memory may hold the decoded images
 _COPIED = 4096  # squares copied to a GPU at a time
@@ -365,10 +363,8 @@ def _fit_micro_batch(
     trial = _TrialStep(settings, plan, spec, pool, device)
     learner = trial.learner_for(Precision("fp32", "channels_last", ""))
     probed = np.arange(min(_PROBED, plan.batch_size))
-    needed = activation_bytes(learner.project, trial.make_views(probed), learner.modules.values())
-    return largest_part(
-        plan.batch_size, _WORKING * needed / len(probed), _MEMORY_SHARE * available_memory(device)
-    )
+    needed = step_bytes(learner.project, trial.make_views(probed), learner.modules.values())
+    return largest_part(plan.batch_size, needed / len(probed), TRAINING_SHARE * available_memory(device))
 
 
 class _TrialStep:
