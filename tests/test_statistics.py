@@ -1,130 +1,284 @@
-"""Intervals and verdicts, against printed tables and scipy's own tests."""
+"""Intervals and verdicts: against loops and scipy, and over thousands of simulated experiments."""
 
-import math
 from dataclasses import replace
 
 import numpy as np
+import numpy.typing as npt
 import pytest
-from scipy import stats
+from scipy import special, stats
 
 from labelwise.measures import statistics
+from labelwise.measures.linear import macro_accuracy
 from labelwise.measures.statistics import (
     Interval,
     accuracy_interval,
     interval,
+    macro_values,
+    mean_squares,
     paired_difference,
     verdict,
 )
 
-# Two-sided 95 % points of Student's t, from a printed table: values in the sample, t.
-T_TABLE = [(2, 12.706), (3, 4.303), (5, 2.776), (10, 2.262), (30, 2.045)]
+Floats = npt.NDArray[np.float64]
+LOGISTIC = 1.7  # a logistic curve this steep is close to the normal one
 
 
-@pytest.mark.parametrize(("n", "t"), T_TABLE)
-def test_interval_equals_a_table_of_students_t(n: int, t: float) -> None:
-    values = np.linspace(0.60, 0.68, n)
-    half = t * values.std(ddof=1) / math.sqrt(n)
-    found = interval(list(values))
-    assert found.n == n
-    assert found.mean == pytest.approx(0.64)
-    assert found.low == pytest.approx(0.64 - half, rel=1e-3)
-    assert found.high == pytest.approx(0.64 + half, rel=1e-3)
+def experiment(
+    rng: np.random.Generator, draws: int, images: int, level: float, by_draw: float, by_image: float
+) -> Floats:
+    """Right or not, (R, T): images differ in difficulty, draws in luck, and each cell is a coin of its own."""
+    luck, ease = by_draw * rng.normal(size=(draws, 1)), by_image * rng.normal(size=(1, images))
+    share = special.expit(LOGISTIC * (level + luck + ease))
+    return (rng.random((draws, images)) < share).astype(float)
 
 
-def test_interval_equals_scipys_one_sample_interval() -> None:
-    values = np.random.default_rng(1).normal(0.7, 0.05, 7)
-    expected = stats.ttest_1samp(values, 0.0).confidence_interval(0.95)
-    found = interval(list(values))
-    assert (found.low, found.high) == (pytest.approx(expected.low), pytest.approx(expected.high))
+def expected(level: float, by_draw: float, by_image: float) -> float:
+    """Accuracy over all draws and images there could be."""
+    nodes, weights = np.polynomial.hermite_e.hermegauss(101)
+    shares = special.expit(LOGISTIC * (level + np.hypot(by_draw, by_image) * nodes))
+    return float(weights @ shares / weights.sum())
 
 
-def test_95_of_100_intervals_hold_the_true_mean() -> None:
-    samples = np.random.default_rng(2).normal(0.5, 0.1, (2000, 5))
-    found = [interval(list(sample)) for sample in samples]
-    holding = np.mean([each.low < 0.5 < each.high for each in found])
-    assert holding == pytest.approx(0.95, abs=0.015)  # three standard errors of 2,000 intervals
+def settings(rng: np.random.Generator) -> tuple[int, int, float, float, float]:
+    """Draws, test images and variances as experiments have them: accuracies of 25 to 90 %, 0 to 9 points between draws."""
+    level, by_image = rng.uniform(-0.8, 1.5), rng.uniform(0.5, 2.5)
+    return int(rng.integers(3, 11)), int(rng.integers(200, 2001)), level, rng.uniform(0, 0.4), by_image
+
+
+@pytest.mark.statistics
+def test_95_of_100_intervals_hold_the_true_accuracy() -> None:
+    rng = np.random.default_rng(0)
+    holding, narrow = [], []
+    for _ in range(2000):
+        asked = settings(rng)
+        right, truth = experiment(rng, *asked), expected(*asked[2:])
+        found = interval(right)
+        holding.append(found.low < truth < found.high)
+        over_draws = stats.ttest_1samp(right.mean(axis=1), truth)
+        narrow.append(over_draws.pvalue > 0.05)
+    assert 0.93 <= np.mean(holding) <= 0.97
+    assert np.mean(narrow) < 0.93, "an interval over the draws alone would be too narrow"
+
+
+@pytest.mark.statistics
+@pytest.mark.parametrize("draws", [3, 5, 10])
+def test_intervals_hold_the_truth_at_any_number_of_draws(draws: int) -> None:
+    rng = np.random.default_rng(draws)
+    holding = []
+    for _ in range(1000):
+        _, images, *variances = settings(rng)
+        found = interval(experiment(rng, draws, images, *variances))
+        holding.append(found.low < expected(*variances) < found.high)
+    assert 0.93 <= np.mean(holding) <= 0.975
+
+
+@pytest.mark.statistics
+def test_the_same_method_twice_is_seldom_said_to_differ() -> None:
+    rng = np.random.default_rng(1)
+    verdicts = []
+    for _ in range(1000):
+        draws, images, level, by_draw, by_image = settings(rng)
+        ease = by_image * rng.normal(size=images)
+        first, second = (
+            {
+                draw: (
+                    rng.random(images) < special.expit(LOGISTIC * (level + by_draw * rng.normal() + ease))
+                ).astype(float)
+                for draw in range(draws)
+            }
+            for _ in range(2)
+        )
+        difference = paired_difference(first, second)
+        assert difference is not None
+        verdicts.append(verdict(difference))
+    assert np.mean([each != "no difference shown" for each in verdicts]) <= 0.065
+
+
+@pytest.mark.statistics
+def test_shuffled_labels_seldom_give_a_verdict() -> None:
+    rng = np.random.default_rng(2)
+    verdicts = []
+    for _ in range(1000):
+        draws, images = int(rng.integers(3, 11)), int(rng.integers(200, 2001))
+        labels = rng.integers(0, 10, images)  # nothing to do with the images
+        first, second = (
+            {draw: (_guess(rng, images) == labels).astype(float) for draw in range(draws)} for _ in range(2)
+        )
+        difference = paired_difference(first, second)
+        assert difference is not None
+        verdicts.append(verdict(difference))
+    assert np.mean([each != "no difference shown" for each in verdicts]) <= 0.065
+
+
+def _guess(rng: np.random.Generator, images: int) -> npt.NDArray[np.int64]:
+    """Predictions of a classifier that prefers some classes, differently in every draw."""
+    return rng.choice(10, images, p=rng.dirichlet(np.full(10, 2.0)))
+
+
+@pytest.mark.statistics
+def test_a_true_difference_is_seen_more_often_with_more_draws() -> None:
+    rng = np.random.default_rng(3)
+    seen = []
+    for draws in (3, 10):
+        helps = 0
+        for _ in range(300):
+            ease = 1.5 * rng.normal(size=400)
+            first, second = (
+                {
+                    draw: (
+                        rng.random(400) < special.expit(LOGISTIC * (level + 0.1 * rng.normal() + ease))
+                    ).astype(float)
+                    for draw in range(draws)
+                }
+                for level in (0.3, 0.05)
+            )
+            difference = paired_difference(first, second)
+            assert difference is not None
+            helps += verdict(difference) == "helps"
+        seen.append(helps / 300)
+    assert seen[0] + 0.2 < seen[1]
+    assert seen[1] > 0.9
+
+
+@pytest.mark.statistics
+def test_mean_squares_equal_loops() -> None:
+    values = np.random.default_rng(4).normal(size=(2, 4, 7))
+    found = mean_squares(values)
+    k, r, t = values.shape
+    for one in range(k):
+        for two in range(k):
+            x, y = values[one], values[two]
+            draws = sum((x[i].mean() - x.mean()) * (y[i].mean() - y.mean()) for i in range(r)) * t / (r - 1)
+            images = sum((x[:, j].mean() - x.mean()) * (y[:, j].mean() - y.mean()) for j in range(t))
+            rest = sum(
+                (x[i, j] - x[i].mean() - x[:, j].mean() + x.mean())
+                * (y[i, j] - y[i].mean() - y[:, j].mean() + y.mean())
+                for i in range(r)
+                for j in range(t)
+            )
+            assert found.draws[one, two] == pytest.approx(draws)
+            assert found.images[one, two] == pytest.approx(images * r / (t - 1))
+            assert found.rest[one, two] == pytest.approx(rest / ((r - 1) * (t - 1)))
+
+
+@pytest.mark.statistics
+def test_where_only_draws_differ_it_is_students_interval_over_draws() -> None:
+    accuracies = np.random.default_rng(5).normal(0.7, 0.05, 7)
+    found = interval(np.repeat(accuracies[:, None], 50, axis=1))
+    right = stats.ttest_1samp(accuracies, 0.0).confidence_interval(0.95)
+    assert (found.low, found.high, found.n) == (pytest.approx(right.low), pytest.approx(right.high), 7)
+
+
+@pytest.mark.statistics
+def test_where_only_images_differ_it_is_students_interval_over_images() -> None:
+    right = (np.random.default_rng(6).random(300) < 0.7).astype(float)
+    found = interval(np.repeat(right[None], 5, axis=0))
+    one = stats.ttest_1samp(right, 0.0).confidence_interval(0.95)
+    assert (found.low, found.high) == (pytest.approx(one.low), pytest.approx(one.high))
+
+
+@pytest.mark.statistics
+def test_more_test_images_give_a_narrower_interval() -> None:
+    rng = np.random.default_rng(7)
+    wide, narrow = (interval(experiment(rng, 5, images, 0.5, 0.05, 1.5)) for images in (200, 20_000))
+    assert narrow.high - narrow.low < 0.5 * (wide.high - wide.low)
 
 
 def test_one_draw_has_no_interval_and_shows_nothing() -> None:
-    found = interval([0.7])
-    assert found == Interval(0.7, None, None, 1)
+    found = interval(np.array([[1.0, 0.0, 1.0, 1.0]]))
+    assert found == Interval(0.75, None, None, 1)
     assert verdict(found) == "no difference shown"
 
 
-def test_paired_difference_equals_the_paired_t_test() -> None:
-    rng = np.random.default_rng(0)
-    second = rng.normal(0.5, 0.1, 8)
-    first = second + rng.normal(0.03, 0.01, 8)
-    expected = stats.ttest_rel(first, second).confidence_interval(0.95)
-    found = paired_difference(dict(enumerate(first)), dict(enumerate(second)))
+def test_the_same_in_every_cell_has_no_width() -> None:
+    assert interval(np.ones((4, 9))) == Interval(1.0, 1.0, 1.0, 4)
+
+
+def test_a_difference_is_paired_over_the_draws_both_have() -> None:
+    rng = np.random.default_rng(8)
+    first, second = (
+        {draw: rng.integers(0, 2, 30).astype(float) for draw in draws} for draws in (range(4), range(1, 6))
+    )
+    found = paired_difference(first, second)
+    assert found == interval(np.stack([first[draw] - second[draw] for draw in (1, 2, 3)]))
     assert found is not None
-    assert (found.low, found.high) == (pytest.approx(expected.low), pytest.approx(expected.high))
+    assert found.n == 3
 
 
-def test_draws_are_paired_by_number_not_by_place() -> None:
-    found = paired_difference({0: 0.5, 1: 0.6, 2: 0.9}, {2: 0.8, 0: 0.4, 1: 0.5})
-    assert found is not None
-    assert found.mean == pytest.approx(0.1)
-    assert found.high - found.low == pytest.approx(0.0, abs=1e-9)  # each gains exactly 0.1
-
-
-def test_only_draws_that_both_have_are_compared() -> None:
-    found = paired_difference({0: 0.5, 1: 0.6, 2: 0.99}, {0: 0.4, 1: 0.4, 7: 0.01})
-    assert found is not None
-    assert (found.n, found.mean) == (2, pytest.approx(0.15))
-
-
-def test_without_a_shared_draw_there_is_no_difference_to_show() -> None:
-    assert paired_difference({0: 0.5}, {1: 0.4}) is None
+def test_no_shared_draw_means_no_difference() -> None:
+    assert paired_difference({0: np.ones(3)}, {1: np.ones(3)}) is None
     assert paired_difference({}, {}) is None
 
 
-def test_pairing_sees_a_small_steady_gain_that_draws_would_hide() -> None:
-    worse = dict(enumerate([0.30, 0.45, 0.60, 0.75]))
-    better = dict(enumerate([0.32, 0.465, 0.621, 0.768]))
-    assert stats.ttest_ind(list(better.values()), list(worse.values())).pvalue > 0.5
-    assert verdict(paired_difference(better, worse)) == "helps"
-    assert verdict(paired_difference(worse, better)) == "hurts"
+def test_pairing_takes_out_what_draws_and_images_share() -> None:
+    rng = np.random.default_rng(9)
+    second = {draw: (rng.random(500) < 0.3 + 0.1 * draw).astype(float) for draw in range(5)}
+    first = {draw: np.maximum(right, rng.random(500) < 0.1) for draw, right in second.items()}
+    difference = paired_difference(first, second)
+    assert difference is not None
+    assert verdict(difference) == "helps"
+    alone = interval(np.stack(list(first.values())))
+    assert difference.high - difference.low < 0.2 * (alone.high - alone.low)
 
 
 @pytest.mark.parametrize(
     ("low", "high", "words"),
     [
-        (0.001, 0.1, "helps"),
+        (0.01, 0.1, "helps"),
+        (-0.1, -0.01, "hurts"),
+        (-0.1, 0.1, "no difference shown"),
         (0.0, 0.1, "no difference shown"),
-        (-0.02, 0.1, "no difference shown"),
-        (-0.1, 0.0, "no difference shown"),
-        (-0.1, -0.001, "hurts"),
     ],
 )
 def test_verdict_needs_an_interval_without_zero(low: float, high: float, words: str) -> None:
     assert verdict(Interval((low + high) / 2, low, high, 5)) == words
 
 
+def test_two_draws_claim_nothing() -> None:
+    assert verdict(Interval(0.1, 0.09, 0.11, 2)) == "no difference shown"
+    assert verdict(Interval(0.1, 0.09, 0.11, 3)) == "helps"
+
+
 def test_an_interval_is_written_with_its_n() -> None:
-    assert interval([0.7]).to_json() == {"mean": 0.7, "low": None, "high": None, "n": 1}
+    assert interval(np.ones((1, 3))).to_json() == {"mean": 1.0, "low": None, "high": None, "n": 1}
 
 
-@pytest.mark.parametrize(("right", "images"), [(7, 10), (260, 372), (0, 12), (12, 12), (1, 2)])
+def test_macro_values_average_to_the_macro_accuracy() -> None:
+    rng = np.random.default_rng(10)
+    truth = np.repeat([0, 3, 4], [200, 30, 7])
+    predicted = np.where(rng.random((4, len(truth))) < 0.6, truth, 0)
+    right = (predicted == truth).astype(float)
+    values = macro_values(right, truth)
+    assert values.mean(axis=1) == pytest.approx([macro_accuracy(each, truth) for each in predicted])
+
+
+@pytest.mark.statistics
+def test_macro_intervals_hold_the_truth() -> None:
+    rng = np.random.default_rng(11)
+    truth = np.repeat([0, 1, 2], [300, 100, 40])
+    levels = np.array([1.2, 0.2, -0.5])
+    true = np.mean([expected(level, 0.1, 1.0) for level in levels])
+    holding = []
+    for _ in range(1000):
+        ease = rng.normal(size=len(truth))
+        share = special.expit(LOGISTIC * (levels[truth] + 0.1 * rng.normal(size=(5, 1)) + ease))
+        found = interval(macro_values((rng.random(share.shape) < share).astype(float), truth))
+        holding.append(found.low < true < found.high)
+    assert 0.93 <= np.mean(holding) <= 0.975
+
+
+@pytest.mark.parametrize(("right", "images"), [(50, 60), (449, 449), (0, 30), (700, 2000)])
 def test_test_set_margin_equals_scipys_wilson_interval(right: int, images: int) -> None:
-    expected = stats.binomtest(right, images).proportion_ci(0.95, method="wilson")
-    found = statistics.test_set_margin(right / images, images)
-    assert found == pytest.approx((expected.high - expected.low) / 2)
-
-
-def test_372_images_leave_about_five_points_open() -> None:
-    assert statistics.test_set_margin(0.7, 372) == pytest.approx(0.0464, abs=1e-3)
+    found = stats.binomtest(right, images).proportion_ci(0.95, method="wilson")
+    margin = statistics.test_set_margin(right / images, images)
+    assert margin == pytest.approx((found.high - found.low) / 2)
 
 
 def test_an_accuracy_interval_ends_at_0_and_1() -> None:
-    wide = accuracy_interval([0.82, 0.95, 0.99])
-    assert wide == replace(interval([0.82, 0.95, 0.99]), high=1.0)
-    assert accuracy_interval([0.0, 0.0, 0.3]).low == 0.0
-    assert accuracy_interval([0.4, 0.41, 0.42]) == interval([0.4, 0.41, 0.42])
-    assert accuracy_interval([0.5]).high is None
-
-
-def test_two_draws_claim_nothing_however_well_they_agree() -> None:
-    assert verdict(interval([0.1000, 0.1001])) == "no difference shown"
-    assert verdict(interval([-0.067, -0.067])) == "no difference shown"
-    assert verdict(interval([0.1000, 0.1001, 0.1002])) == "helps"
+    right = np.ones((3, 40))
+    right[0, :9] = 0
+    wide = interval(right)
+    assert wide.high > 1
+    assert accuracy_interval(right) == replace(wide, high=1.0)
+    assert accuracy_interval(1 - right).low == 0.0
+    assert accuracy_interval(right[:1]).high is None

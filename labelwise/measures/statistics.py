@@ -1,15 +1,22 @@
-"""What a set of draws says: means with intervals, paired differences, verdicts."""
+"""What draws and test images say together: means with intervals, paired differences, verdicts.
+
+Labels are drawn several times, and every draw's classifier sees the same test images. Both are samples: other
+labels could have been drawn, and other images could have been tested. So an interval comes from the crossed
+variance of draws x images; one over the draws alone is too narrow (measured: recipes/LOG.md).
+"""
 
 import math
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 
 import numpy as np
+import numpy.typing as npt
 from scipy import stats
 
 CONFIDENCE = 0.95
 FEWEST_DRAWS = 3  # two may agree by chance, and then their interval is as narrow as one likes
 HELPS, UNCLEAR, HURTS = "helps", "no difference shown", "hurts"
+
+Floats = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -26,39 +33,99 @@ class Interval:
         return asdict(self)
 
 
-def interval(values: Sequence[float]) -> Interval:
-    """Mean of independent values with Student's t interval.
+@dataclass(frozen=True)
+class MeanSquares:
+    """Analysis of variance of draws x images, for K quantities measured on both; each (K, K).
+
+    Attributes:
+        draws, images: Between draws, R - 1 degrees of freedom; between images, T - 1.
+        rest: What neither explains, (R - 1)(T - 1) degrees of freedom.
+    """
+
+    draws: Floats
+    images: Floats
+    rest: Floats
+
+
+def mean_squares(values: Floats) -> MeanSquares:
+    """Mean squares and products of K quantities over two crossed samples.
 
     Args:
-        values: One per draw, at least one.
+        values: (K, R, T): R draws, T test images, two or more of each.
 
-    Source: Student 1908; the t interval over draws. It holds for these test images and this encoder:
-    neither is drawn again.
+    Source: Scheffe 1959, The Analysis of Variance, the two-way layout with one observation a cell.
     """
-    n = len(values)
-    mean = float(np.mean(values))
-    if n == 1:
+    _, r, t = values.shape
+    centred = values - values.mean(axis=(1, 2), keepdims=True)
+    draws, images = centred.mean(axis=2), centred.mean(axis=1)  # (K, R), (K, T)
+    rest = centred - draws[:, :, None] - images[:, None, :]
+    flat = rest.reshape(len(values), -1)
+    return MeanSquares(
+        t * draws @ draws.T / (r - 1), r * images @ images.T / (t - 1), flat @ flat.T / ((r - 1) * (t - 1))
+    )
+
+
+def interval(values: Floats) -> Interval:
+    """Mean over draws and test images with a t interval that lets both be drawn again.
+
+    Args:
+        values: (R, T): of each draw, one value per test image, as 1 where it was right.
+
+    The variance of the mean is (draws + images - rest) / RT in mean squares, where the images' part is left
+    out if it is no larger than the rest, and the draws' part is at least the rest. Degrees of freedom after
+    Satterthwaite 1946 (Biometrics Bulletin 2), never fewer than the draws alone have.
+    """
+    r, t = values.shape
+    mean = float(values.mean())
+    if r == 1:
         return Interval(mean, None, None, 1)
-    half = float(stats.t.ppf((1 + CONFIDENCE) / 2, n - 1)) * float(np.std(values, ddof=1)) / math.sqrt(n)
-    return Interval(mean, mean - half, mean + half, n)
+    squares = mean_squares(values[None])
+    draws, images, rest = (float(each[0, 0]) for each in (squares.draws, squares.images, squares.rest))
+    draws = max(draws, rest)
+    spread, freedom = draws, float(r - 1)
+    if images > rest:
+        spread += images - rest
+        freedom = spread**2 / (draws**2 / (r - 1) + images**2 / (t - 1) + rest**2 / ((r - 1) * (t - 1)))
+    half = float(stats.t.ppf((1 + CONFIDENCE) / 2, max(freedom, r - 1))) * math.sqrt(spread / (r * t))
+    return Interval(mean, mean - half, mean + half, r)
 
 
-def accuracy_interval(accuracies: Sequence[float]) -> Interval:
-    """Mean accuracy over draws with its t interval, cut off at 0 and 1, which no accuracy can pass."""
-    found = interval(accuracies)
+def accuracy_interval(values: Floats) -> Interval:
+    """Mean accuracy with its interval, cut off at 0 and 1, which no accuracy can pass; values as in `interval`."""
+    found = interval(values)
     if found.low is None or found.high is None:
         return found
     return replace(found, low=max(found.low, 0.0), high=min(found.high, 1.0))
 
 
-def paired_difference(first: dict[int, float], second: dict[int, float]) -> Interval | None:
+def paired_difference(first: dict[int, Floats], second: dict[int, Floats]) -> Interval | None:
     """Mean of first minus second over the draws both have, with its interval; None if they share none.
 
     Args:
-        first, second: Accuracy by draw.
+        first, second: By draw, one value per test image, (T,); the same images in the same order.
     """
     shared = sorted(first.keys() & second.keys())
-    return interval([first[draw] - second[draw] for draw in shared]) if shared else None
+    return interval(np.stack([first[draw] - second[draw] for draw in shared])) if shared else None
+
+
+def macro_values(right: Floats, truth: npt.NDArray[np.int64]) -> Floats:
+    """Values per image whose mean is the macro accuracy, and whose spread is that within the classes.
+
+    Args:
+        right: (R, T), 1 where a draw's classifier was right.
+        truth: Class of each image, (T,).
+
+    Returns:
+        (R, T): the influence of each image on the mean over classes of the accuracy in each.
+    """
+    present = np.unique(truth)
+    accuracies = np.array([right[:, truth == each].mean() for each in present])  # (C,)
+    place = np.searchsorted(present, truth)
+    sizes = np.bincount(place)
+    values: Floats = accuracies.mean() + (right - accuracies[place]) * len(truth) / (
+        len(present) * sizes[place]
+    )
+    return values
 
 
 def verdict(difference: Interval) -> str:

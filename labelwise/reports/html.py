@@ -38,6 +38,7 @@ def render(document: dict[str, Any], run: RunDirectory) -> str:
         columns=columns,
         rows=_table_rows(document, rows),
         note=text.TABLE_NOTE,
+        saved=[text.saved_in_words(saved) for saved in document["labels_saved"]],
         accuracy_plot=Markup(plots.accuracy_against_labels(document)) if document["summary"] else "",  # noqa: S704 - our own SVG
         curves=Markup(plots.learning_curves(metrics)) if metrics else "",  # noqa: S704 - our own SVG; holds no text of the user's
         confusion=_confusion(document["confusion"]),

@@ -17,6 +17,8 @@ def render(document: dict[str, Any]) -> str:
             "",
             text.TABLE_NOTE,
             "",
+            *(f"- {text.saved_in_words(saved)}" for saved in document["labels_saved"]),
+            "",
         ]
     lines += [
         "## Data",

@@ -3,7 +3,7 @@
 from typing import Any
 
 MACRO = ", mean over classes"
-TABLE_NOTE = "Accuracy in %, mean over random label draws [95 % interval]. Gain: fine-tuned SimCLR minus from scratch, same draws."
+TABLE_NOTE = "Accuracy in %, mean over random label draws [95 % interval over draws and test images]. Gain: fine-tuned SimCLR minus from scratch, same draws."
 
 
 def percent(value: float) -> str:
@@ -29,6 +29,20 @@ def gain_in_words(entry: dict[str, Any]) -> str:
     if entry["low"] is None:
         return f"{100 * entry['mean']:+.1f} points"
     return f"{100 * entry['mean']:+.1f} \u00b1 {50 * (entry['high'] - entry['low']):.1f} points"
+
+
+def saved_in_words(saved: dict[str, Any]) -> str:
+    """`13 labels with pretraining match 62 without [40, more than 135]`."""
+
+    def words(labels: float | None) -> str:
+        if labels is None:
+            return f"more than {saved['most']:,}"
+        return f"{labels:,.0f}" if labels else f"fewer than {saved['fewest']:,}"
+
+    return (
+        f"{saved['labels']:,} labels with pretraining match {words(saved['matches'])} without "
+        f"[{words(saved['low'])}, {words(saved['high'])}]"
+    )
 
 
 def data_line(data: dict[str, Any]) -> str:

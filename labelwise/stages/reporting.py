@@ -1,15 +1,22 @@
 """`labelwise report`: from stored results to a verdict, a table and a page. Reads no model."""
 
 from collections import defaultdict
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+
 from labelwise import rundir, terminal
+from labelwise.measures.label_savings import labels_saved
 from labelwise.measures.statistics import (
     HELPS,
     HURTS,
     UNCLEAR,
+    Floats,
     accuracy_interval,
+    macro_values,
     paired_difference,
     test_set_margin,
     verdict,
@@ -38,6 +45,19 @@ FEW_TEST_IMAGES = 100  # an accuracy is known to about ten points then (Wilson 1
 Result = dict[str, Any]
 
 
+@dataclass(frozen=True)
+class Scores:
+    """What every classifier got right.
+
+    Attributes:
+        right: By labels, method and draw: 1 where right, else 0, (T,).
+        truth: Class of each test image, (T,).
+    """
+
+    right: dict[int, dict[str, dict[int, Floats]]]
+    truth: npt.NDArray[np.int64]
+
+
 def report(run: RunDirectory) -> dict[str, Any]:
     """Write report.json, report.md and report.html of a run, and return the document.
 
@@ -46,12 +66,15 @@ def report(run: RunDirectory) -> dict[str, Any]:
     """
     results = rundir.read_jsonl(run.results)
     data, surroundings = rundir.read_json(run.data), rundir.read_json(run.environment)
-    summary = _summarize(results)
-    predictions = read_predictions(run.predictions, ("method", "labels", "label", "prediction"))
+    predictions = read_predictions(
+        run.predictions, ("method", "labels", "draw", "name", "label", "prediction")
+    )
+    scores = _score(predictions)
+    summary = _summarize(results, scores)
     document = {
         "verdict": _verdict(summary, data["pool"], results[0]["n_test"] if results else 0),
         "summary": summary,
-        "labels_saved": [],
+        "labels_saved": _labels_saved(results, scores),
         "results": results,
         "data": data,
         "environment": surroundings,
@@ -81,24 +104,35 @@ def show(document: dict[str, Any]) -> None:
         terminal.emit_table("", columns, rows)
         terminal.emit(text.TABLE_NOTE)
         terminal.emit("")
+    for saved in document["labels_saved"]:
+        terminal.emit(f"labels {text.saved_in_words(saved)}")
     for step in document["next"]:
         terminal.emit(f"next   {step}")
     terminal.emit(f"page   {Path(document['run']) / 'report.html'}")
 
 
-def _summarize(results: list[Result]) -> list[dict[str, Any]]:
+def _score(predictions: dict[str, list[Any]]) -> Scores:
+    """Compare stored predictions with the labels, the test images in one order for all."""
+    rows: dict[tuple[int, str, int], list[int]] = defaultdict(list)
+    keys = zip(predictions["labels"], predictions["method"], predictions["draw"], strict=True)
+    for row, key in enumerate(keys):
+        rows[key].append(row)
+    names, label, predicted = (np.array(predictions[key]) for key in ("name", "label", "prediction"))
+    right: dict[int, dict[str, dict[int, Floats]]] = defaultdict(lambda: defaultdict(dict))
+    truth = np.zeros(0, dtype=np.int64)
+    for (labels, method, draw), members in rows.items():
+        order = np.array(members)[np.argsort(names[members])]
+        right[labels][method][draw] = (label[order] == predicted[order]).astype(float)
+        truth = np.unique(label[order], return_inverse=True)[1]
+    return Scores(right, truth)
+
+
+def _summarize(results: list[Result], scores: Scores) -> list[dict[str, Any]]:
     """One entry per number of labels, ascending: every method's mean, the gain, the comparisons."""
-    accuracies: dict[int, dict[str, dict[int, float]]] = defaultdict(lambda: defaultdict(dict))
-    macros: dict[int, dict[str, dict[int, float]]] = defaultdict(lambda: defaultdict(dict))
-    fractions: dict[int, float] = {}
-    for row in results:
-        accuracies[row["labels"]][row["method"]][row["draw"]] = row["accuracy"]
-        macros[row["labels"]][row["method"]][row["draw"]] = row["macro_accuracy"]
-        if row["fraction"] is not None:
-            fractions[row["labels"]] = row["fraction"]
+    fractions = {row["labels"]: row["fraction"] for row in results if row["fraction"] is not None}
     is_balanced = all(row["balanced"] for row in results)
     summary = []
-    for labels, arms in sorted(accuracies.items()):
+    for labels, arms in sorted(scores.right.items()):
         comparisons = []
         for arm, against in _COMPARED:
             difference = paired_difference(arms.get(arm, {}), arms.get(against, {}))
@@ -117,17 +151,37 @@ def _summarize(results: list[Result]) -> list[dict[str, Any]]:
         entry: dict[str, Any] = {
             "fraction": fractions.get(labels),
             "labels": labels,
-            "arms": {arm: accuracy_interval(list(draws.values())).to_json() for arm, draws in arms.items()},
+            "arms": {
+                arm: accuracy_interval(np.stack(list(draws.values()))).to_json()
+                for arm, draws in arms.items()
+            },
             "gain": gain,
             "comparisons": comparisons,
         }
         if not is_balanced:
             entry["macro"] = {
-                arm: accuracy_interval(list(draws.values())).to_json()
-                for arm, draws in macros[labels].items()
+                arm: accuracy_interval(macro_values(np.stack(list(draws.values())), scores.truth)).to_json()
+                for arm, draws in arms.items()
             }
         summary.append(entry)
     return summary
+
+
+def _labels_saved(results: list[Result], scores: Scores) -> list[dict[str, Any]]:
+    """How many labels training from scratch needs for what fine-tuned SimCLR reaches, at each number of labels."""
+    arm, against = "simclr", "supervised"
+    everything = {row["labels"] for row in results if row["labels"] >= row["labels_there"]}
+    curves = {labels: arms[against] for labels, arms in scores.right.items() if against in arms}
+    draws = set().union(*curves.values())
+    for labels in everything & curves.keys():  # all labels are the same in every draw
+        curves[labels] = dict.fromkeys(draws, curves[labels][0])
+    saved = []
+    for labels, arms in sorted(scores.right.items()):
+        found = labels_saved(curves, labels, arms[arm]) if arm in arms and labels not in everything else None
+        if found is not None:
+            measured = {"fewest": min(curves), "most": max(curves)}
+            saved.append({"arm": arm, "against": against, **found.to_json(), **measured})
+    return saved
 
 
 def _verdict(summary: list[dict[str, Any]], pool: int, tested: int) -> str:
@@ -237,7 +291,7 @@ def _limits(
         best = max(arm["mean"] for entry in summary for arm in entry["arms"].values())
         limits.append(
             f"{tested:,} test images: from the images alone, an accuracy of {best:.0%} is known to "
-            f"\u00b1{100 * test_set_margin(best, tested):.1f} points. The intervals in the table are over label draws on these same images."
+            f"\u00b1{100 * test_set_margin(best, tested):.1f} points. The intervals in the table count that in."
         )
         single = [entry for entry in summary if 1 in {arm["n"] for arm in entry["arms"].values()}]
         everything = {row["labels"] for row in results if row["labels"] >= row["labels_there"]}

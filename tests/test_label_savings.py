@@ -1,0 +1,94 @@
+"""Labels saved: known curves, their ends, and simulated experiments."""
+
+import math
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+from scipy import special
+
+from labelwise.measures.label_savings import labels_saved
+
+COUNTS = (10, 40, 160, 640)
+Floats = npt.NDArray[np.float64]
+
+
+def exact(accuracy: float, draws: int = 3, images: int = 1000) -> dict[int, Floats]:
+    """The same in every draw: that share of the images right."""
+    return dict.fromkeys(range(draws), (np.arange(images) < accuracy * images).astype(float))
+
+
+def curve(*accuracies: float) -> dict[int, dict[int, Floats]]:
+    return dict(zip(COUNTS, map(exact, accuracies), strict=False))
+
+
+@pytest.mark.parametrize(
+    ("accuracy", "labels"),
+    [(0.2, 10), (0.4, 40), (0.3, 20), (0.6, 160), (0.7, 320), (0.8, 640), (0.9, math.inf), (0.1, 0)],
+)
+def test_the_curve_is_read_in_the_logarithm_of_the_labels(accuracy: float, labels: float) -> None:
+    found = labels_saved(curve(0.2, 0.4, 0.6, 0.8), 10, exact(accuracy))
+    assert found is not None
+    assert found.matches == pytest.approx(labels)
+    assert found.low <= found.matches <= found.high
+
+
+def test_the_left_end_of_a_plateau_counts() -> None:
+    found = labels_saved(curve(0.2, 0.6, 0.6, 0.8), 10, exact(0.6))
+    assert found is not None
+    assert found.matches == pytest.approx(40)
+
+
+def test_a_curve_that_falls_is_made_monotone_first() -> None:
+    found = labels_saved(curve(0.2, 0.7, 0.5, 0.8), 10, exact(0.6))
+    assert found is not None
+    assert found.matches == pytest.approx(40)  # 0.7 and 0.5 become 0.6 each
+
+
+def test_beyond_the_curve_is_null_or_zero_in_json() -> None:
+    above, below = (
+        found.to_json()
+        for accuracy in (0.95, 0.05)
+        if (found := labels_saved(curve(0.2, 0.4, 0.6, 0.8), 10, exact(accuracy)))
+    )
+    assert (above["matches"], above["low"], above["high"]) == (None, None, None)
+    assert (below["matches"], below["low"], below["high"]) == (0, 0, 0)
+
+
+def test_one_count_or_two_draws_say_nothing() -> None:
+    assert labels_saved(curve(0.5), 10, exact(0.6)) is None
+    assert labels_saved(curve(0.5, 0.6), 10, exact(0.6, draws=2)) is None
+
+
+def test_every_draw_counts_in_the_means_and_shared_ones_in_the_spread() -> None:
+    method = {**exact(0.5), 3: exact(0.7)[0], 4: exact(0.7)[0], 5: exact(0.7)[0]}
+    found = labels_saved(curve(0.2, 0.4, 0.6, 0.8), 10, method)
+    assert found is not None
+    assert found.matches == pytest.approx(160)  # 0.6 is the mean of all six
+    assert found.n == 3
+
+
+@pytest.mark.statistics
+@pytest.mark.parametrize("draws", [3, 5, 10])
+def test_intervals_hold_the_true_labels(draws: int) -> None:
+    rng = np.random.default_rng(draws)
+    levels, method, images = np.array([-0.6, 0.0, 0.6, 1.2]), 0.3, 600
+    nodes, weights = np.polynomial.hermite_e.hermegauss(101)
+
+    def expected(level: float) -> float:
+        return float(weights @ special.expit(1.7 * (level + math.hypot(0.15, 1.5) * nodes)) / weights.sum())
+
+    accuracies = [expected(level) for level in levels]
+    share = (expected(method) - accuracies[1]) / (accuracies[2] - accuracies[1])
+    truth = math.exp(math.log(COUNTS[1]) + share * math.log(COUNTS[2] / COUNTS[1]))
+    holding = []
+    for _ in range(300):
+        ease = 1.5 * rng.normal(size=images)
+        luck = 0.15 * rng.normal(size=(len(levels) + 1, draws, 1))
+        chance = special.expit(1.7 * (np.append(levels, method)[:, None, None] + luck + ease))
+        right = (rng.random(chance.shape) < chance).astype(float)
+        *curves, top = [dict(enumerate(each)) for each in right]
+        found = labels_saved(dict(zip(COUNTS, curves, strict=True)), 10, top)
+        assert found is not None
+        holding.append(found.low <= truth <= found.high)
+    assert np.mean(holding) >= 0.9
