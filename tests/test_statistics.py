@@ -190,6 +190,10 @@ def test_one_draw_has_no_interval_and_shows_nothing() -> None:
     assert verdict(found) == "no difference shown"
 
 
+def test_one_test_image_has_no_interval() -> None:
+    assert interval(np.array([[1.0], [0.0], [1.0], [0.0]])) == Interval(0.5, None, None, 4)
+
+
 def test_the_same_in_every_cell_has_no_width() -> None:
     assert interval(np.ones((4, 9))) == Interval(1.0, 1.0, 1.0, 4)
 

@@ -47,7 +47,7 @@ def labels_saved(
         seed: Of the samples.
 
     Returns:
-        None where the baseline has one number of labels only, or fewer than three draws are shared by all.
+        None where the baseline has one number of labels only, there is one test image, or fewer than three draws are shared by all.
     """
     counts = sorted(baseline)
     arms = [*(baseline[count] for count in counts), method]
@@ -57,6 +57,8 @@ def labels_saved(
     means = np.array([np.mean(list(arm.values())) for arm in arms])  # of all draws that each has
     values = np.stack([np.stack([arm[draw] for draw in shared]) for arm in arms])  # (K + 1, R, T)
     _, r, t = values.shape
+    if t == 1:
+        return None
     squares = mean_squares(values)
     has = np.array([[draw in arm for draw in sorted(set().union(*arms))] for arm in arms], dtype=float)
     has /= has.sum(axis=1, keepdims=True)

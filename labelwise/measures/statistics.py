@@ -21,7 +21,7 @@ Floats = npt.NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean over n draws and its 95 % interval; without bounds when there is one draw."""
+    """A mean over n draws and its 95 % interval; without bounds when there is one draw, or one test image."""
 
     mean: float
     low: float | None
@@ -77,8 +77,8 @@ def interval(values: Floats) -> Interval:
     """
     r, t = values.shape
     mean = float(values.mean())
-    if r == 1:
-        return Interval(mean, None, None, 1)
+    if min(r, t) == 1:
+        return Interval(mean, None, None, r)
     squares = mean_squares(values[None])
     draws, images, rest = (float(each[0, 0]) for each in (squares.draws, squares.images, squares.rest))
     draws = max(draws, rest)
