@@ -141,6 +141,19 @@ def report(run: Run = Path("runs/latest"), json: Json = False) -> None:
 
 
 @app.command()
+def verify(
+    run: Annotated[Path, typer.Argument(help="run folder")] = Path("runs/latest"), json: Json = False
+) -> None:
+    """Recompute the report of a run from its stored predictions, and say whether it is the same."""
+    from labelwise.rundir import open_run
+    from labelwise.stages.verifying import show
+    from labelwise.stages.verifying import verify as run_verify
+
+    found = run_verify(open_run(run))
+    terminal.emit_json(found) if json else show(found)
+
+
+@app.command()
 def recipes(json: Json = False) -> None:
     """List the recipes that ship."""
     found = list_recipes()

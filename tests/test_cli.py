@@ -96,7 +96,7 @@ def test_version_names_what_matters(labelwise: Command) -> None:
 def test_help_names_every_command(labelwise: Command) -> None:
     code, out, err = labelwise("--help")
     assert (code, err) == (0, "")
-    for name in ("demo", "scan", "pretrain", "finetune", "report", "recipes", "doctor", "runs"):
+    for name in ("demo", "scan", "pretrain", "finetune", "report", "verify", "recipes", "doctor", "runs"):
         assert f" {name} " in out
     assert "Add --debug to any command for a traceback." in out
 

@@ -68,6 +68,7 @@ def test_every_draw_counts_in_the_means_and_shared_ones_in_the_spread() -> None:
     assert found.n == 3
 
 
+@pytest.mark.slow
 @pytest.mark.statistics
 @pytest.mark.parametrize("draws", [3, 5, 10])
 def test_intervals_hold_the_true_labels(draws: int) -> None:

@@ -19,7 +19,8 @@ from safetensors.torch import load_file
 
 from labelwise import rundir
 from labelwise.config import FinetuneSettings, PretrainSettings, read_run_config
-from labelwise.errors import DataError, UsageError
+from labelwise.errors import CheckpointError, DataError, UsageError
+from labelwise.images.splits import hash_names
 from labelwise.predictions import read_predictions
 from labelwise.rundir import RunDirectory
 from labelwise.stages.comparing import finetune
@@ -28,6 +29,7 @@ from labelwise.stages.pretraining import pretrain
 from labelwise.stages.reporting import report
 from labelwise.stages.running import compare_runs, list_runs, remove_run
 from labelwise.stages.scanning import scan
+from labelwise.stages.verifying import verify
 
 SMALL: dict[str, Any] = {
     "backbone": "resnet18",
@@ -447,3 +449,44 @@ def same_weights(one: RunDirectory, two: RunDirectory) -> bool:
 
 def steps(run: RunDirectory) -> list[tuple[int, float]]:
     return [(row["step"], row["loss"]) for row in rundir.read_jsonl(run.metrics) if row["kind"] == "step"]
+
+
+# --- verify
+
+
+def test_a_report_follows_from_its_predictions(finished: RunDirectory) -> None:
+    assert verify(finished) == {"classifiers": 10, "predictions": 1000, "draws": 2}
+
+
+@pytest.mark.parametrize(
+    ("file", "old", "new", "words"),
+    [
+        ("report.json", '"mean": 0.', '"mean": 0.9', "report.json: summary is not what the predictions give"),
+        ("report.json", '"verdict": "', '"verdict": "Surely: ', "report.json: verdict"),
+        ("finetune/results.jsonl", '"accuracy": ', '"accuracy": 1', "its predictions say"),
+        ("finetune/results.jsonl", '"draw_sha256": "', '"draw_sha256": "0', "was trained on other labels"),
+        ("splits/draw-0-0.json", '"order": [', '"order": ["more.png", ', "are not those that were hashed"),
+        ("splits/test.json", '"names": [', '"names": ["more.png", ', "test.json: its names"),
+    ],
+)
+def test_a_changed_number_is_found(
+    finished: RunDirectory, tmp_path: Path, file: str, old: str, new: str, words: str
+) -> None:
+    copy = RunDirectory(tmp_path / "copy")
+    shutil.copytree(finished.path, copy.path)
+    before = (copy.path / file).read_text()
+    assert old in before
+    (copy.path / file).write_text(before.replace(old, new, 1))
+    with pytest.raises(CheckpointError, match=re.escape(words)):
+        verify(copy)
+
+
+def test_a_test_image_among_the_labels_is_found(finished: RunDirectory, tmp_path: Path) -> None:
+    copy = RunDirectory(tmp_path / "copy")
+    shutil.copytree(finished.path, copy.path)
+    lock = rundir.read_json(copy.test_lock)
+    leaked = rundir.read_json(copy.splits / "draw-0-1.json")["order"][0]
+    names = sorted([*lock["names"], leaked])
+    rundir.write_json(copy.test_lock, lock | {"names": names, "sha256": hash_names(names)})
+    with pytest.raises(CheckpointError, match=f"1 of its labels are test images, as {re.escape(leaked)}"):
+        verify(copy)

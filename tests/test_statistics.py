@@ -45,6 +45,7 @@ def settings(rng: np.random.Generator) -> tuple[int, int, float, float, float]:
     return int(rng.integers(3, 11)), int(rng.integers(200, 2001)), level, rng.uniform(0, 0.4), by_image
 
 
+@pytest.mark.slow
 @pytest.mark.statistics
 def test_95_of_100_intervals_hold_the_true_accuracy() -> None:
     rng = np.random.default_rng(0)

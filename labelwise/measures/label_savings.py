@@ -1,7 +1,7 @@
 """Labels saved: how many labels the baseline needs for the accuracy a method reaches with fewer."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 
 import numpy as np
@@ -37,8 +37,8 @@ def labels_saved(
     """Read off the baseline's curve how many labels it needs to be as accurate as a method.
 
     The curve is the mean over draws and images, made monotone and interpolated in the logarithm of the labels. Its
-    interval: the means of curve and method are drawn anew together, from a t distribution with their crossed
-    covariance over draws x images, and each time the curve is read again.
+    interval: the means of curve and method are drawn anew together, with their crossed covariance over draws x
+    images (Student's t for the part of the draws, which are few), and each time the curve is read again.
 
     Args:
         baseline: By labels and draw, right or not, (T,); the same T test images everywhere.
@@ -62,11 +62,15 @@ def labels_saved(
     squares = mean_squares(values)
     has = np.array([[draw in arm for draw in sorted(set().union(*arms))] for arm in arms], dtype=float)
     has /= has.sum(axis=1, keepdims=True)
-    covariance = (has @ has.T) * squares.draws / t  # a draw two arms share ties their means
-    covariance += _without_negative(squares.images - squares.rest) / (r * t)
+    ties = has @ has.T / t  # a draw that two arms share ties their means
+    by_draws = ties * _of_eigenvalues(squares.draws - squares.rest)
+    by_images = ties * squares.rest + _of_eigenvalues(squares.images - squares.rest) / (r * t)
     rng = np.random.default_rng(seed)
-    normal = rng.multivariate_normal(np.zeros(len(means)), covariance, _SAMPLES, method="eigh")
-    samples = means + normal / np.sqrt(rng.chisquare(r - 1, (_SAMPLES, 1)) / (r - 1))
+    luck, ease = (
+        rng.standard_normal((_SAMPLES, len(means))) @ _of_eigenvalues(each, np.sqrt)
+        for each in (by_draws, by_images)
+    )
+    samples = means + luck / np.sqrt(rng.chisquare(r - 1, (_SAMPLES, 1)) / (r - 1)) + ease
     read = np.array([_read_off(counts, sample[:-1], sample[-1]) for sample in samples])
     low, high = (
         float(np.quantile(read, share, method="nearest"))
@@ -88,8 +92,8 @@ def _read_off(counts: Sequence[int], curve: Floats, accuracy: float) -> float:
     return math.exp(low + share * (high - low))
 
 
-def _without_negative(matrix: Floats) -> Floats:
-    """The nearest matrix without negative variance."""
+def _of_eigenvalues(matrix: Floats, function: Callable[[Floats], Floats] = np.positive) -> Floats:
+    """A function of a symmetric matrix: of its eigenvalues, negative ones as zero."""
     values, vectors = np.linalg.eigh(matrix)
-    found: Floats = (vectors * np.maximum(values, 0)) @ vectors.T
+    found: Floats = (vectors * function(np.maximum(values, 0))) @ vectors.T
     return found

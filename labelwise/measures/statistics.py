@@ -71,9 +71,12 @@ def interval(values: Floats) -> Interval:
     Args:
         values: (R, T): of each draw, one value per test image, as 1 where it was right.
 
-    The variance of the mean is (draws + images - rest) / RT in mean squares, where the images' part is left
-    out if it is no larger than the rest, and the draws' part is at least the rest. Degrees of freedom after
-    Satterthwaite 1946 (Biometrics Bulletin 2), never fewer than the draws alone have.
+    The variance of the mean has two parts: what draws add to the rest, (draws - rest) / RT in mean squares, and
+    images with the rest, images / RT. Each is taken times the square of Student's quantile for its own degrees
+    of freedom, R - 1 and T - 1. Satterthwaite's degrees of freedom for the sum of both held the truth in 92 of
+    100 experiments with three draws, this in 95 to 96 (simulated; recipes/LOG.md).
+
+    Source: Banerjee 1960 (Sankhya 22), for means whose variances are estimated apart.
     """
     r, t = values.shape
     mean = float(values.mean())
@@ -81,12 +84,9 @@ def interval(values: Floats) -> Interval:
         return Interval(mean, None, None, r)
     squares = mean_squares(values[None])
     draws, images, rest = (float(each[0, 0]) for each in (squares.draws, squares.images, squares.rest))
-    draws = max(draws, rest)
-    spread, freedom = draws, float(r - 1)
-    if images > rest:
-        spread += images - rest
-        freedom = spread**2 / (draws**2 / (r - 1) + images**2 / (t - 1) + rest**2 / ((r - 1) * (t - 1)))
-    half = float(stats.t.ppf((1 + CONFIDENCE) / 2, max(freedom, r - 1))) * math.sqrt(spread / (r * t))
+    by_draws, by_images = (float(stats.t.ppf((1 + CONFIDENCE) / 2, count - 1)) for count in (r, t))
+    square = by_draws**2 * max(draws - rest, 0) + by_images**2 * max(images, rest)
+    half = math.sqrt(square / (r * t))
     return Interval(mean, mean - half, mean + half, r)
 
 

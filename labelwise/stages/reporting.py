@@ -64,24 +64,16 @@ def report(run: RunDirectory) -> dict[str, Any]:
     Raises:
         CheckpointError: A file of the run is damaged.
     """
-    results = rundir.read_jsonl(run.results)
     data, surroundings = rundir.read_json(run.data), rundir.read_json(run.environment)
-    predictions = read_predictions(
-        run.predictions, ("method", "labels", "draw", "name", "label", "prediction")
-    )
-    scores = _score(predictions)
-    summary = _summarize(results, scores)
+    computed = compute(run)
+    summary, results, test_uses = computed["summary"], computed["results"], _test_uses(run)
     document = {
-        "verdict": _verdict(summary, data["pool"], results[0]["n_test"] if results else 0),
-        "summary": summary,
-        "labels_saved": _labels_saved(results, scores),
-        "results": results,
+        **computed,
         "data": data,
         "environment": surroundings,
         "arm_names": {arm: ARMS.get(arm, arm) for arm in _arms(summary)},
-        "confusion": _confusion(summary, predictions),
-        "test_uses": _test_uses(run),
-        "limits": _limits(summary, results, data, surroundings, _test_uses(run)),
+        "test_uses": test_uses,
+        "limits": _limits(summary, results, data, surroundings, test_uses),
         "next": _next_steps(run, summary),
         "run": str(run.path),
     }
@@ -89,6 +81,24 @@ def report(run: RunDirectory) -> dict[str, Any]:
     rundir.write_text(run.report_md, markdown.render(document))
     rundir.write_text(run.report_html, html.render(document, run))
     return document
+
+
+def compute(run: RunDirectory) -> dict[str, Any]:
+    """The part of report.json that rests on predictions and results alone."""
+    results = rundir.read_jsonl(run.results)
+    predictions = read_predictions(
+        run.predictions, ("method", "labels", "draw", "name", "label", "prediction")
+    )
+    scores = score(predictions)
+    summary = _summarize(results, scores)
+    tested = results[0]["n_test"] if results else 0
+    return {
+        "verdict": _verdict(summary, rundir.read_json(run.data)["pool"], tested),
+        "summary": summary,
+        "labels_saved": _labels_saved(results, scores),
+        "results": results,
+        "confusion": _confusion(summary, predictions),
+    }
 
 
 def show(document: dict[str, Any]) -> None:
@@ -111,7 +121,7 @@ def show(document: dict[str, Any]) -> None:
     terminal.emit(f"page   {Path(document['run']) / 'report.html'}")
 
 
-def _score(predictions: dict[str, list[Any]]) -> Scores:
+def score(predictions: dict[str, list[Any]]) -> Scores:
     """Compare stored predictions with the labels, the test images in one order for all."""
     rows: dict[tuple[int, str, int], list[int]] = defaultdict(list)
     keys = zip(predictions["labels"], predictions["method"], predictions["draw"], strict=True)
