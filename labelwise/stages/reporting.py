@@ -115,7 +115,7 @@ def show(document: dict[str, Any]) -> None:
         terminal.emit(text.TABLE_NOTE)
         terminal.emit("")
     for saved in document["labels_saved"]:
-        terminal.emit(f"labels {text.saved_in_words(saved)}")
+        terminal.emit(f"saved  {text.saved_in_words(saved)}")
     for step in document["next"]:
         terminal.emit(f"next   {step}")
     terminal.emit(f"page   {Path(document['run']) / 'report.html'}")
