@@ -356,6 +356,10 @@ def test_runs_can_be_listed_compared_and_removed(finished: RunDirectory, tmp_pat
     found = compare_runs(tmp_path / "a", tmp_path / "b")
     assert found["settings"] == {"pretrain.temperature": [0.2, 0.5]}
     assert found["results"][0]["first"] == found["results"][0]["second"]
+    assert found["same_test"]
+    lock = rundir.read_json(finished.test_lock)
+    rundir.write_json(RunDirectory(tmp_path / "b").test_lock, lock | {"sha256": "another"})
+    assert not compare_runs(tmp_path / "a", tmp_path / "b")["same_test"]
     remove_run(tmp_path / "a")
     assert [run["name"] for run in list_runs(tmp_path)["runs"]] == ["b"]
     (tmp_path / "mine").mkdir()

@@ -49,7 +49,8 @@ def compare_runs(first: Path, second: Path) -> dict[str, Any]:
     """Find the settings in which two runs differ, and put their results side by side.
 
     Returns:
-        `settings`: {key: [first, second]}; `results`: [{labels, arm, first, second}] where both have some.
+        `settings`: {key: [first, second]}; `results`: [{labels, arm, first, second}] where both have some;
+        `same_test`: whether both were tested on the same images.
 
     Raises:
         UsageError: One of them is no run.
@@ -64,6 +65,7 @@ def compare_runs(first: Path, second: Path) -> dict[str, Any]:
     arms = [_means(run) for run in runs]
     return {
         "runs": [str(run.path) for run in runs],
+        "same_test": len({rundir.read_json(run.test_lock)["sha256"] for run in runs}) == 1,
         "settings": {
             key: [each.get(key) for each in flat] for key in keys if flat[0].get(key) != flat[1].get(key)
         },
@@ -91,6 +93,8 @@ def show_comparison(document: dict[str, Any]) -> None:
             for entry in document["results"]
         ]
         terminal.emit_table("", ["accuracy", *names], rows)
+        if not document["same_test"]:
+            terminal.emit("tested on different images: the accuracies do not say which run is better")
 
 
 def remove_run(path: Path) -> None:

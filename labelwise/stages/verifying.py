@@ -49,7 +49,7 @@ def show(found: dict[str, Any]) -> None:
         f"verified   {found['classifiers']:,} classifiers: each accuracy is that of its predictions, {found['predictions']:,} in all"
     )
     terminal.emit(
-        f"           {found['draws']:,} label draws: nested, as their hashes say, and without a test image"
+        f"           label draws: {found['draws']:,}, as their hashes say, nested, and without a test image"
     )
     terminal.emit("           report.json: verdict, table, comparisons and labels saved as recomputed")
 
