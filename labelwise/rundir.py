@@ -14,10 +14,13 @@ finetune/             results.jsonl, predictions.parquet
 report.html, report.md, report.json
 """
 
+import errno
+import fcntl
 import json
 import os
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -113,6 +116,32 @@ def cache_root() -> Path:
     if "LABELWISE_CACHE" in os.environ:
         return Path(os.environ["LABELWISE_CACHE"])
     return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "labelwise"
+
+
+@contextmanager
+def hold(run: RunDirectory) -> Iterator[None]:
+    """Keep other commands from writing a run; its folder is created if it is not there.
+
+    The system lets go of the folder when this process ends, however it ends. A file system without locks
+    keeps nobody out.
+
+    Raises:
+        UsageError: Another command holds it.
+    """
+    run.path.mkdir(parents=True, exist_ok=True)
+    folder = os.open(run.path, os.O_RDONLY)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+            os.close(folder)
+            raise UsageError(
+                f"{run.path}: another labelwise command is working on it; wait until it is done, or choose another --out."
+            ) from None
+    try:
+        yield
+    finally:
+        os.close(folder)
 
 
 def open_run(path: Path) -> RunDirectory:

@@ -46,12 +46,20 @@ def finetune(settings: FinetuneSettings) -> RunDirectory:
 
     Raises:
         DataError: There are no labels, one class, or no test images.
+        UsageError: Another command is working on this run, or a setting does not fit it.
         Interrupted: A signal came; every finished classifier is kept.
     """
     started = time.monotonic()
     run = rundir.open_run(settings.run)
     terminal.say(f"run        {run.path}")
-    settings = _remember(run, settings)
+    with rundir.hold(run):
+        _compare(run, _remember(run, settings))
+        environment.finish(run, time.monotonic() - started)
+    return run
+
+
+def _compare(run: RunDirectory, settings: FinetuneSettings) -> None:
+    """Train whatever is not there yet, probes first, and keep each result once it is done."""
     bench = _set_up(run, settings)
     counts = _label_counts(settings, bench)
     orders = _draw(bench, list(counts))
@@ -96,8 +104,6 @@ def finetune(settings: FinetuneSettings) -> RunDirectory:
         if "simclr" in settings.methods:
             _keep_classifier(bench)
     _write_settings(run, settings)
-    environment.finish(run, time.monotonic() - started)
-    return run
 
 
 # --- before and after

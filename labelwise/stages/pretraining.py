@@ -91,31 +91,34 @@ def pretrain(settings: PretrainSettings) -> RunDirectory:
 
     if plan is None:
         plan = make_plan(settings, spec, pool, side, device)
-        _write_start(run, settings, plan, device, images, cache, lock, pool)
     elif rundir.read_json(run.data)["pool_sha256"] != _pool_hash(images, pool):
         raise DataError(
             f"{settings.images}: its images changed since {run.path} was started; put them back, or start a new run with another --out."
         )
     spec = dataclasses.replace(spec, stem=plan.stem)
-    announce(run, plan, spec, pool, lock, images, is_new)
-    save_mosaic(run, view_policy(settings, plan, plan.image_size), pool, settings.seed)
+    with rundir.hold(run):
+        if is_new:
+            _write_start(run, settings, plan, device, images, cache, lock, pool)
+        announce(run, plan, spec, pool, lock, images, is_new)
+        save_mosaic(run, view_policy(settings, plan, plan.image_size), pool, settings.seed)
 
-    learner = make_learner(settings, plan, spec, Precision(plan.precision, plan.layout, plan.reason), device)
-    _train(run, settings, plan, pool, spec.normalization, learner)
+        precision = Precision(plan.precision, plan.layout, plan.reason)
+        learner = make_learner(settings, plan, spec, precision, device)
+        _train(run, settings, plan, pool, spec.normalization, learner)
 
-    save_module(
-        run.head,
-        learner.head,
-        {
-            "kind": settings.head,
-            "layers": str(settings.head_layers),
-            "width": str(settings.head_width or ""),
-            "output": str(settings.projection_width),
-        },
-    )
-    save_neighbours(run, pool, learner.encoder, spec.normalization, images, device)
-    save_encoder(run.encoder, learner.encoder, spec)
-    environment.finish(run, time.monotonic() - started)
+        save_module(
+            run.head,
+            learner.head,
+            {
+                "kind": settings.head,
+                "layers": str(settings.head_layers),
+                "width": str(settings.head_width or ""),
+                "output": str(settings.projection_width),
+            },
+        )
+        save_neighbours(run, pool, learner.encoder, spec.normalization, images, device)
+        save_encoder(run.encoder, learner.encoder, spec)
+        environment.finish(run, time.monotonic() - started)
     rundir.point_latest(run)
     terminal.say(f"encoder saved: {run.encoder}")
     return run
