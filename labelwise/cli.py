@@ -213,9 +213,14 @@ def runs_remove(run: Annotated[Path, typer.Argument(help="run folder")]) -> None
 
 
 def _run_as_typed(words: list[str]) -> None:
-    """Run one command in this process, as if it had been typed."""
-    sys.argv = ["labelwise", *words]
-    app(words, standalone_mode=False)
+    """Run one command in this process, as if it had been typed; leave when it was interrupted."""
+    before, sys.argv = sys.argv, ["labelwise", *words]
+    try:
+        status = app(words, standalone_mode=False)
+    finally:
+        sys.argv = before
+    if status:  # typer turns Ctrl-C into 130
+        sys.exit(status)
 
 
 def _resource_words(error: Exception) -> str | None:

@@ -98,7 +98,7 @@ def test_batch_norm_follows_again_after_a_failure() -> None:
     assert all(each.track_running_stats for each in model.modules() if isinstance(each, nn.BatchNorm2d))
 
 
-def test_activations_grow_with_the_images_and_leave_out_the_weights() -> None:
+def test_what_a_step_needs_grows_with_the_images_and_leaves_out_the_weights() -> None:
     model = network(norm=False)
     few, many = (step_bytes(model, make_views(MEMBERS[:count]), [model]) for count in (6, 24))
     assert few * 3.5 < many < few * 4.5

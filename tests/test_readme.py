@@ -2,6 +2,7 @@
 
 import re
 import shlex
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -92,3 +93,17 @@ def test_the_quick_demo_runs_from_nothing_to_a_page(tmp_path: Path) -> None:
     for command in ("scan", "pretrain", "finetune", "report"):
         assert f"$ labelwise {command} " in done.stderr
     assert "SimCLR, fine-tuned" in done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_the_demo_and_not_only_its_command(tmp_path: Path, number: signal.Signals) -> None:
+    command = [sys.executable, "-m", "labelwise", "demo", "--quick"]
+    with subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True) as demo:
+        assert demo.stderr is not None
+        while "$ labelwise scan" not in demo.stderr.readline():
+            assert demo.poll() is None
+        demo.send_signal(number)
+        words = demo.stderr.read()
+    assert demo.returncode == 128 + number, words
+    assert "$ labelwise pretrain" not in words

@@ -469,7 +469,7 @@ def test_a_report_follows_from_its_predictions(finished: RunDirectory) -> None:
         ("report.json", '"verdict": "', '"verdict": "Surely: ', "report.json: verdict"),
         ("finetune/results.jsonl", '"accuracy": ', '"accuracy": 1', "its predictions say"),
         ("finetune/results.jsonl", '"draw_sha256": "', '"draw_sha256": "0', "was trained on other labels"),
-        ("splits/draw-0-0.json", '"order": [', '"order": ["more.png", ', "are not those that were hashed"),
+        ("splits/draw-0-0.json", '"order": [', '"order": ["more.png", ', "was trained on other labels"),
         ("splits/test.json", '"names": [', '"names": ["more.png", ', "test.json: its names"),
     ],
 )
@@ -483,6 +483,64 @@ def test_a_changed_number_is_found(
     (copy.path / file).write_text(before.replace(old, new, 1))
     with pytest.raises(CheckpointError, match=re.escape(words)):
         verify(copy)
+
+
+def test_a_result_without_predictions_is_named_and_trained_again(
+    finished: RunDirectory, tmp_path: Path
+) -> None:
+    copy = RunDirectory(tmp_path / "copy")
+    shutil.copytree(finished.path, copy.path)
+    copy.predictions.unlink()
+    with pytest.raises(CheckpointError, match=r"has no predictions .* run `labelwise finetune` again"):
+        report(copy)
+    finetune(FinetuneSettings(run=copy.path, **FEW))
+    report(copy)
+    assert verify(copy) == verify(finished)
+
+
+def test_predictions_without_a_result_are_found(finished: RunDirectory, tmp_path: Path) -> None:
+    copy = RunDirectory(tmp_path / "copy")
+    shutil.copytree(finished.path, copy.path)
+    rows = rundir.read_jsonl(copy.results)
+    rundir.rewrite_jsonl(copy.results, rows[1:])
+    report(copy)
+    with pytest.raises(CheckpointError, match="draw 0: has predictions and no result"):
+        verify(copy)
+
+
+def test_draws_of_earlier_settings_can_still_be_verified(
+    digits: Path, finished: RunDirectory, tmp_path: Path
+) -> None:
+    copy = RunDirectory(tmp_path / "copy")
+    shutil.copytree(finished.path, copy.path)
+    shutil.rmtree(copy.results.parent)
+    probe: dict[str, Any] = {"run": copy.path, "methods": ("simclr_probe",)}
+    names = sorted(file.relative_to(digits).as_posix() for file in digits.glob("*/*.png"))
+    tables = [tmp_path / "all.csv", tmp_path / "half.csv"]
+    for table, every in zip(tables, (1, 2), strict=True):
+        table.write_text("file_name,label\n" + "".join(f"{n},{n[0]}\n" for n in names[::every]))
+    first, second = ({**probe, "labels": table, "labels_root": digits} for table in tables)
+    finetune(FinetuneSettings(**first, label_counts=(20, 40), draws=3))
+    finetune(FinetuneSettings(**second, label_counts=(20, 40), draws=3))
+    report(finetune(FinetuneSettings(**first, label_counts=(20,), draws=2)))
+    assert verify(copy)["classifiers"] == 6
+
+
+def test_labels_saved_reach_to_all_labels(finished: RunDirectory, tmp_path: Path) -> None:
+    copy = RunDirectory(tmp_path / "copy")
+    shutil.copytree(finished.path, copy.path)
+    shutil.rmtree(copy.results.parent)
+    asked: dict[str, Any] = {"draws": 3, "methods": ("simclr", "supervised"), "steps": 2, "scratch_steps": 2}
+    document = report(finetune(FinetuneSettings(run=copy.path, label_counts=(20, 50, "all"), **asked)))
+    saved = document["labels_saved"]
+    pool = rundir.read_json(finished.data)["pool"]
+    assert [(entry["labels"], entry["fewest"], entry["most"]) for entry in saved] == [
+        (20, 20, pool),
+        (50, 20, pool),
+    ]
+    assert any("straight lines" in limit for limit in document["limits"])
+    assert "labels with pretraining match" in copy.report_md.read_text()
+    assert "Labels saved" in copy.report_html.read_text()
 
 
 def test_a_test_image_among_the_labels_is_found(finished: RunDirectory, tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from labelwise.measures.statistics import (
     Interval,
     accuracy_interval,
     interval,
+    macro_interval,
     macro_values,
     mean_squares,
     paired_difference,
@@ -40,7 +41,7 @@ def expected(level: float, by_draw: float, by_image: float) -> float:
 
 
 def settings(rng: np.random.Generator) -> tuple[int, int, float, float, float]:
-    """Draws, test images and variances as experiments have them: accuracies of 25 to 90 %, 0 to 9 points between draws."""
+    """Draws, test images and variances as experiments have them: accuracies of 25 to 90 %, draws that differ by up to 15 points."""
     level, by_image = rng.uniform(-0.8, 1.5), rng.uniform(0.5, 2.5)
     return int(rng.integers(3, 11)), int(rng.integers(200, 2001)), level, rng.uniform(0, 0.4), by_image
 
@@ -195,8 +196,21 @@ def test_one_test_image_has_no_interval() -> None:
     assert interval(np.array([[1.0], [0.0], [1.0], [0.0]])) == Interval(0.5, None, None, 4)
 
 
-def test_the_same_in_every_cell_has_no_width() -> None:
-    assert interval(np.ones((4, 9))) == Interval(1.0, 1.0, 1.0, 4)
+def test_where_nothing_is_wrong_the_images_still_leave_a_width() -> None:
+    assert interval(np.ones((4, 200))) == Interval(1.0, 1.0, 1.0, 4)
+    wilson = stats.binomtest(200, 200).proportion_ci(0.95, method="wilson")
+    assert accuracy_interval(np.ones((4, 200))).low == pytest.approx(wilson.low)
+    assert accuracy_interval(np.zeros((4, 200))).high == pytest.approx(1 - wilson.low)
+
+
+@pytest.mark.statistics
+@pytest.mark.parametrize("images", [100, 400])
+def test_intervals_of_nearly_perfect_classifiers_hold_the_truth(images: int) -> None:
+    rng = np.random.default_rng(images)
+    truth = expected(4.5, 0.1, 1.5)
+    assert truth > 0.99
+    found = [accuracy_interval(experiment(rng, 3, images, 4.5, 0.1, 1.5)) for _ in range(1000)]
+    assert np.mean([each.low <= truth <= each.high for each in found]) >= 0.93
 
 
 def test_a_difference_is_paired_over_the_draws_both_have() -> None:
@@ -258,18 +272,29 @@ def test_macro_values_average_to_the_macro_accuracy() -> None:
 
 
 @pytest.mark.statistics
-def test_macro_intervals_hold_the_truth() -> None:
+@pytest.mark.parametrize("sizes", [(300, 100, 40), (200, 50, 10)])
+def test_macro_intervals_hold_the_truth(sizes: tuple[int, ...]) -> None:
     rng = np.random.default_rng(11)
-    truth = np.repeat([0, 1, 2], [300, 100, 40])
+    truth = np.repeat([0, 1, 2], sizes)
     levels = np.array([1.2, 0.2, -0.5])
     true = np.mean([expected(level, 0.1, 1.0) for level in levels])
     holding = []
     for _ in range(1000):
         ease = rng.normal(size=len(truth))
         share = special.expit(LOGISTIC * (levels[truth] + 0.1 * rng.normal(size=(5, 1)) + ease))
-        found = interval(macro_values((rng.random(share.shape) < share).astype(float), truth))
+        found = macro_interval((rng.random(share.shape) < share).astype(float), truth)
         holding.append(found.low < true < found.high)
     assert 0.93 <= np.mean(holding) <= 0.975
+
+
+def test_a_class_of_a_few_test_images_leaves_the_macro_accuracy_without_an_interval() -> None:
+    truth = np.repeat([0, 1], [50, 4])
+    right = np.random.default_rng(12).integers(0, 2, (5, 54)).astype(float)
+    found = macro_interval(right, truth)
+    assert (found.low, found.high) == (None, None)
+    assert found.mean == pytest.approx(
+        np.mean([macro_accuracy(np.where(each == 1, truth, -1), truth) for each in right])
+    )
 
 
 @pytest.mark.parametrize(("right", "images"), [(50, 60), (449, 449), (0, 30), (700, 2000)])

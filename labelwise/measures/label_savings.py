@@ -41,7 +41,8 @@ def labels_saved(
     images (Student's t for the part of the draws, which are few), and each time the curve is read again.
 
     Args:
-        baseline: By labels and draw, right or not, (T,); the same T test images everywhere.
+        baseline: By labels and draw, right or not, (T,); the same T test images everywhere. Numbers of labels with
+            fewer than three draws are left out.
         labels: Labels of the method.
         method: By draw, right or not, (T,).
         seed: Of the samples.
@@ -49,16 +50,14 @@ def labels_saved(
     Returns:
         None where the baseline has one number of labels only, there is one test image, or fewer than three draws are shared by all.
     """
-    counts = sorted(baseline)
+    counts = sorted(count for count, draws in baseline.items() if len(draws) >= FEWEST_DRAWS)
     arms = [*(baseline[count] for count in counts), method]
     shared = sorted(set.intersection(*(set(arm) for arm in arms)))
-    if len(counts) < 2 or len(shared) < FEWEST_DRAWS:
+    if len(counts) < 2 or len(shared) < FEWEST_DRAWS or len(method[shared[0]]) == 1:
         return None
     means = np.array([np.mean(list(arm.values())) for arm in arms])  # of all draws that each has
     values = np.stack([np.stack([arm[draw] for draw in shared]) for arm in arms])  # (K + 1, R, T)
     _, r, t = values.shape
-    if t == 1:
-        return None
     squares = mean_squares(values)
     has = np.array([[draw in arm for draw in sorted(set().union(*arms))] for arm in arms], dtype=float)
     has /= has.sum(axis=1, keepdims=True)

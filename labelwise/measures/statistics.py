@@ -14,6 +14,8 @@ from scipy import stats
 
 CONFIDENCE = 0.95
 FEWEST_DRAWS = 3  # two may agree by chance, and then their interval is as narrow as one likes
+FEWEST_PER_CLASS = 5  # test images; fewer may agree by chance, and then a class looks certain
+_FEWEST_ERRORS = 10  # images; with fewer the normal distribution does not hold
 HELPS, UNCLEAR, HURTS = "helps", "no difference shown", "hurts"
 
 Floats = npt.NDArray[np.float64]
@@ -73,8 +75,8 @@ def interval(values: Floats) -> Interval:
 
     The variance of the mean has two parts: what draws add to the rest, (draws - rest) / RT in mean squares, and
     images with the rest, images / RT. Each is taken times the square of Student's quantile for its own degrees
-    of freedom, R - 1 and T - 1. Satterthwaite's degrees of freedom for the sum of both held the truth in 92 of
-    100 experiments with three draws, this in 95 to 96 (simulated; recipes/LOG.md).
+    of freedom, R - 1 and T - 1. One quantile after Satterthwaite for the sum of both held the truth a point or two
+    less often with three draws (simulated; recipes/LOG.md).
 
     Source: Banerjee 1960 (Sankhya 22), for means whose variances are estimated apart.
     """
@@ -91,11 +93,31 @@ def interval(values: Floats) -> Interval:
 
 
 def accuracy_interval(values: Floats) -> Interval:
-    """Mean accuracy with its interval, cut off at 0 and 1, which no accuracy can pass; values as in `interval`."""
+    """Mean accuracy with its interval, cut off at 0 and 1, which no accuracy can pass; values as in `interval`.
+
+    Where fewer than ten images are wrong, or right, it is at least as wide as Wilson's.
+    """
     found = interval(values)
     if found.low is None or found.high is None:
         return found
-    return replace(found, low=max(found.low, 0.0), high=min(found.high, 1.0))
+    low, high, images = found.low, found.high, values.shape[1]
+    if min(found.mean, 1 - found.mean) * images < _FEWEST_ERRORS:
+        centre, half = _wilson(found.mean, images)
+        low, high = min(low, centre - half), max(high, centre + half)
+    return replace(found, low=max(low, 0.0), high=min(high, 1.0))
+
+
+def macro_interval(right: Floats, truth: npt.NDArray[np.int64]) -> Interval:
+    """Mean over classes of the accuracy in each, with its interval if each class has five test images or more.
+
+    Args:
+        right: (R, T), 1 where a draw's classifier was right.
+        truth: Class of each image, (T,).
+    """
+    found = accuracy_interval(macro_values(right, truth))
+    if np.unique(truth, return_counts=True)[1].min() < FEWEST_PER_CLASS:
+        return replace(found, low=None, high=None)
+    return found
 
 
 def paired_difference(first: dict[int, Floats], second: dict[int, Floats]) -> Interval | None:
@@ -144,6 +166,12 @@ def test_set_margin(accuracy: float, images: int) -> float:
 
     Source: Wilson 1927 (JASA 22), the score interval of a proportion.
     """
+    return _wilson(accuracy, images)[1]
+
+
+def _wilson(accuracy: float, images: int) -> tuple[float, float]:
+    """Centre and half width of the Wilson interval."""
     z = float(stats.norm.ppf((1 + CONFIDENCE) / 2))
     spread = math.sqrt(accuracy * (1 - accuracy) / images + z**2 / (4 * images**2))
-    return z * spread / (1 + z**2 / images)
+    shrink = 1 + z**2 / images
+    return (accuracy + z**2 / (2 * images)) / shrink, z * spread / shrink

@@ -10,7 +10,7 @@ import itertools
 import math
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ from labelwise.learning.workers import side_by_side
 from labelwise.measures.linear import accuracy, macro_accuracy
 from labelwise.measures.statistics import FEWEST_DRAWS
 from labelwise.models.weights import load_encoder, save_module
-from labelwise.predictions import store_predictions
+from labelwise.predictions import read_predictions, store_predictions
 from labelwise.rundir import RunDirectory
 from labelwise.stages.finetuning import Floats, Rows
 from labelwise.stages.methods import STOPPED, Bench, is_unbalanced, refit, run_method, steps_of, workers_for
@@ -62,14 +62,14 @@ def _compare(run: RunDirectory, settings: FinetuneSettings) -> None:
     """Train whatever is not there yet, probes first, and keep each result once it is done."""
     bench = _set_up(run, settings)
     counts = _label_counts(settings, bench)
-    orders = _draw(bench, list(counts))
+    finished = _finished(bench)
+    orders = _draw(bench, counts.keys(), finished)
     jobs = [
         (method, count, draw)
         for method in _methods_in_order(settings.methods)
         for count in counts
         for draw in range(1 if count == len(bench.labeled) else settings.draws)  # all labels are one draw
     ]
-    finished = _finished(bench)
     done = [job for job in jobs if job in finished]
     _announce(bench, list(counts), len(jobs), len(done))
     costs = {job: steps_of(job[0], bench, bench.labeled[orders[job[2]][: job[1]]]) for job in jobs}
@@ -249,11 +249,13 @@ def _label_counts(settings: FinetuneSettings, bench: Bench) -> dict[int, float |
     return dict(sorted(counts.items()))
 
 
-def _draw(bench: Bench, counts: Sequence[int]) -> list[list[int]]:
-    """Draw the label sets and write them down, nested and hashed."""
+def _draw(bench: Bench, asked: Collection[int], finished: Collection[Job]) -> list[list[int]]:
+    """Draw the label sets, asked for now or trained on before, and write them down, nested and hashed."""
+    counts = sorted({*asked, *(count for _, count, _ in finished)})
+    draws = max([bench.settings.draws, *(draw + 1 for _, _, draw in finished)])
     names = [bench.names[row] for row in bench.labeled]
     labels = [bench.classes[bench.labels[row]] for row in bench.labeled]
-    orders = draw_labels(names, labels, bench.settings.draws, bench.settings.seed)
+    orders = draw_labels(names, labels, draws, bench.settings.seed)
     for draw, order in enumerate(orders):
         file = bench.run.splits / f"draw-{bench.settings.seed}-{draw}.json"
         ordered = [names[index] for index in order]
@@ -280,8 +282,8 @@ def _signature(bench: Bench) -> str:
     return hash_names([*(f"{key}={value}" for key, value in sorted(settings.items())), *known])[:16]
 
 
-def _finished(bench: Bench) -> set[tuple[str, int, int]]:
-    """Results that are there already; those made with other settings or labels are set aside."""
+def _finished(bench: Bench) -> set[Job]:
+    """Results that are there already, with their predictions; those made with other settings or labels are set aside."""
     signature, here = _signature(bench), bench.run.results.parent
     rows = rundir.read_jsonl(bench.run.results)
     if any(row["signature"] != signature for row in rows):
@@ -292,7 +294,9 @@ def _finished(bench: Bench) -> set[tuple[str, int, int]]:
     if not rows:
         _move_results(bench.run, here / signature, here)  # of these settings, from before the others
         rows = rundir.read_jsonl(bench.run.results)
-    return {_key(row) for row in rows}
+    predictions = read_predictions(bench.run.predictions, ("method", "labels", "draw"))
+    predicted = set(zip(*predictions.values(), strict=True))
+    return {_key(row) for row in rows} & predicted
 
 
 def _move_results(run: RunDirectory, source: Path, target: Path) -> None:
@@ -348,7 +352,7 @@ def _store(
     rundir.rewrite_jsonl(bench.run.results, [*others, result])
 
 
-def _key(result: dict[str, Any]) -> tuple[str, int, int]:
+def _key(result: dict[str, Any]) -> Job:
     return result["method"], result["labels"], result["draw"]
 
 

@@ -9,14 +9,16 @@ import numpy as np
 import numpy.typing as npt
 
 from labelwise import rundir, terminal
+from labelwise.errors import CheckpointError
 from labelwise.measures.label_savings import labels_saved
 from labelwise.measures.statistics import (
+    FEWEST_PER_CLASS,
     HELPS,
     HURTS,
     UNCLEAR,
     Floats,
     accuracy_interval,
-    macro_values,
+    macro_interval,
     paired_difference,
     test_set_margin,
     verdict,
@@ -42,6 +44,8 @@ _COMPARED = (
 
 FEW_TEST_IMAGES = 100  # an accuracy is known to about ten points then (Wilson 1927)
 
+PREDICTED = ("method", "labels", "draw", "name", "label", "prediction")  # columns
+
 Result = dict[str, Any]
 
 
@@ -66,14 +70,14 @@ def report(run: RunDirectory) -> dict[str, Any]:
     """
     data, surroundings = rundir.read_json(run.data), rundir.read_json(run.environment)
     computed = compute(run)
-    summary, results, test_uses = computed["summary"], computed["results"], _test_uses(run)
+    summary, test_uses = computed["summary"], _test_uses(run)
     document = {
         **computed,
         "data": data,
         "environment": surroundings,
         "arm_names": {arm: ARMS.get(arm, arm) for arm in _arms(summary)},
         "test_uses": test_uses,
-        "limits": _limits(summary, results, data, surroundings, test_uses),
+        "limits": _limits(computed, data, surroundings, test_uses),
         "next": _next_steps(run, summary),
         "run": str(run.path),
     }
@@ -85,11 +89,8 @@ def report(run: RunDirectory) -> dict[str, Any]:
 
 def compute(run: RunDirectory) -> dict[str, Any]:
     """The part of report.json that rests on predictions and results alone."""
-    results = rundir.read_jsonl(run.results)
-    predictions = read_predictions(
-        run.predictions, ("method", "labels", "draw", "name", "label", "prediction")
-    )
-    scores = score(predictions)
+    results, predictions = rundir.read_jsonl(run.results), read_predictions(run.predictions, PREDICTED)
+    scores = score(results, predictions)
     summary = _summarize(results, scores)
     tested = results[0]["n_test"] if results else 0
     return {
@@ -121,20 +122,31 @@ def show(document: dict[str, Any]) -> None:
     terminal.emit(f"page   {Path(document['run']) / 'report.html'}")
 
 
-def score(predictions: dict[str, list[Any]]) -> Scores:
-    """Compare stored predictions with the labels, the test images in one order for all."""
+def score(results: list[Result], predictions: dict[str, list[Any]]) -> Scores:
+    """Compare the predictions behind each result with the labels, the test images in one order for all.
+
+    Raises:
+        CheckpointError: A result has no predictions, or was tested on other images than the rest.
+    """
     rows: dict[tuple[int, str, int], list[int]] = defaultdict(list)
     keys = zip(predictions["labels"], predictions["method"], predictions["draw"], strict=True)
     for row, key in enumerate(keys):
         rows[key].append(row)
     names, label, predicted = (np.array(predictions[key]) for key in ("name", "label", "prediction"))
     right: dict[int, dict[str, dict[int, Floats]]] = defaultdict(lambda: defaultdict(dict))
-    truth = np.zeros(0, dtype=np.int64)
-    for (labels, method, draw), members in rows.items():
-        order = np.array(members)[np.argsort(names[members])]
+    tested: list[tuple[str, str]] = []
+    for result in results:
+        labels, method, draw = result["labels"], result["method"], result["draw"]
+        order = sorted(rows[labels, method, draw], key=names.__getitem__)
+        images = list(zip(names[order].tolist(), label[order].tolist(), strict=True)) if order else []
+        tested = tested or images
+        if not images or images != tested:
+            raise CheckpointError(
+                f"{method}, {labels:,} labels, draw {draw}: has no predictions of the test images that the others "
+                "have; run `labelwise finetune` again."
+            )
         right[labels][method][draw] = (label[order] == predicted[order]).astype(float)
-        truth = np.unique(label[order], return_inverse=True)[1]
-    return Scores(right, truth)
+    return Scores(right, np.unique([name for _, name in tested], return_inverse=True)[1])
 
 
 def _summarize(results: list[Result], scores: Scores) -> list[dict[str, Any]]:
@@ -170,7 +182,7 @@ def _summarize(results: list[Result], scores: Scores) -> list[dict[str, Any]]:
         }
         if not is_balanced:
             entry["macro"] = {
-                arm: accuracy_interval(macro_values(np.stack(list(draws.values())), scores.truth)).to_json()
+                arm: macro_interval(np.stack(list(draws.values())), scores.truth).to_json()
                 for arm, draws in arms.items()
             }
         summary.append(entry)
@@ -180,7 +192,7 @@ def _summarize(results: list[Result], scores: Scores) -> list[dict[str, Any]]:
 def _labels_saved(results: list[Result], scores: Scores) -> list[dict[str, Any]]:
     """How many labels training from scratch needs for what fine-tuned SimCLR reaches, at each number of labels."""
     arm, against = "simclr", "supervised"
-    everything = {row["labels"] for row in results if row["labels"] >= row["labels_there"]}
+    everything = _everything(results)
     curves = {labels: arms[against] for labels, arms in scores.right.items() if against in arms}
     draws = set().union(*curves.values())
     for labels in everything & curves.keys():  # all labels are the same in every draw
@@ -194,10 +206,15 @@ def _labels_saved(results: list[Result], scores: Scores) -> list[dict[str, Any]]
     return saved
 
 
+def _everything(results: list[Result]) -> set[int]:
+    """The number of labels that was all there were, if it was measured."""
+    return {row["labels"] for row in results if row["labels"] >= row["labels_there"]}
+
+
 def _verdict(summary: list[dict[str, Any]], pool: int, tested: int) -> str:
     """The answer in words, for every number of labels: fine-tuned SimCLR against training from scratch."""
     said: dict[str, list[str]] = {HELPS: [], UNCLEAR: [], HURTS: []}
-    single: list[str] = []
+    single: list[tuple[dict[str, Any], str]] = []
     for entry in summary:
         best = next(
             (c for c in entry["comparisons"] if c["arm"] == "simclr" and c["against"] == "supervised"), None
@@ -208,11 +225,12 @@ def _verdict(summary: list[dict[str, Any]], pool: int, tested: int) -> str:
         fraction = entry["fraction"] or entry["labels"] / max(1, pool)
         share = "" if any(said.values()) else f" ({100 * fraction:.2g} % of the images)"
         if best["low"] is None:
-            single.append(f"{text.gain_in_words(best)} with {entry['labels']:,} labels")
+            single.append((best, f"{text.gain_in_words(best)} with {entry['labels']:,} labels"))
             continue
         said[best["verdict"]].append(f"{text.gain_in_words(best)} with {entry['labels']:,} labels{share}")
     if single and not any(said.values()):
-        return f"One label draw, no interval, so nothing is claimed: {', '.join(single)}."
+        why = "One label draw" if all(best["n"] == 1 for best, _ in single) else "One test image"
+        return f"{why}, no interval, so nothing is claimed: {', '.join(words for _, words in single)}."
     if not any(said.values()):
         done = {arm for entry in summary for arm in entry["arms"]}
         return "No comparison with training from scratch yet." + (
@@ -288,30 +306,40 @@ def _test_uses(run: RunDirectory) -> int:
 
 
 def _limits(
-    summary: list[dict[str, Any]],
-    results: list[Result],
+    computed: dict[str, Any],
     data: dict[str, Any],
     surroundings: dict[str, Any],
     test_uses: int,
 ) -> list[str]:
     """What these numbers do not say, in plain sentences."""
+    summary, results = computed["summary"], computed["results"]
     limits = []
     if results:
         tested = results[0]["n_test"]
         best = max(arm["mean"] for entry in summary for arm in entry["arms"].values())
         limits.append(
             f"{tested:,} test images: from the images alone, an accuracy of {best:.0%} is known to "
-            f"\u00b1{100 * test_set_margin(best, tested):.1f} points. The intervals in the table count that in."
+            f"\u00b1{100 * test_set_margin(best, tested):.1f} points. Intervals in the table count that in."
         )
         single = [entry for entry in summary if 1 in {arm["n"] for arm in entry["arms"].values()}]
-        everything = {row["labels"] for row in results if row["labels"] >= row["labels_there"]}
+        everything = _everything(results)
         if any(entry["labels"] not in everything for entry in single):
             limits.append(
                 "With one label draw there is no interval, and no verdict can be more than 'no difference shown'."
             )
         if everything:
             limits.append(
-                "All labels are one draw: there is no interval there, and nothing is claimed from it."
+                "All labels are one draw: there is no interval there, no verdict, and in labels saved no spread of its own."
+            )
+        if computed["labels_saved"]:
+            limits.append(
+                "Labels saved are read off straight lines between the measured numbers of labels. Learning curves bend, "
+                "so with numbers far apart the true saving may be smaller than its interval says."
+            )
+        macros = [arm for entry in summary for arm in entry.get("macro", {}).values()]
+        if any(arm["n"] > 1 and arm["low"] is None for arm in macros):
+            limits.append(
+                f"A class has fewer than {FEWEST_PER_CLASS} test images: too few for an interval of the mean over classes."
             )
         limits.append(
             f"The test set was used {test_uses:,} times, once per trained classifier; Labelwise chose nothing on it."

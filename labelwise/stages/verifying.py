@@ -1,24 +1,25 @@
-"""`labelwise verify`: whether a report follows from the stored predictions. Recomputes all of it; trains nothing."""
+"""`labelwise verify`: whether verdict, table, comparisons and labels saved follow from the stored predictions."""
 
 import json
 import math
+from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from labelwise import rundir, terminal
 from labelwise.errors import CheckpointError
 from labelwise.images.splits import hash_names
+from labelwise.measures.statistics import macro_values
 from labelwise.predictions import read_predictions
 from labelwise.rundir import RunDirectory
-from labelwise.stages.reporting import compute, score
+from labelwise.stages.reporting import PREDICTED, compute, score
 
 _SHOWN = 5
 _TOLERANCE = 1e-6  # other processors round otherwise
+_SAMPLED = 0.05  # the intervals of labels saved are sampled, and other versions of numpy sample otherwise
 
 
 def verify(run: RunDirectory) -> dict[str, Any]:
-    """Recompute every number of a report from its predictions, and check the draws they rest on.
+    """Recompute what a report rests on: the accuracies from the predictions, the rest from those; and check the draws.
 
     Returns:
         `classifiers`, `predictions`, `draws`: how many were checked.
@@ -28,19 +29,20 @@ def verify(run: RunDirectory) -> dict[str, Any]:
     """
     if not run.report_json.exists():
         raise CheckpointError(f"{run.path}: has no report.json; run `labelwise report --run {run.path}`.")
-    problems = [*_check_draws(run), *_check_results(run), *_check_report(run)]
+    results, predictions = rundir.read_jsonl(run.results), read_predictions(run.predictions, PREDICTED)
+    problems = [
+        *_check_draws(run, results, set(predictions["name"])),
+        *_check_results(results, predictions),
+        *_check_report(run),
+    ]
     if problems:
         more = f"\nand {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
         raise CheckpointError(
-            f"{run.path}: the report does not follow from what is stored:\n"
-            + "\n".join(problems[:_SHOWN])
-            + more
+            f"{run.path}: the report does not follow from what is stored (if a comparison came after it, "
+            f"`labelwise report` comes first):\n" + "\n".join(problems[:_SHOWN]) + more
         )
-    return {
-        "classifiers": len(rundir.read_jsonl(run.results)),
-        "predictions": len(read_predictions(run.predictions, ("draw",))["draw"]),
-        "draws": len(_draw_files(run)),
-    }
+    draws = {(row["seed"], row["draw"]) for row in results}
+    return {"classifiers": len(results), "predictions": len(predictions["name"]), "draws": len(draws)}
 
 
 def show(found: dict[str, Any]) -> None:
@@ -54,54 +56,47 @@ def show(found: dict[str, Any]) -> None:
     terminal.emit("           report.json: verdict, table, comparisons and labels saved as recomputed")
 
 
-def _draw_files(run: RunDirectory) -> list[Any]:
-    return sorted(run.splits.glob("draw-*.json"))
-
-
-def _check_draws(run: RunDirectory) -> list[str]:
-    """The locked test images and the label draws are those that were hashed, and have nothing in common."""
+def _check_draws(run: RunDirectory, results: list[dict[str, Any]], tested: set[str]) -> list[str]:
+    """Each classifier had the first labels of its draw, and no image that was tested or locked away."""
     lock = rundir.read_json(run.test_lock)
     problems = []
     if hash_names(lock["names"]) != lock["sha256"]:
         problems.append(f"{run.test_lock.name}: its names are not those that were hashed")
-    for file in _draw_files(run):
-        draw = rundir.read_json(file)
-        for count, expected in draw["sha256"].items():
-            if hash_names(draw["order"][: int(count)]) != expected:
-                problems.append(f"{file.name}: its first {count} labels are not those that were hashed")
-        shared = set(draw["order"]) & set(lock["names"])
-        if shared:
-            problems.append(f"{file.name}: {len(shared)} of its labels are test images, as {min(shared)}")
+    orders: dict[Path, list[str]] = {}
+    for row in results:
+        file = run.splits / f"draw-{row['seed']}-{row['draw']}.json"
+        if file not in orders:
+            orders[file] = rundir.read_json(file)["order"] if file.exists() else []
+            shared = set(orders[file]) & (tested | set(lock["names"]))
+            if shared:
+                problems.append(f"{file.name}: {len(shared)} of its labels are test images, as {min(shared)}")
+        if hash_names(orders[file][: row["labels"]]) != row["draw_sha256"]:
+            problems.append(f"{_name(row)}: was trained on other labels than the first of {file.name}")
     return problems
 
 
-def _check_results(run: RunDirectory) -> list[str]:
-    """Every accuracy is that of the stored predictions, on the labels its draw names."""
-    scores = score(
-        read_predictions(run.predictions, ("method", "labels", "draw", "name", "label", "prediction"))
-    )
+def _check_results(results: list[dict[str, Any]], predictions: dict[str, list[Any]]) -> list[str]:
+    """Every accuracy is that of the stored predictions, and none is left out."""
+    scores = score(results, predictions)
     problems = []
-    for row in rundir.read_jsonl(run.results):
-        labels, method, draw = row["labels"], row["method"], row["draw"]
-        which = f"{method}, {labels} labels, draw {draw}"
-        right = scores.right.get(labels, {}).get(method, {}).get(draw)
-        if right is None:
-            problems.append(f"{which}: has no predictions")
-            continue
-        by_class = [right[scores.truth == each].mean() for each in np.unique(scores.truth)]
-        macro = float(np.mean(by_class))
-        for name, found in (
-            ("accuracy", float(right.mean())),
-            ("macro_accuracy", macro),
-            ("n_test", len(right)),
-        ):
-            if not _is_same(found, row[name]):
-                problems.append(f"{which}: {name} is {row[name]}, its predictions say {found}")
-        file = run.splits / f"draw-{row['seed']}-{draw}.json"
-        known = rundir.read_json(file)["sha256"] if file.exists() else {}
-        if known.get(str(labels)) != row["draw_sha256"]:
-            problems.append(f"{which}: was trained on other labels than {file.name} names")
-    return problems
+    for row in results:
+        right = scores.right[row["labels"]][row["method"]][row["draw"]]
+        found = {
+            "accuracy": right.mean(),
+            "macro_accuracy": macro_values(right[None], scores.truth).mean(),
+            "n_test": len(right),
+        }
+        problems += [
+            f"{_name(row)}: {key} is {row[key]}, its predictions say {value:.6g}"
+            for key, value in found.items()
+            if not _is_same(float(value), row[key], _TOLERANCE)
+        ]
+    keys = zip(*(predictions[key] for key in ("method", "labels", "draw")), strict=True)
+    left_out = set(keys) - {(row["method"], row["labels"], row["draw"]) for row in results}
+    return problems + [
+        f"{method}, {labels} labels, draw {draw}: has predictions and no result"
+        for method, labels, draw in sorted(left_out)
+    ]
 
 
 def _check_report(run: RunDirectory) -> list[str]:
@@ -110,16 +105,20 @@ def _check_report(run: RunDirectory) -> list[str]:
     return [
         f"report.json: {key} is not what the predictions give"
         for key, value in computed.items()
-        if not _is_same(value, document.get(key))
+        if not _is_same(value, document.get(key), _SAMPLED if key == "labels_saved" else _TOLERANCE)
     ]
 
 
-def _is_same(one: Any, two: Any) -> bool:
-    """Whether two JSON values are the same, numbers to the last digits."""
+def _name(row: dict[str, Any]) -> str:
+    return f"{row['method']}, {row['labels']} labels, draw {row['draw']}"
+
+
+def _is_same(one: Any, two: Any, tolerance: float) -> bool:
+    """Whether two JSON values are the same, numbers but for a relative tolerance."""
     if isinstance(one, dict) and isinstance(two, dict):
-        return one.keys() == two.keys() and all(_is_same(one[key], two[key]) for key in one)
+        return one.keys() == two.keys() and all(_is_same(one[key], two[key], tolerance) for key in one)
     if isinstance(one, list) and isinstance(two, list):
-        return len(one) == len(two) and all(map(_is_same, one, two))
+        return len(one) == len(two) and all(_is_same(a, b, tolerance) for a, b in zip(one, two, strict=True))
     if isinstance(one, float | int) and isinstance(two, float | int):
-        return math.isclose(one, two, rel_tol=_TOLERANCE, abs_tol=_TOLERANCE)
+        return math.isclose(one, two, rel_tol=tolerance, abs_tol=_TOLERANCE)
     return bool(one == two)
