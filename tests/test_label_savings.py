@@ -90,7 +90,7 @@ def test_intervals_hold_the_true_labels(draws: int) -> None:
     share = (expected(method) - accuracies[1]) / (accuracies[2] - accuracies[1])
     truth = math.exp(math.log(COUNTS[1]) + share * math.log(COUNTS[2] / COUNTS[1]))
     holding = []
-    for _ in range(300):
+    for _ in range(150):
         ease = 1.5 * rng.normal(size=images)
         luck = 0.15 * rng.normal(size=(len(levels) + 1, draws, 1))
         chance = special.expit(1.7 * (np.append(levels, method)[:, None, None] + luck + ease))
