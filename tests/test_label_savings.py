@@ -67,6 +67,12 @@ def test_numbers_of_labels_with_too_few_draws_are_left_out() -> None:
     )
 
 
+def test_the_ends_are_those_of_the_curve_that_was_read() -> None:
+    found = labels_saved({**curve(0.2, 0.4), 500: exact(0.9, draws=1)}, 10, exact(0.6))
+    assert found is not None
+    assert (found.matches, found.fewest, found.most) == (math.inf, 10, 40)
+
+
 def test_every_draw_counts_in_the_means_and_shared_ones_in_the_spread() -> None:
     method = {**exact(0.5), 3: exact(0.7)[0], 4: exact(0.7)[0], 5: exact(0.7)[0]}
     found = labels_saved(curve(0.2, 0.4, 0.6, 0.8), 10, method)

@@ -17,7 +17,8 @@ _SAMPLES = 4000
 class LabelsSaved:
     """`labels` labels with a method match `matches` labels of the baseline, 95 % interval [low, high].
 
-    Infinite: more than the most labels the baseline was measured with. Zero: fewer than the fewest.
+    The curve of the baseline reaches from `fewest` to `most` labels. Infinite: more than the most. Zero: fewer than
+    the fewest.
     """
 
     labels: int
@@ -25,6 +26,8 @@ class LabelsSaved:
     low: float
     high: float
     n: int
+    fewest: int
+    most: int
 
     def to_json(self) -> dict[str, float | int | None]:
         """Encode for report.json; JSON has no infinity, so null."""
@@ -75,7 +78,7 @@ def labels_saved(
         float(np.quantile(read, share, method="nearest"))
         for share in ((1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2)
     )
-    return LabelsSaved(labels, _read_off(counts, means[:-1], means[-1]), low, high, r)
+    return LabelsSaved(labels, _read_off(counts, means[:-1], means[-1]), low, high, r, counts[0], counts[-1])
 
 
 def _read_off(counts: Sequence[int], curve: Floats, accuracy: float) -> float:

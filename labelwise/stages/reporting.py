@@ -201,8 +201,7 @@ def _labels_saved(results: list[Result], scores: Scores) -> list[dict[str, Any]]
     for labels, arms in sorted(scores.right.items()):
         found = labels_saved(curves, labels, arms[arm]) if arm in arms and labels not in everything else None
         if found is not None:
-            measured = {"fewest": min(curves), "most": max(curves)}
-            saved.append({"arm": arm, "against": against, **found.to_json(), **measured})
+            saved.append({"arm": arm, "against": against, **found.to_json()})
     return saved
 
 
