@@ -22,9 +22,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 Rows = npt.NDArray[np.int64]
 
-_WORKING = (
-    2.0  # what backward keeps, and about as much for gradients of activations and buffers of convolutions
-)
+_WORKING = 2.0  # what backward keeps, and as much for gradients of activations and buffers of convolutions
 
 
 def backward_in_parts(

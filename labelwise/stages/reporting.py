@@ -69,7 +69,8 @@ def report(run: RunDirectory) -> dict[str, Any]:
         CheckpointError: A file of the run is damaged.
     """
     data, surroundings = rundir.read_json(run.data), rundir.read_json(run.environment)
-    computed = compute(run)
+    results, predictions = rundir.read_jsonl(run.results), read_predictions(run.predictions, PREDICTED)
+    computed = compute(results, predictions, score(results, predictions), data["pool"])
     summary, test_uses = computed["summary"], _test_uses(run)
     document = {
         **computed,
@@ -87,14 +88,14 @@ def report(run: RunDirectory) -> dict[str, Any]:
     return document
 
 
-def compute(run: RunDirectory) -> dict[str, Any]:
-    """The part of report.json that rests on predictions and results alone."""
-    results, predictions = rundir.read_jsonl(run.results), read_predictions(run.predictions, PREDICTED)
-    scores = score(results, predictions)
+def compute(
+    results: list[Result], predictions: dict[str, list[Any]], scores: Scores, pool: int
+) -> dict[str, Any]:
+    """The part of report.json that rests on results and predictions alone, and on the size of the pool."""
     summary = _summarize(results, scores)
     tested = results[0]["n_test"] if results else 0
     return {
-        "verdict": _verdict(summary, rundir.read_json(run.data)["pool"], tested),
+        "verdict": _verdict(summary, pool, tested),
         "summary": summary,
         "labels_saved": _labels_saved(results, scores),
         "results": results,

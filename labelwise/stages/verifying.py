@@ -11,7 +11,7 @@ from labelwise.images.splits import hash_names
 from labelwise.measures.statistics import macro_values
 from labelwise.predictions import read_predictions
 from labelwise.rundir import RunDirectory
-from labelwise.stages.reporting import PREDICTED, compute, score
+from labelwise.stages.reporting import PREDICTED, Scores, compute, score
 
 _SHOWN = 5
 _TOLERANCE = 1e-6  # other processors round otherwise
@@ -30,10 +30,12 @@ def verify(run: RunDirectory) -> dict[str, Any]:
     if not run.report_json.exists():
         raise CheckpointError(f"{run.path}: has no report.json; run `labelwise report --run {run.path}`.")
     results, predictions = rundir.read_jsonl(run.results), read_predictions(run.predictions, PREDICTED)
+    scores = score(results, predictions)
+    computed = compute(results, predictions, scores, rundir.read_json(run.data)["pool"])
     problems = [
         *_check_draws(run, results, set(predictions["name"])),
-        *_check_results(results, predictions),
-        *_check_report(run),
+        *_check_results(results, predictions, scores),
+        *_check_report(run, computed),
     ]
     if problems:
         more = f"\nand {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
@@ -75,9 +77,10 @@ def _check_draws(run: RunDirectory, results: list[dict[str, Any]], tested: set[s
     return problems
 
 
-def _check_results(results: list[dict[str, Any]], predictions: dict[str, list[Any]]) -> list[str]:
+def _check_results(
+    results: list[dict[str, Any]], predictions: dict[str, list[Any]], scores: Scores
+) -> list[str]:
     """Every accuracy is that of the stored predictions, and none is left out."""
-    scores = score(results, predictions)
     problems = []
     for row in results:
         right = scores.right[row["labels"]][row["method"]][row["draw"]]
@@ -99,12 +102,11 @@ def _check_results(results: list[dict[str, Any]], predictions: dict[str, list[An
     ]
 
 
-def _check_report(run: RunDirectory) -> list[str]:
+def _check_report(run: RunDirectory, computed: dict[str, Any]) -> list[str]:
     document = rundir.read_json(run.report_json)
-    computed = json.loads(json.dumps(compute(run)))
     return [
         f"report.json: {key} is not what the predictions give"
-        for key, value in computed.items()
+        for key, value in json.loads(json.dumps(computed)).items()
         if not _is_same(value, document.get(key), _SAMPLED if key == "labels_saved" else _TOLERANCE)
     ]
 
