@@ -93,7 +93,7 @@ def test_when_a_job_fails_the_one_beside_it_is_kept_and_the_rest_is_not_begun(th
         for job, _ in side_by_side(run, range(200), 2):
             kept.append(job)
     assert len(begun) < 10
-    assert kept == begun[1:]
+    assert set(kept) == set(begun) - {0}
     assert torch.get_num_threads() == 2
 
 
