@@ -22,6 +22,7 @@ from labelwise.config import FinetuneSettings, PretrainSettings, read_run_config
 from labelwise.errors import CheckpointError, DataError, UsageError
 from labelwise.images.splits import hash_names
 from labelwise.predictions import read_predictions
+from labelwise.reports import html
 from labelwise.rundir import RunDirectory
 from labelwise.stages.comparing import finetune
 from labelwise.stages.demo import write_digits
@@ -149,6 +150,34 @@ def test_the_page_stands_alone(finished: RunDirectory) -> None:
     assert "<script" not in page
     assert not re.findall(r'(?:src|href)="(?!data:|#)', page)
     assert "From scratch" in page
+
+
+@pytest.mark.parametrize(
+    ("classes", "has_matrix", "is_upright", "words"),
+    [
+        (["no", "yes"], True, True, None),
+        (["no", "perhaps"], True, False, None),
+        ([f"<i>{number:02d}" for number in range(40)], False, False, "The 30 worst of 40 classes"),
+    ],
+)
+def test_confusion_is_shown_as_long_as_it_can_be_read_and_the_worst_classes_always(
+    finished: RunDirectory, classes: list[str], has_matrix: bool, is_upright: bool, words: str | None
+) -> None:
+    document = rundir.read_json(finished.report_json)
+    right = np.diag(np.arange(1, len(classes) + 1))
+    wrong = np.roll(np.diag(np.arange(len(classes), 0, -1)), 1, axis=1)
+    page = html.render(
+        {**document, "confusion": {**document["confusion"], "classes": classes, "counts": right + wrong}},
+        finished,
+    )
+    assert ('class="confusion"' in page) == has_matrix
+    assert ("writing-mode" not in page) == is_upright
+    assert "<i>0" not in page
+    worst = page[page.index("Classes, worst first") :]
+    share = 100 / (len(classes) + 1)
+    assert re.search(rf"<span>{classes[0].replace('<i>', '&lt;i&gt;')}</span>.*?{share:.1f}%", worst)
+    assert worst.count('class="value"') == min(30, len(classes))
+    assert words is None or words in worst
 
 
 def test_the_saved_classifier_is_whole(finished: RunDirectory) -> None:

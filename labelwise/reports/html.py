@@ -12,6 +12,8 @@ from labelwise.reports import plots, text
 from labelwise.rundir import RunDirectory
 
 _MOST_CLASSES = 30  # a confusion matrix beyond this cannot be read
+_SIDE_BY_SIDE = 10  # of up to so many classes it leaves room for a neighbour
+_UPRIGHT = 3  # letters of a class that fit over a column of the matrix
 
 
 def render(document: dict[str, Any], run: RunDirectory) -> str:
@@ -30,7 +32,7 @@ def render(document: dict[str, Any], run: RunDirectory) -> str:
     )
     environment.filters |= {"percent": text.percent, "count": lambda value: f"{value:,}"}
     columns, rows = text.table(document)
-    metrics = rundir.read_jsonl(run.metrics)
+    metrics, confusion = rundir.read_jsonl(run.metrics), document["confusion"]
     return environment.get_template("report.html.jinja").render(
         document=document,
         data_line=text.data_line(document["data"]),
@@ -41,8 +43,12 @@ def render(document: dict[str, Any], run: RunDirectory) -> str:
         saved=[text.saved_in_words(saved) for saved in document["labels_saved"]],
         accuracy_plot=Markup(plots.accuracy_against_labels(document)) if document["summary"] else "",  # noqa: S704 - our own SVG
         curves=Markup(plots.learning_curves(metrics)) if metrics else "",  # noqa: S704 - our own SVG; holds no text of the user's
-        confusion=_confusion(document["confusion"]),
-        worst=_worst_classes(document),
+        confusion=_confusion(confusion),
+        worst=_worst_classes(confusion),
+        of_whom=_of_whom(document),
+        long_names=confusion is not None and any(len(name) > _UPRIGHT for name in confusion["classes"]),
+        side_by_side=_SIDE_BY_SIDE,
+        most_classes=_MOST_CLASSES,
         mosaic=_picture(run.views),
         queries=rundir.read_json(run.neighbours)["queries"] if run.neighbours.exists() else [],
         environment_rows=_environment_rows(document["environment"]),
@@ -84,9 +90,18 @@ def _confusion(confusion: dict[str, Any] | None) -> dict[str, Any] | None:
     return {**confusion, "rows": rows}
 
 
-def _worst_classes(document: dict[str, Any]) -> list[dict[str, Any]]:
-    """Classes by accuracy of the best-placed method at the most labels, worst first."""
+def _of_whom(document: dict[str, Any]) -> str:
+    """Whose predictions the confusion counts, in words."""
     confusion = document["confusion"]
+    if confusion is None:
+        return ""
+    return (
+        f"{document['arm_names'][confusion['arm']]} with {confusion['labels']:,} labels, all draws together"
+    )
+
+
+def _worst_classes(confusion: dict[str, Any] | None) -> list[dict[str, Any]]:
+    """Classes by accuracy of the best-placed method at the most labels, worst first."""
     if confusion is None:
         return []
     classes = []
