@@ -244,9 +244,10 @@ def _last_byte(file: BinaryIO) -> bytes:
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
     """Read a JSON-lines file; a last line torn by a power cut is dropped, any other is an error."""
-    if not path.exists():
+    try:
+        lines = path.read_bytes().split(b"\n")
+    except FileNotFoundError:
         return []
-    lines = path.read_bytes().split(b"\n")
     rows: list[dict[str, Any]] = []
     for number, line in enumerate(lines, start=1):
         if not line:

@@ -9,6 +9,18 @@ import numpy as np
 import pytest
 from PIL import Image
 
+# Read once, on import, by the libraries that colour and wrap what the command prints.
+for name in (
+    "GITHUB_ACTIONS",
+    "FORCE_COLOR",
+    "PY_COLORS",
+    "TTY_COMPATIBLE",
+    "TERMINAL_WIDTH",
+    "TYPER_USE_RICH",
+):
+    os.environ.pop(name, None)
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")  # tests compare bit by bit, which a GPU does not promise
+
 
 @pytest.fixture(autouse=True, scope="session")
 def compiled() -> Iterator[None]:

@@ -306,24 +306,26 @@ def refuse(forbidden: bytes) -> Callable[..., Any]:
 
 BUILDER = """
 import sys
+import time
 from pathlib import Path
 from labelwise.images import cache
 from labelwise.images.source import open_images
 cache._CHUNK, cache._SAVE_SECONDS = 4, 0.0
-done = 0
+done, limit = 0, int(sys.argv[2])
 def tell(count):
     global done
     done += count
     print(done, flush=True)
+    if done == limit:
+        time.sleep(600)
 found = cache.build_cache(open_images(Path(sys.argv[1])), side=48, evaluation_size=32, progress=tell)
 print("built", found.folder.name)
 """
 
 
-def start_builder(root: Path) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-c", BUILDER, str(root)], stdout=subprocess.PIPE, text=True, bufsize=1
-    )
+def start_builder(root: Path, pause_after: int = 0) -> subprocess.Popen[str]:
+    command = [sys.executable, "-c", BUILDER, str(root), str(pause_after)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, bufsize=1)
 
 
 def test_a_killed_build_goes_on_to_the_same_cache(
@@ -334,7 +336,7 @@ def test_a_killed_build_goes_on_to_the_same_cache(
     monkeypatch.setenv("LABELWISE_CACHE", str(tmp_path / "whole"))
     expected = build(root, 48, 32)
     monkeypatch.setenv("LABELWISE_CACHE", str(cache))
-    with start_builder(root) as killed:
+    with start_builder(root, pause_after=30) as killed:
         assert killed.stdout is not None
         while int(killed.stdout.readline()) < 30:
             pass

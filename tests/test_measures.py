@@ -188,8 +188,11 @@ def test_probe_equals_scikit_learn_on_the_same_scaled_features(
     logits = probe.logits(unseen)
     shares = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
     assert logits.shape == (50, classes)
-    assert shares == pytest.approx(model.predict_proba((unseen - probe.mean) / probe.scale), abs=5e-3)
-    assert accuracy(logits.argmax(axis=1), model.predict((unseen - probe.mean) / probe.scale)) == 1.0
+    expected = model.predict_proba((unseen - probe.mean) / probe.scale)
+    assert shares == pytest.approx(expected, abs=5e-3)
+    clear = np.ptp(np.sort(expected)[:, -2:], axis=1) > 1e-2  # no tie between the first two
+    assert clear.mean() > 0.8
+    assert (logits.argmax(axis=1) == expected.argmax(axis=1))[clear].all()
 
 
 def test_features_are_standardised_by_the_reference_to_rows_of_about_unit_length() -> None:

@@ -98,7 +98,13 @@ def test_the_quick_demo_runs_from_nothing_to_a_page(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_the_demo_and_not_only_its_command(tmp_path: Path, number: signal.Signals) -> None:
-    command = [sys.executable, "-m", "labelwise", "demo", "--quick"]
+    script = (  # imports of large libraries swallow a signal: done before
+        "import sys, labelwise.stages.scanning\n"
+        "from labelwise.__main__ import run\n"
+        "sys.argv = ['labelwise', 'demo', '--quick']\n"
+        "run()\n"
+    )
+    command = [sys.executable, "-c", script]
     with subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True) as demo:
         assert demo.stderr is not None
         while "$ labelwise scan" not in demo.stderr.readline():

@@ -16,7 +16,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,7 @@ _VERSION = 3  # of what the files in a cache mean
 _SAMPLED = 10_000  # images whose mean and spread stand for the set's
 _CHUNK = 512
 _SAVE_SECONDS = 5.0
+_SQUARES, _EVALUATIONS = "squares.npy", "evaluations.npy"
 _ABANDONED_SECONDS = 7 * 24 * 3600.0
 _PROGRESS = "progress.json"  # in a cache that is being built: rows done, what was found in them
 
@@ -91,8 +92,8 @@ def build_cache(
     if not folder.exists():
         _remove_abandoned(cache_root())
         fresh = folder.with_name(f".building-{folder.name}")
-        held = sum(file.stat().st_blocks * 512 for file in fresh.glob("*"))  # of an earlier process
-        _check_space(folder, len(images.names) * 3 * (side**2 + evaluation_size**2) - held)
+        needed = len(images.names) * 3 * (side**2 + evaluation_size**2)
+        _check_space(folder, needed - _written(fresh))
         with _alone_in(fresh):
             if folder.exists():  # another process finished it while this one waited
                 shutil.rmtree(fresh)
@@ -178,10 +179,8 @@ def _fill(
 ) -> None:
     """Decode what is not decoded yet; `done.json` says how far an earlier process came."""
     count = len(images.names)
-    squares = _open_array(folder / "squares.npy", np.uint8, (count, side, side, 3))
-    evaluations = _open_array(
-        folder / "evaluations.npy", np.uint8, (count, evaluation_size, evaluation_size, 3)
-    )
+    squares = _open_array(folder / _SQUARES, np.uint8, (count, side, side, 3))
+    evaluations = _open_array(folder / _EVALUATIONS, np.uint8, (count, evaluation_size, evaluation_size, 3))
     sizes = _open_array(folder / "sizes.npy", np.int32, (count, 2))
     keys = _open_array(folder / "keys.npy", np.uint64, (count,))
     shortest = max(decoding.SHORTEST, side, decoding.evaluation_short_side(evaluation_size))
@@ -269,8 +268,8 @@ def _open_cache(folder: Path) -> ImageCache:
     keys = np.load(folder / "keys.npy")
     return ImageCache(
         folder=folder,
-        squares=np.load(folder / "squares.npy", mmap_mode="r"),
-        evaluations=np.load(folder / "evaluations.npy", mmap_mode="r"),
+        squares=np.load(folder / _SQUARES, mmap_mode="r"),
+        evaluations=np.load(folder / _EVALUATIONS, mmap_mode="r"),
         sizes=np.load(folder / "sizes.npy"),
         keys=keys,
         readable=keys != 0,
@@ -290,6 +289,15 @@ def _fingerprint(images: ImageSet, side: int, evaluation_size: int) -> str:
         stat = os.stat(path) if path and os.path.exists(path) else None
         digest.update(f"\0{name}\0{stat.st_size if stat else 0}\0{stat.st_mtime_ns if stat else 0}".encode())
     return digest.hexdigest()[:24]
+
+
+def _written(fresh: Path) -> int:
+    """Bytes on disk of a build that an earlier process began, or another is at work on."""
+    written = 0
+    for name in (_SQUARES, _EVALUATIONS):
+        with suppress(FileNotFoundError):
+            written += (fresh / name).stat().st_blocks * 512
+    return written
 
 
 def _check_space(folder: Path, needed: int) -> None:
