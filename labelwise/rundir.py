@@ -10,7 +10,7 @@ neighbours.json       nearest images of a few, with thumbnails
 checkpoints/          resume state; manifest with SHA-256 written last
 encoder.safetensors   backbone; head.safetensors: projection head
 classifier.safetensors, classifier.json
-finetune/             results.jsonl, predictions.parquet
+finetune/             results.jsonl, predictions.parquet, label_check.json (labels that look wrong, with thumbnails)
 report.html, report.md, report.json
 """
 
@@ -97,6 +97,10 @@ class RunDirectory:
     @property
     def predictions(self) -> Path:
         return self.path / "finetune" / "predictions.parquet"
+
+    @property
+    def label_check(self) -> Path:
+        return self.path / "finetune" / "label_check.json"
 
     @property
     def report_json(self) -> Path:

@@ -60,6 +60,7 @@ EVERY_FILE = {
     "classifier.json",
     "finetune/results.jsonl",
     "finetune/predictions.parquet",
+    "finetune/label_check.json",
     "report.html",
     "report.md",
     "report.json",
@@ -588,3 +589,66 @@ def test_a_test_image_among_the_labels_is_found(finished: RunDirectory, tmp_path
     rundir.write_json(copy.test_lock, lock | {"names": names, "sha256": hash_names(names)})
     with pytest.raises(CheckpointError, match=f"1 of its labels are test images, as {re.escape(leaked)}"):
         verify(copy)
+
+
+# --- labels that look wrong
+
+
+def test_labels_that_look_wrong_are_listed_with_pictures(
+    digits: Path, finished: RunDirectory, tmp_path: Path
+) -> None:
+    copy = RunDirectory(tmp_path / "copy")
+    shutil.copytree(finished.path, copy.path)
+    test = rundir.read_json(copy.test_lock)["names"]
+    rest = sorted({file.relative_to(digits).as_posix() for file in digits.glob("*/*.png")} - set(test))
+    labeled = np.random.default_rng(0).choice(rest, 100, replace=False).tolist()
+    lines = [f"{name},{name[0]}" for name in (*test, *labeled)]
+    table = tmp_path / "labels.csv"
+    table.write_text("\n".join(["file_name,label", *lines]))
+    asked: dict[str, Any] = {"methods": ("simclr_probe",), "labels": table, "labels_root": digits, **FEW}
+    check = report(finetune(FinetuneSettings(run=copy.path, **asked)))["label_check"]
+    assert check["checked"] == 100
+    assert sum(entry["labels"] for entry in check["classes"]) == 100
+    assert check["classes"] == sorted(check["classes"], key=lambda entry: (entry["agreed"], entry["labels"]))
+    assert check["doubted"] >= len(check["suspects"])
+    assert all(entry["label"] != entry["looks_like"] for entry in check["suspects"])
+    assert not set(test) & {entry["name"] for entry in check["suspects"]}
+    first = check["suspects"][0]
+    words = f"{first['label']}, looks like {first['looks_like']}"
+    assert copy.report_html.read_text().count("data:image/png;base64") >= len(check["suspects"]) > 0
+    for page in (copy.report_html, copy.report_md):
+        assert "Labels to look at again" in page.read_text()
+        assert words in page.read_text()
+    assert "label more of it first" in json.dumps(rundir.read_json(copy.report_json)["next"])
+
+
+def test_copies_with_different_labels_are_suspects_and_a_class_of_one_is_not_judged(
+    digits: Path, tmp_path: Path
+) -> None:
+    images = tmp_path / "images"
+    shutil.copytree(digits, images)
+    shutil.copy(images / "3" / min(os.listdir(images / "3")), images / "5" / "copy.png")
+    (images / "only").mkdir()
+    Image.new("L", (8, 8), 200).save(images / "only" / "one.png")
+    settings = {**SMALL, "epochs": 1, "holdout": 0.1}
+    run = pretrain(PretrainSettings(images=images, out=tmp_path / "run", **settings))
+    check = report(finetune(FinetuneSettings(run=run.path, methods=("pixels",), **FEW)))["label_check"]
+    assert {entry["name"] for entry in check["classes"]} == {str(digit) for digit in range(10)}
+    pair = [entry for entry in check["suspects"] if entry["is_copy"]]
+    assert pair == check["suspects"][: len(pair)]
+    assert "5/copy.png" in {entry["name"] for entry in pair}
+    assert {entry["label"] for entry in pair} == {"3", "5"}
+    assert "an exact copy has another label" in run.report_md.read_text()
+
+
+def test_the_check_is_made_again_only_when_labels_or_settings_change(
+    finished: RunDirectory, tmp_path: Path
+) -> None:
+    copy = RunDirectory(tmp_path / "copy")
+    shutil.copytree(finished.path, copy.path)
+    before = copy.label_check.read_bytes()
+    copy.label_check.write_bytes(before + b"\n")
+    finetune(FinetuneSettings(run=copy.path, methods=("simclr_probe",), **FEW))
+    assert copy.label_check.read_bytes() == before + b"\n"
+    finetune(FinetuneSettings(run=copy.path, methods=("simclr_probe",), **{**FEW, "seed": 1}))
+    assert rundir.read_json(copy.label_check)["signature"] != json.loads(before)["signature"]

@@ -23,23 +23,40 @@ def knn_accuracy(
 
     Source: Wu et al. 2018 (arXiv 1805.01978), Sec. 3.4: votes weighted by similarity.
     """
+    votes = neighbour_votes(bank, bank_labels, queries, classes=int(bank_labels.max()) + 1)
+    truth = bank_labels if query_labels is None else query_labels
+    return float((votes.argmax(dim=1) == truth).float().mean())
+
+
+def neighbour_votes(
+    bank: Tensor,
+    bank_labels: Tensor,
+    queries: Tensor | None = None,
+    *,
+    classes: int,
+    neighbours: int = NEIGHBOURS,
+) -> Tensor:
+    """Votes for each class of the nearest neighbours by cosine similarity, (M, C), rows adding up to one.
+
+    Args:
+        bank, bank_labels, queries: See `knn_accuracy`.
+        classes: Number of classes, C.
+        neighbours: How many vote.
+    """
     leave_one_out = queries is None
     asked = bank if queries is None else queries
-    truth = bank_labels if query_labels is None else query_labels
     bank, asked = F.normalize(bank, dim=1), F.normalize(asked, dim=1)
-    classes = int(bank_labels.max()) + 1
-    neighbours = min(NEIGHBOURS, len(bank) - leave_one_out)
-    right = 0
+    neighbours = min(neighbours, len(bank) - leave_one_out)
+    votes = torch.zeros(len(asked), classes)
     for start in range(0, len(asked), _CHUNK):
         similarity = asked[start : start + _CHUNK] @ bank.T  # (chunk, N)
         if leave_one_out:
             rows = torch.arange(len(similarity))
             similarity[rows, start + rows] = -torch.inf
         near = similarity.topk(neighbours, dim=1)
-        votes = torch.zeros(len(similarity), classes)
-        votes.scatter_add_(1, bank_labels[near.indices], (near.values / _TEMPERATURE).exp())
-        right += int((votes.argmax(dim=1) == truth[start : start + _CHUNK]).sum())
-    return right / len(asked)
+        weights = (near.values / _TEMPERATURE).softmax(dim=1)
+        votes[start : start + _CHUNK].scatter_add_(1, bank_labels[near.indices], weights)
+    return votes
 
 
 def nearest(features: Tensor, row: int, count: int) -> list[tuple[int, float]]:

@@ -1,6 +1,7 @@
 """report.html: one page that opens anywhere, offline, without scripts."""
 
 import base64
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,13 @@ def render(document: dict[str, Any], run: RunDirectory) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"percent": text.percent, "count": lambda value: f"{value:,}"}
+    filters: dict[str, Callable[[Any], str]] = {
+        "percent": text.percent,
+        "count": lambda value: f"{value:,}",
+        "doubts": text.doubts_in_words,
+        "suspicion": text.suspicion_in_words,
+    }
+    environment.filters |= filters
     columns, rows = text.table(document)
     metrics, confusion = rundir.read_jsonl(run.metrics), document["confusion"]
     return environment.get_template("report.html.jinja").render(
@@ -50,6 +57,8 @@ def render(document: dict[str, Any], run: RunDirectory) -> str:
         side_by_side=_SIDE_BY_SIDE,
         most_classes=_MOST_CLASSES,
         mosaic=_picture(run.views),
+        suspects=rundir.read_json(run.label_check)["suspects"] if document["label_check"] else [],
+        check_note=text.CHECK_NOTE,
         queries=rundir.read_json(run.neighbours)["queries"] if run.neighbours.exists() else [],
         environment_rows=_environment_rows(document["environment"]),
     )

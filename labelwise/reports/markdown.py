@@ -27,6 +27,10 @@ def render(document: dict[str, Any]) -> str:
         f"- test: {text.test_line(document)}",
         "",
     ]
+    check = document["label_check"]
+    if check:
+        lines += ["## Labels to look at again", "", f"{text.doubts_in_words(check)}. {text.CHECK_NOTE}", ""]
+        lines += [f"- {each['name']}: {text.suspicion_in_words(each)}" for each in check["suspects"]] + [""]
     lines += ["## What these numbers do not say", "", *(f"- {limit}" for limit in document["limits"]), ""]
     lines += [
         "## Commands",

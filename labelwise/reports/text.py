@@ -5,6 +5,12 @@ from typing import Any
 MACRO = ", mean over classes"
 TABLE_NOTE = "Accuracy in %, mean over random label draws [95 % interval over draws and test images]. Gain: fine-tuned SimCLR minus from scratch, same draws."
 
+CHECK_NOTE = (
+    "Each label outside the test set is compared with what the ten most similar images, and a linear probe that was not "
+    "told this label, say of it. The weaker the encoder, the more of these labels are right after all. Test labels are not "
+    "judged: to mend only those that a model doubts would favour that model."
+)
+
 
 def percent(value: float) -> str:
     """An accuracy in percent, one decimal."""
@@ -43,6 +49,21 @@ def saved_in_words(saved: dict[str, Any]) -> str:
         f"{saved['labels']:,} labels with pretraining match {words(saved['matches'])} without "
         f"[{words(saved['low'])}, {words(saved['high'])}]"
     )
+
+
+def doubts_in_words(check: dict[str, Any]) -> str:
+    """`12 of 1,348 labels look like another class, most of all 3/0123.png (3, looks like 8)`."""
+    doubted = f"{check['doubted']:,} of {check['checked']:,} labels look like another class"
+    if not check["suspects"]:
+        return doubted
+    first = check["suspects"][0]
+    return f"{doubted}, most of all {first['name']} ({suspicion_in_words(first)})"
+
+
+def suspicion_in_words(suspect: dict[str, Any]) -> str:
+    """`cat, looks like dog`."""
+    why = "an exact copy has another label" if suspect["is_copy"] else f"looks like {suspect['looks_like']}"
+    return f"{suspect['label']}, {why}"
 
 
 def data_line(data: dict[str, Any]) -> str:

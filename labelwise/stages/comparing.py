@@ -33,6 +33,7 @@ from labelwise.measures.statistics import FEWEST_DRAWS
 from labelwise.models.weights import load_encoder, save_module
 from labelwise.predictions import read_predictions, store_predictions
 from labelwise.rundir import RunDirectory
+from labelwise.stages.checking import check_labels
 from labelwise.stages.finetuning import Floats, Rows
 from labelwise.stages.methods import STOPPED, Bench, is_unbalanced, refit, run_method, steps_of, workers_for
 from labelwise.views.draws import Policy
@@ -103,6 +104,7 @@ def _compare(run: RunDirectory, settings: FinetuneSettings) -> None:
                         bar.note(_line(bench, method, count))
         if "simclr" in settings.methods:
             _keep_classifier(bench)
+        check_labels(bench, _signature(bench))
     _write_settings(run, settings)
 
 

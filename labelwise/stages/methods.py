@@ -132,7 +132,7 @@ def workers_for(method: Method, bench: Bench) -> int:
     if method not in TRAINED:
         return 1
     if method == "simclr":
-        _features(bench, "network")  # filled once, before threads ask for it
+        frozen_features(bench, "network")  # filled once, before threads ask for it
     network = create_encoder(bench.spec)
     return count_workers(network, bench.spec.image_size, bench.settings.batch_size, bench.device)
 
@@ -188,7 +188,7 @@ def _probe(bench: Bench, kind: str, strength: float) -> Way:
     """Logistic regression on frozen features."""
 
     def fit(rows: Rows, asked: Rows, seed: int, share: float) -> Floats:
-        logits = _fit_probe(bench, kind, rows, strength).logits(_features(bench, kind)[asked])
+        logits = _fit_probe(bench, kind, rows, strength).logits(frozen_features(bench, kind)[asked])
         return torch.softmax(torch.from_numpy(logits), dim=1).numpy()
 
     return Way(f"C = {strength:g}", fit)
@@ -296,7 +296,7 @@ def _pretrained_network(bench: Bench) -> tuple[nn.Module, int]:
 
 
 def _fit_probe(bench: Bench, kind: str, rows: Rows, strength: float) -> Probe:
-    features, labels, classes = _features(bench, kind), bench.labels[rows], len(bench.classes)
+    features, labels, classes = frozen_features(bench, kind), bench.labels[rows], len(bench.classes)
     return fit_probe(
         features[rows],
         labels,
@@ -310,8 +310,12 @@ def _fit_probe(bench: Bench, kind: str, rows: Rows, strength: float) -> Probe:
 # --- frozen features
 
 
-def _features(bench: Bench, kind: str) -> Floats:
-    """Features of every image of the set, (N, F), computed once per kind."""
+def frozen_features(bench: Bench, kind: str) -> Floats:
+    """Features of every image of the set, (N, F), computed once per kind.
+
+    Args:
+        kind: `encoder`, `network` (with what is kept of the projection head), `random` or `pixels`.
+    """
     if kind == "network" and not has_kept_layer(read_metadata(bench.run.head)):
         kind = "encoder"  # nothing of the head stays on it
     if kind not in bench.features:

@@ -76,10 +76,11 @@ def report(run: RunDirectory) -> dict[str, Any]:
         **computed,
         "data": data,
         "environment": surroundings,
+        "label_check": _label_check(run),
         "arm_names": {arm: ARMS.get(arm, arm) for arm in _arms(summary)},
         "test_uses": test_uses,
         "limits": _limits(computed, data, surroundings, test_uses),
-        "next": _next_steps(run, summary),
+        "next": _next_steps(run, summary, data),
         "run": str(run.path),
     }
     rundir.write_json(run.report_json, document)
@@ -118,6 +119,8 @@ def show(document: dict[str, Any]) -> None:
         terminal.emit("")
     for saved in document["labels_saved"]:
         terminal.emit(f"saved  {text.saved_in_words(saved)}")
+    if document["label_check"]:
+        terminal.emit(f"look   {text.doubts_in_words(document['label_check'])}")
     for step in document["next"]:
         terminal.emit(f"next   {step}")
     terminal.emit(f"page   {Path(document['run']) / 'report.html'}")
@@ -359,7 +362,16 @@ def _limits(
     return limits
 
 
-def _next_steps(run: RunDirectory, summary: list[dict[str, Any]]) -> list[str]:
+def _label_check(run: RunDirectory) -> dict[str, Any] | None:
+    """Which labels look wrong, without their pictures; None where too few labels were there to say."""
+    if not run.label_check.exists():
+        return None
+    found = rundir.read_json(run.label_check)
+    suspects = [{key: each[key] for key in each if key != "thumbnail"} for each in found["suspects"]]
+    return {**{key: found[key] for key in ("checked", "doubted", "classes")}, "suspects": suspects}
+
+
+def _next_steps(run: RunDirectory, summary: list[dict[str, Any]], data: dict[str, Any]) -> list[str]:
     where = (
         f"--run {run.path.relative_to(Path.cwd())}"
         if run.path.is_relative_to(Path.cwd())
@@ -372,6 +384,12 @@ def _next_steps(run: RunDirectory, summary: list[dict[str, Any]]) -> list[str]:
     if gain and gain["low"] is not None and gain["low"] <= 0:
         steps.append(
             "the few-label gain is not clear: pretrain longer (--epochs), or take more draws (--draws 10)"
+        )
+    check = _label_check(run)
+    if check and check["checked"] < data["pool"]:
+        weakest = check["classes"][0]
+        steps.append(
+            f"class {weakest['name']} has {weakest['labels']:,} labels and {weakest['agreed']:.0%} of them fit: label more of it first"
         )
     if run.classifier.exists():
         steps.append(f"the classifier trained on all labels is {run.classifier}")
