@@ -25,6 +25,7 @@ _SCHEMA = pa.schema(
     ]
 )
 COLUMNS = tuple(_SCHEMA.names)
+CONFIDENCE = "confidence"
 
 
 def store_predictions(
@@ -73,13 +74,30 @@ def store_predictions(
 def read_predictions(path: Path, names: Sequence[str] = COLUMNS) -> dict[str, list[Any]]:
     """Read columns as lists; empty ones when nothing was predicted yet.
 
+    Args:
+        path: predictions.parquet.
+        names: Of columns that are stored, or `CONFIDENCE`: the probability of the predicted class.
+
     Raises:
         CheckpointError: The file is damaged.
     """
     if not path.exists():
         return {name: [] for name in names}
-    columns: dict[str, list[Any]] = _read(path, list(names)).to_pydict()
-    return columns
+    stored = ["probabilities" if name == CONFIDENCE else name for name in names]
+    table = _read(path, sorted(set(stored)))
+    return {
+        name: _largest(table[kept]) if name == CONFIDENCE else table[kept].to_pylist()
+        for name, kept in zip(names, stored, strict=True)
+    }
+
+
+def _largest(lists: pa.ChunkedArray) -> list[float]:
+    """The largest number of each list."""
+    whole = lists.combine_chunks()
+    largest: list[float] = np.maximum.reduceat(
+        whole.values.to_numpy(), whole.offsets.to_numpy()[:-1]
+    ).tolist()
+    return largest
 
 
 def _read(path: Path, names: list[str] | None = None) -> pa.Table:

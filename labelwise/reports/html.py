@@ -12,6 +12,7 @@ from labelwise import rundir
 from labelwise.reports import plots, text
 from labelwise.rundir import RunDirectory
 
+_CALIBRATED = ("simclr", "simclr_probe", "supervised")
 _MOST_CLASSES = 30  # a confusion matrix beyond this cannot be read
 _SIDE_BY_SIDE = 10  # of up to so many classes it leaves room for a neighbour
 _UPRIGHT = 3  # letters of a class that fit over a column of the matrix
@@ -39,6 +40,7 @@ def render(document: dict[str, Any], run: RunDirectory) -> str:
     }
     environment.filters |= filters
     columns, rows = text.table(document)
+    calibration = _calibration(document)
     metrics, confusion = rundir.read_jsonl(run.metrics), document["confusion"]
     return environment.get_template("report.html.jinja").render(
         document=document,
@@ -48,14 +50,18 @@ def render(document: dict[str, Any], run: RunDirectory) -> str:
         rows=_table_rows(document, rows),
         note=text.TABLE_NOTE,
         saved=[text.saved_in_words(saved) for saved in document["labels_saved"]],
-        accuracy_plot=Markup(plots.accuracy_against_labels(document)) if document["summary"] else "",  # noqa: S704 - our own SVG
-        curves=Markup(plots.learning_curves(metrics)) if metrics else "",  # noqa: S704 - our own SVG; holds no text of the user's
+        accuracy_plot=_figure(plots.accuracy_against_labels(document) if document["summary"] else ""),
+        curves=_figure(plots.learning_curves(metrics) if metrics else ""),
         confusion=_confusion(confusion),
         worst=_worst_classes(confusion),
         of_whom=_of_whom(document),
         long_names=confusion is not None and any(len(name) > _UPRIGHT for name in confusion["classes"]),
         side_by_side=_SIDE_BY_SIDE,
         most_classes=_MOST_CLASSES,
+        calibration=[
+            text.calibration_in_words(each, document["arm_names"][each["arm"]]) for each in calibration
+        ],
+        reliability=_figure(plots.reliability_diagram(calibration, document["arm_names"])),
         mosaic=_picture(run.views),
         suspects=rundir.read_json(run.label_check)["suspects"] if document["label_check"] else [],
         check_note=text.CHECK_NOTE,
@@ -97,6 +103,17 @@ def _confusion(confusion: dict[str, Any] | None) -> dict[str, Any] | None:
             }
         )
     return {**confusion, "rows": rows}
+
+
+def _figure(svg: str) -> Markup:
+    """Leave a figure as it is: it holds no text of the user's."""
+    return Markup(svg)  # noqa: S704 - our own SVG
+
+
+def _calibration(document: dict[str, Any]) -> list[dict[str, Any]]:
+    """Calibration of the trained methods at the most labels."""
+    most = max((each["labels"] for each in document["calibration"]), default=0)
+    return [each for each in document["calibration"] if each["labels"] == most and each["arm"] in _CALIBRATED]
 
 
 def _of_whom(document: dict[str, Any]) -> str:

@@ -70,6 +70,28 @@ def accuracy_against_labels(document: dict[str, Any]) -> str:
         return _svg(figure)
 
 
+def reliability_diagram(entries: list[dict[str, Any]], names: dict[str, str]) -> str:
+    """Accuracy against confidence of some methods, ten groups of predictions each; the diagonal is calibrated."""
+    with mpl.rc_context(_STYLE):
+        figure = Figure(figsize=(7.6, 3.8))
+        axes = figure.add_subplot()
+        axes.plot([0, 100], [0, 100], color=_INK, linewidth=1, linestyle=(0, (4, 3)))
+        for entry in entries:
+            sure = [100 * group["confidence"] for group in entry["groups"]]
+            right = [100 * group["accuracy"] for group in entry["groups"]]
+            color = COLORS[entry["arm"]]
+            name = names[entry["arm"]]
+            axes.plot(sure, right, "o-", color=color, linewidth=2, markersize=5, label=name, clip_on=False)
+        axes.set_xlabel("confidence, %")
+        axes.set_ylabel("right, %")
+        axes.set_xlim(0, 100)
+        axes.set_ylim(0, 100)
+        axes.set_aspect("equal")
+        axes.grid(color=_INK, alpha=0.12)
+        axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(1.02, 1), labelcolor="linecolor")
+        return _svg(figure)
+
+
 def learning_curves(metrics: list[dict[str, Any]]) -> str:
     """Loss beside chance, and kNN accuracy where labels exist, over the epochs."""
     with mpl.rc_context(_STYLE):

@@ -66,6 +66,14 @@ def suspicion_in_words(suspect: dict[str, Any]) -> str:
     return f"{suspect['label']}, {why}"
 
 
+def calibration_in_words(entry: dict[str, Any], name: str) -> str:
+    """`From scratch: 93.1 % sure, 71.0 % right; calibration error 22.1 points`."""
+    return (
+        f"{name}: {percent(entry['confidence'])} % sure, {percent(entry['accuracy'])} % right; "
+        f"calibration error {percent(entry['error'])} points"
+    )
+
+
 def data_line(data: dict[str, Any]) -> str:
     """What was trained on."""
     classes = f", {len(data['classes'])} classes" if data["classes"] else ""

@@ -10,6 +10,7 @@ import numpy.typing as npt
 
 from labelwise import rundir, terminal
 from labelwise.errors import CheckpointError
+from labelwise.measures.calibration import calibration_error, reliability
 from labelwise.measures.label_savings import labels_saved
 from labelwise.measures.statistics import (
     FEWEST_PER_CLASS,
@@ -23,7 +24,7 @@ from labelwise.measures.statistics import (
     test_set_margin,
     verdict,
 )
-from labelwise.predictions import read_predictions
+from labelwise.predictions import CONFIDENCE, read_predictions
 from labelwise.reports import html, markdown, text
 from labelwise.rundir import RunDirectory
 
@@ -44,7 +45,7 @@ _COMPARED = (
 
 FEW_TEST_IMAGES = 100  # an accuracy is known to about ten points then (Wilson 1927)
 
-PREDICTED = ("method", "labels", "draw", "name", "label", "prediction")  # columns
+PREDICTED = ("method", "labels", "draw", "name", "label", "prediction", CONFIDENCE)  # columns
 
 Result = dict[str, Any]
 
@@ -101,6 +102,7 @@ def compute(
         "labels_saved": _labels_saved(results, scores),
         "results": results,
         "confusion": _confusion(summary, predictions),
+        "calibration": _calibration(results, predictions),
     }
 
 
@@ -301,6 +303,29 @@ def _confusion(summary: list[dict[str, Any]], predictions: dict[str, list[Any]])
     for label, predicted in pairs:
         counts[place[label]][place[predicted]] += 1
     return {"arm": arm, "labels": last["labels"], "classes": classes, "counts": counts}
+
+
+def _calibration(results: list[Result], predictions: dict[str, list[Any]]) -> list[dict[str, Any]]:
+    """How sure every method is at every number of labels, and how often right; all draws together."""
+    arm, labels, sure = (np.array(predictions[key]) for key in ("method", "labels", CONFIDENCE))
+    right = (np.array(predictions["label"]) == np.array(predictions["prediction"])).astype(float)
+    found = []
+    for count in sorted({row["labels"] for row in results}):
+        for name in ARMS:
+            chosen = (labels == count) & (arm == name)
+            if chosen.any():
+                confidence, hits = sure[chosen], right[chosen]
+                found.append(
+                    {
+                        "arm": name,
+                        "labels": count,
+                        "confidence": float(confidence.mean()),
+                        "accuracy": float(hits.mean()),
+                        "error": calibration_error(confidence, hits),
+                        "groups": reliability(confidence, hits),
+                    }
+                )
+    return found
 
 
 def _test_uses(run: RunDirectory) -> int:
