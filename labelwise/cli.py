@@ -130,13 +130,19 @@ app.command("finetune")(with_parameters(_finetune, parameters(FinetuneSettings))
 
 
 @app.command()
-def report(run: Run = Path("runs/latest"), json: Json = False) -> None:
+def report(
+    run: Run = Path("runs/latest"),
+    label_cost: Annotated[
+        float | None, typer.Option(min=0, help="cost of one label: tells labels saved in money")
+    ] = None,
+    json: Json = False,
+) -> None:
     """Write report.html, report.md and report.json of a run, and print the table."""
     from labelwise.rundir import open_run
     from labelwise.stages.reporting import report as run_report
     from labelwise.stages.reporting import show
 
-    document = run_report(open_run(run))
+    document = run_report(open_run(run), label_cost)
     terminal.emit_json(document) if json else show(document)
 
 

@@ -578,6 +578,9 @@ def test_labels_saved_reach_to_all_labels(finished: RunDirectory, tmp_path: Path
     assert any("straight lines" in limit for limit in document["limits"])
     assert "labels with pretraining match" in copy.report_md.read_text()
     assert "Labels saved" in copy.report_html.read_text()
+    report(copy, label_cost=0.4)
+    assert all("at 0.40 a label" in page.read_text() for page in (copy.report_html, copy.report_md))
+    assert rundir.read_json(copy.report_json)["label_cost"] == 0.4
 
 
 def test_a_test_image_among_the_labels_is_found(finished: RunDirectory, tmp_path: Path) -> None:

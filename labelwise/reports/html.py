@@ -49,7 +49,7 @@ def render(document: dict[str, Any], run: RunDirectory) -> str:
         columns=columns,
         rows=_table_rows(document, rows),
         note=text.TABLE_NOTE,
-        saved=[text.saved_in_words(saved) for saved in document["labels_saved"]],
+        saved=[text.saved_in_words(saved, document["label_cost"]) for saved in document["labels_saved"]],
         accuracy_plot=_figure(plots.accuracy_against_labels(document) if document["summary"] else ""),
         curves=_figure(plots.learning_curves(metrics) if metrics else ""),
         confusion=_confusion(confusion),

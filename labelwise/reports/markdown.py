@@ -17,7 +17,10 @@ def render(document: dict[str, Any]) -> str:
             "",
             text.TABLE_NOTE,
             "",
-            *(f"- {text.saved_in_words(saved)}" for saved in document["labels_saved"]),
+            *(
+                f"- {text.saved_in_words(saved, document['label_cost'])}"
+                for saved in document["labels_saved"]
+            ),
             "",
         ]
     lines += [

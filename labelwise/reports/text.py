@@ -1,5 +1,6 @@
 """Numbers as people read them: in the terminal, in Markdown, in HTML."""
 
+from collections.abc import Callable
 from typing import Any
 
 MACRO = ", mean over classes"
@@ -37,18 +38,24 @@ def gain_in_words(entry: dict[str, Any]) -> str:
     return f"{100 * entry['mean']:+.1f} \u00b1 {50 * (entry['high'] - entry['low']):.1f} points"
 
 
-def saved_in_words(saved: dict[str, Any]) -> str:
-    """`13 labels with pretraining match 62 without [40, more than 135]`."""
+def saved_in_words(saved: dict[str, Any], label_cost: float | None) -> str:
+    """`13 labels with pretraining match 62 without [40, more than 135]`, and what the difference costs."""
 
-    def words(labels: float | None) -> str:
+    def money(labels: float) -> str:
+        return f"{(label_cost or 0) * (labels - saved['labels']):,.2f}"
+
+    def words(key: str, value: Callable[[float], str], less: str) -> str:
+        labels = saved[key]
         if labels is None:
-            return f"more than {saved['most']:,}"
-        return f"{labels:,.0f}" if labels else f"fewer than {saved['fewest']:,}"
+            return f"more than {value(saved['most'])}"
+        return value(labels) if labels else f"{less} than {value(saved['fewest'])}"
 
-    return (
-        f"{saved['labels']:,} labels with pretraining match {words(saved['matches'])} without "
-        f"[{words(saved['low'])}, {words(saved['high'])}]"
-    )
+    matches, low, high = (words(key, "{:,.0f}".format, "fewer") for key in ("matches", "low", "high"))
+    said = f"{saved['labels']:,} labels with pretraining match {matches} without [{low}, {high}]"
+    if label_cost is None:
+        return said
+    matches, low, high = (words(key, money, "less") for key in ("matches", "low", "high"))
+    return f"{said}; at {label_cost:,.2f} a label that saves {matches} [{low}, {high}]"
 
 
 def doubts_in_words(check: dict[str, Any]) -> str:

@@ -63,8 +63,12 @@ class Scores:
     truth: npt.NDArray[np.int64]
 
 
-def report(run: RunDirectory) -> dict[str, Any]:
+def report(run: RunDirectory, label_cost: float | None = None) -> dict[str, Any]:
     """Write report.json, report.md and report.html of a run, and return the document.
+
+    Args:
+        run: Pretrained, compared or not.
+        label_cost: Of one label, in any currency; labels saved are then also told in money.
 
     Raises:
         CheckpointError: A file of the run is damaged.
@@ -77,6 +81,7 @@ def report(run: RunDirectory) -> dict[str, Any]:
         **computed,
         "data": data,
         "environment": surroundings,
+        "label_cost": label_cost,
         "label_check": _label_check(run),
         "arm_names": {arm: ARMS.get(arm, arm) for arm in _arms(summary)},
         "test_uses": test_uses,
@@ -120,7 +125,7 @@ def show(document: dict[str, Any]) -> None:
         terminal.emit(text.TABLE_NOTE)
         terminal.emit("")
     for saved in document["labels_saved"]:
-        terminal.emit(f"saved  {text.saved_in_words(saved)}")
+        terminal.emit(f"saved  {text.saved_in_words(saved, document['label_cost'])}")
     if document["label_check"]:
         terminal.emit(f"look   {text.doubts_in_words(document['label_check'])}")
     for step in document["next"]:
@@ -347,7 +352,8 @@ def _limits(
         best = max(arm["mean"] for entry in summary for arm in entry["arms"].values())
         limits.append(
             f"{tested:,} test images: from the images alone, an accuracy of {best:.0%} is known to "
-            f"\u00b1{100 * test_set_margin(best, tested):.1f} points. Intervals in the table count that in."
+            f"\u00b1{100 * test_set_margin(best, tested):.1f} points, with {3 * tested:,} more to half of that. "
+            "Intervals in the table count that in."
         )
         single = [entry for entry in summary if 1 in {arm["n"] for arm in entry["arms"].values()}]
         everything = _everything(results)
