@@ -11,7 +11,7 @@ checkpoints/          resume state; manifest with SHA-256 written last
 encoder.safetensors   backbone; head.safetensors: projection head
 classifier.safetensors, classifier.json
 finetune/             results.jsonl, predictions.parquet, label_check.json (labels that look wrong, with thumbnails)
-report.html, report.md, report.json
+report.html, report.md, report.json, model-card.md (of the classifier)
 """
 
 import errno
@@ -101,6 +101,10 @@ class RunDirectory:
     @property
     def label_check(self) -> Path:
         return self.path / "finetune" / "label_check.json"
+
+    @property
+    def model_card(self) -> Path:
+        return self.path / "model-card.md"
 
     @property
     def report_json(self) -> Path:

@@ -22,7 +22,7 @@ from labelwise.config import FinetuneSettings, PretrainSettings, read_run_config
 from labelwise.errors import CheckpointError, DataError, UsageError
 from labelwise.images.splits import hash_names
 from labelwise.predictions import read_predictions
-from labelwise.reports import html
+from labelwise.reports import html, model_card
 from labelwise.rundir import RunDirectory
 from labelwise.stages.comparing import finetune
 from labelwise.stages.demo import write_digits
@@ -64,6 +64,7 @@ EVERY_FILE = {
     "report.html",
     "report.md",
     "report.json",
+    "model-card.md",
 }
 
 
@@ -151,6 +152,23 @@ def test_the_page_stands_alone(finished: RunDirectory) -> None:
     assert "<script" not in page
     assert not re.findall(r'(?:src|href)="(?!data:|#)', page)
     assert "From scratch" in page
+
+
+def test_the_model_card_says_what_the_classifier_is_and_that_it_was_not_tested_itself(
+    finished: RunDirectory, tmp_path: Path
+) -> None:
+    card, facts = finished.model_card.read_text(), rundir.read_json(finished.classifier_json)
+    assert f"fine-tuned on all {facts['labels']} labels" in card
+    assert ", ".join(facts["classes"]) in card
+    assert f"has {facts['labels']} labels and was not tested itself" in card
+    document = rundir.read_json(finished.report_json)
+    entry = document["summary"][0]
+    assert f"| {entry['labels']} | {100 * entry['arms']['simclr']['mean']:.1f}" in card
+    assert all(limit in card for limit in document["limits"])
+    whole = {**document, "results": [{**row, "labels": facts["labels"]} for row in document["results"]]}
+    assert "was trained once more" in model_card.render(whole, facts)
+    hostile = {**facts, "classes": ["<script>", "a|b"]}
+    assert "&lt;script>, a\\|b" in model_card.render(document, hostile)
 
 
 @pytest.mark.parametrize(

@@ -53,7 +53,7 @@ def render(document: dict[str, Any], run: RunDirectory) -> str:
         accuracy_plot=_figure(plots.accuracy_against_labels(document) if document["summary"] else ""),
         curves=_figure(plots.learning_curves(metrics) if metrics else ""),
         confusion=_confusion(confusion),
-        worst=_worst_classes(confusion),
+        worst=text.worst_classes(confusion),
         of_whom=_of_whom(document),
         long_names=confusion is not None and any(len(name) > _UPRIGHT for name in confusion["classes"]),
         side_by_side=_SIDE_BY_SIDE,
@@ -124,17 +124,6 @@ def _of_whom(document: dict[str, Any]) -> str:
     return (
         f"{document['arm_names'][confusion['arm']]} with {confusion['labels']:,} labels, all draws together"
     )
-
-
-def _worst_classes(confusion: dict[str, Any] | None) -> list[dict[str, Any]]:
-    """Classes by accuracy of the best-placed method at the most labels, worst first."""
-    if confusion is None:
-        return []
-    classes = []
-    for place, (name, counts) in enumerate(zip(confusion["classes"], confusion["counts"], strict=True)):
-        if sum(counts):
-            classes.append({"name": name, "accuracy": counts[place] / sum(counts)})
-    return sorted(classes, key=lambda entry: float(entry["accuracy"]))
 
 
 def _environment_rows(environment: dict[str, Any]) -> list[tuple[str, str]]:

@@ -11,9 +11,7 @@ def render(document: dict[str, Any]) -> str:
     if document["summary"]:
         columns, rows = text.table(document)
         lines += [
-            _row(columns),
-            _row(["---"] * len(columns)),
-            *(_row(row) for row in rows),
+            *write_table(columns, rows),
             "",
             text.TABLE_NOTE,
             "",
@@ -33,7 +31,9 @@ def render(document: dict[str, Any]) -> str:
     check = document["label_check"]
     if check:
         lines += ["## Labels to look at again", "", f"{text.doubts_in_words(check)}. {text.CHECK_NOTE}", ""]
-        lines += [f"- {each['name']}: {text.suspicion_in_words(each)}" for each in check["suspects"]] + [""]
+        lines += [
+            f"- {escape(each['name'])}: {escape(text.suspicion_in_words(each))}" for each in check["suspects"]
+        ] + [""]
     lines += ["## What these numbers do not say", "", *(f"- {limit}" for limit in document["limits"]), ""]
     lines += [
         "## Commands",
@@ -44,9 +44,14 @@ def render(document: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _row(cells: list[str]) -> str:
-    return (
-        "| "
-        + " | ".join(cell.replace("|", "\\|").replace("\n", " ").replace("<", "&lt;") for cell in cells)
-        + " |"
-    )
+def write_table(columns: list[str], rows: list[list[str]]) -> list[str]:
+    """Lines of a Markdown table."""
+    return [
+        "| " + " | ".join(escape(cell) for cell in row) + " |"
+        for row in (columns, ["---"] * len(columns), *rows)
+    ]
+
+
+def escape(words: str) -> str:
+    """Text that cannot break a table or become HTML."""
+    return words.replace("|", "\\|").replace("\n", " ").replace("<", "&lt;")

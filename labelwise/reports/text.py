@@ -81,6 +81,17 @@ def calibration_in_words(entry: dict[str, Any], name: str) -> str:
     )
 
 
+def worst_classes(confusion: dict[str, Any] | None) -> list[dict[str, Any]]:
+    """Classes by accuracy of the best-placed method at the most labels, worst first."""
+    if confusion is None:
+        return []
+    classes = []
+    for place, (name, counts) in enumerate(zip(confusion["classes"], confusion["counts"], strict=True)):
+        if sum(counts):
+            classes.append({"name": name, "accuracy": counts[place] / sum(counts)})
+    return sorted(classes, key=lambda entry: float(entry["accuracy"]))
+
+
 def data_line(data: dict[str, Any]) -> str:
     """What was trained on."""
     classes = f", {len(data['classes'])} classes" if data["classes"] else ""

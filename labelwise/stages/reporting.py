@@ -25,7 +25,7 @@ from labelwise.measures.statistics import (
     verdict,
 )
 from labelwise.predictions import CONFIDENCE, read_predictions
-from labelwise.reports import html, markdown, text
+from labelwise.reports import html, markdown, model_card, text
 from labelwise.rundir import RunDirectory
 
 ARMS = {
@@ -92,6 +92,8 @@ def report(run: RunDirectory, label_cost: float | None = None) -> dict[str, Any]
     rundir.write_json(run.report_json, document)
     rundir.write_text(run.report_md, markdown.render(document))
     rundir.write_text(run.report_html, html.render(document, run))
+    if run.classifier_json.exists():
+        rundir.write_text(run.model_card, model_card.render(document, rundir.read_json(run.classifier_json)))
     return document
 
 

@@ -1,0 +1,100 @@
+"""model-card.md: what the kept classifier is, what it was made of, how good it is and how that is known."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from labelwise.reports import text
+from labelwise.reports.markdown import escape, write_table
+
+_WORST = 5  # classes that are named
+
+
+def render(document: dict[str, Any], classifier: dict[str, Any]) -> str:
+    """Write the card of a run's classifier.
+
+    Args:
+        document: report.json.
+        classifier: classifier.json.
+    """
+    data, surroundings, summary = document["data"], document["environment"], document["summary"]
+    spec = {key: json.loads(value) for key, value in classifier["encoder"].items()}
+    name = escape(Path(data["root"]).name)
+    lines = [
+        f"# Image classifier: {name}",
+        "",
+        f"A {spec['backbone']} that tells {len(classifier['classes'])} classes apart. It was pretrained with SimCLR on "
+        f"{data['pool']:,} images without their labels and fine-tuned on all {classifier['labels']:,} labels outside the "
+        "test set. Made with Labelwise.",
+        "",
+        "## Files",
+        "",
+        "- `classifier.safetensors`: the weights, network and last layer; no pickle.",
+        "- `classifier.json`: the classes, in the order of the outputs, and what it takes to build the network.",
+        f"- Input: RGB, short side and centre crop to {spec['image_size']} px, values 0-1, mean {_rounded(spec['mean'])}, "
+        f"standard deviation {_rounded(spec['std'])}.",
+        "",
+        "## Classes",
+        "",
+        ", ".join(escape(each) for each in classifier["classes"]),
+        "",
+        "## How good it is",
+        "",
+        f"Measured on {text.test_line(document)}. Every row is a classifier made as this one was, from so many labels drawn "
+        "at random.",
+        "",
+        *write_table(["labels", "accuracy, %", "gain over training from scratch, points"], _rows(summary)),
+        "",
+        _of_itself(document, classifier),
+        "",
+    ]
+    worst = [each for each in text.worst_classes(document["confusion"]) if each["accuracy"] < 1][:_WORST]
+    if worst:
+        named = ", ".join(f"{escape(each['name'])} ({text.percent(each['accuracy'])} %)" for each in worst)
+        lines += [f"Worst classes, at the most labels measured: {named}.", ""]
+    sure = [each for each in document["calibration"] if each["arm"] == "simclr"]
+    if sure:
+        words = text.calibration_in_words(sure[-1], f"With {sure[-1]['labels']:,} labels")
+        lines += [f"{words}.", ""]
+    lines += [
+        "## What these numbers do not say",
+        "",
+        *(f"- {escape(limit)}" for limit in document["limits"]),
+        "- How it does on images from elsewhere: another camera, place or time was not tested.",
+        "",
+        "## How it was made",
+        "",
+        *(f"    {entry['command']}" for entry in surroundings["commands"]),
+        "",
+        f"Labelwise {surroundings['labelwise']}, torch {surroundings['torch']}, timm {surroundings['timm']}; "
+        f"{classifier['steps']:,} steps of fine-tuning, {classifier['way']}. Settings: `config.toml`.",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _rows(summary: list[dict[str, Any]]) -> list[list[str]]:
+    return [
+        [
+            f"{entry['labels']:,}",
+            text.with_interval(entry["arms"]["simclr"]),
+            text.points(entry["gain"]).replace(" points", "") if entry["gain"] else "",
+        ]
+        for entry in summary
+        if "simclr" in entry["arms"]
+    ]
+
+
+def _of_itself(document: dict[str, Any], classifier: dict[str, Any]) -> str:
+    """What is known of the very classifier that is kept."""
+    most = max((row["labels"] for row in document["results"] if row["method"] == "simclr"), default=0)
+    if most == classifier["labels"]:
+        return "The last row is of as many labels as the classifier that is kept; that one was trained once more."
+    return (
+        f"The classifier that is kept has {classifier['labels']:,} labels and was not tested itself: "
+        "`labelwise finetune --label-counts all` measures one like it."
+    )
+
+
+def _rounded(values: list[float]) -> str:
+    return ", ".join(f"{value:.3f}" for value in values)
