@@ -152,6 +152,7 @@ def test_the_page_stands_alone(finished: RunDirectory) -> None:
     assert "<script" not in page
     assert not re.findall(r'(?:src|href)="(?!data:|#)', page)
     assert "From scratch" in page
+    assert re.search(r"<dt>Pretraining, once</dt><dd>[\d.]+ (s|min) on [\d,]+ images without labels", page)
 
 
 def test_the_model_card_says_what_the_classifier_is_and_that_it_was_not_tested_itself(

@@ -62,6 +62,7 @@ def render(document: dict[str, Any], run: RunDirectory) -> str:
             text.calibration_in_words(each, document["arm_names"][each["arm"]]) for each in calibration
         ],
         reliability=_figure(plots.reliability_diagram(calibration, document["arm_names"])),
+        costs=text.costs(document),
         mosaic=_picture(run.views),
         suspects=rundir.read_json(run.label_check)["suspects"] if document["label_check"] else [],
         check_note=text.CHECK_NOTE,

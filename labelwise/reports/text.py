@@ -1,6 +1,7 @@
 """Numbers as people read them: in the terminal, in Markdown, in HTML."""
 
 from collections.abc import Callable
+from statistics import median
 from typing import Any
 
 MACRO = ", mean over classes"
@@ -90,6 +91,25 @@ def worst_classes(confusion: dict[str, Any] | None) -> list[dict[str, Any]]:
         if sum(counts):
             classes.append({"name": name, "accuracy": counts[place] / sum(counts)})
     return sorted(classes, key=lambda entry: float(entry["accuracy"]))
+
+
+def costs(document: dict[str, Any]) -> list[tuple[str, str]]:
+    """What pretraining took, and what training one classifier took with each method at the most labels."""
+    data, results = document["data"], document["results"]
+    commands = document["environment"]["commands"]
+    spent = sum(each["seconds"] for each in commands if each.get("stage") == "pretrain")
+    rows = [("Pretraining, once", f"{_duration(spent)} on {data['pool']:,} images without labels")] * bool(
+        spent
+    )
+    for arm, name in document["arm_names"].items():
+        most = max(row["labels"] for row in results if row["method"] == arm)
+        seconds = [row["seconds"] for row in results if (row["method"], row["labels"]) == (arm, most)]
+        rows.append((name, f"{_duration(median(seconds))} a classifier with {most:,} labels"))
+    return rows
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds:.1f} s" if seconds < 60 else f"{seconds / 60:.1f} min"
 
 
 def data_line(data: dict[str, Any]) -> str:

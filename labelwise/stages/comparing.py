@@ -55,7 +55,7 @@ def finetune(settings: FinetuneSettings) -> RunDirectory:
     terminal.say(f"run        {run.path}")
     with rundir.hold(run):
         _compare(run, _remember(run, settings))
-        environment.finish(run, time.monotonic() - started)
+        environment.finish(run, "finetune", time.monotonic() - started)
     return run
 
 
