@@ -4,6 +4,7 @@ Stages are imported inside the commands: `labelwise --help` must not wait for to
 """
 
 import errno
+import math
 import signal
 import sys
 import traceback
@@ -16,7 +17,7 @@ import typer
 
 from labelwise import terminal
 from labelwise.config import FinetuneSettings, PretrainSettings, Settings, read_recipe
-from labelwise.errors import Interrupted, LabelwiseError, ResourceError
+from labelwise.errors import Interrupted, LabelwiseError, ResourceError, UsageError
 from labelwise.options import parameters, parse, with_parameters
 from labelwise.recipes import find_recipe, list_recipes
 
@@ -142,6 +143,8 @@ def report(
     from labelwise.stages.reporting import report as run_report
     from labelwise.stages.reporting import show
 
+    if label_cost is not None and not math.isfinite(label_cost):
+        raise UsageError(f"--label-cost {label_cost}: give a number.")
     document = run_report(open_run(run), label_cost)
     terminal.emit_json(document) if json else show(document)
 

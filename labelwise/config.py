@@ -15,8 +15,8 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from labelwise.errors import CheckpointError, UsageError
 
-Method = Literal["simclr_probe", "simclr", "supervised", "random_probe", "pixels"]
-METHODS: tuple[Method, ...] = ("simclr_probe", "simclr", "supervised", "random_probe", "pixels")
+METHODS = ("simclr_probe", "simclr", "supervised", "random_probe", "pixels")
+ALTERNATIVES = ("imagenet_probe", "dinov2_probe")  # weights that timm fetches
 
 
 class Settings(BaseModel):
@@ -50,6 +50,15 @@ def _is_ascending(values: tuple[float, float]) -> tuple[float, float]:
         raise ValueError("the first number must not be above the second")
     return values
 
+
+def _is_method(name: str) -> str:
+    if name not in (*METHODS, *ALTERNATIVES) and not name.endswith(".toml"):
+        known = ", ".join((*METHODS, *ALTERNATIVES))
+        raise ValueError(f"'{name}' is no method; known: {known}, or a .toml file of your own weights")
+    return name
+
+
+Method = Annotated[str, AfterValidator(_is_method)]
 
 _LONGEST_SECONDS = 366 * 24 * 3600.0
 
@@ -295,7 +304,10 @@ class FinetuneSettings(Settings):
         None, description="labels arrived later: folder of test images", json_schema_extra={"panel": "Data"}
     )
     methods: tuple[Method, ...] = Field(
-        METHODS, description="which methods to compare", json_schema_extra={"panel": "Training"}
+        METHODS,
+        min_length=1,
+        description=f"which methods to compare; {', '.join(ALTERNATIVES)} fetch weights; a .toml file names your own",
+        json_schema_extra={"panel": "Training"},
     )
     batch_size: int = Field(64, ge=2, description="images per step", json_schema_extra={"panel": "Training"})
     crop_scale: ShareRange = Field(
@@ -327,18 +339,48 @@ class FinetuneSettings(Settings):
     )
 
 
+class OwnWeights(BaseModel):
+    """Weights of the user's own, to be compared frozen, with a linear probe."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    backbone: str
+    weights: Path
+    backbone_args: dict[str, Any] = {}
+    image_size: int | None = Field(None, ge=8)
+    mean: tuple[float, float, float] | None = None
+    std: tuple[float, float, float] | None = None
+
+
+def read_own_weights(path: Path) -> dict[str, OwnWeights]:
+    """Read a file with one table for each network, `[NAME]`; its paths start from its folder.
+
+    Raises:
+        UsageError: The file cannot be read, or a table is not understood; the message names it.
+    """
+    found = {}
+    for name, table in _read_toml(path, "no such file of weights").items():
+        if not re.fullmatch(r"[a-z][a-z0-9_]*", name) or name in (*METHODS, *ALTERNATIVES):
+            raise UsageError(
+                f"{path}: [{name}]: choose a name of small letters, digits and _ that no method has."
+            )
+        try:
+            own = OwnWeights.model_validate(table)
+        except ValidationError as error:
+            problem = error.errors()[0]
+            place = ".".join(map(str, (name, *problem["loc"])))
+            raise UsageError(f"{path}: {place}: {problem['msg']}") from None
+        found[name] = own.model_copy(update={"weights": path.parent / own.weights})
+    return found
+
+
 def read_recipe(path: Path, settings: type[Settings]) -> dict[str, Any]:
     """Read one command's table from a recipe.
 
     Raises:
         UsageError: The file is missing, is not TOML, or has a table no command reads.
     """
-    try:
-        tables = tomllib.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UsageError(f"{path}: no such recipe; `labelwise recipes` lists those that ship.") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path}: not a TOML file ({error}).") from None
+    tables = _read_toml(path, "no such recipe; `labelwise recipes` lists those that ship")
     known = [PretrainSettings.table, FinetuneSettings.table]
     for name in tables:
         if name not in known:
@@ -352,6 +394,17 @@ def read_recipe(path: Path, settings: type[Settings]) -> dict[str, Any]:
                 f"{path}: [{settings.table}] has no setting '{key}'{_did_you_mean(key, list(settings.model_fields))}"
             )
     return table
+
+
+def _read_toml(path: Path, missing: str) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UsageError(f"{path}: {missing}.") from None
+    except OSError as error:
+        raise UsageError(f"{path}: cannot be read ({error.strerror or error}).") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path}: not a TOML file ({error}).") from None
 
 
 def _did_you_mean(word: str, known: list[str]) -> str:

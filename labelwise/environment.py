@@ -37,21 +37,14 @@ def start(run: RunDirectory, **facts: Any) -> None:
     )
 
 
-def finish(run: RunDirectory, stage: str, seconds: float) -> None:
+def finish(run: RunDirectory, seconds: float) -> None:
     """Note that the command that is running has done its work on this run.
 
     Args:
-        run: Whose environment.json it is.
-        stage: `pretrain` or `finetune`.
         seconds: How long it took.
     """
     record = rundir.read_json(run.environment)
-    command = {
-        "stage": stage,
-        "command": command_line(),
-        "finished": now(),
-        "seconds": round(seconds, 1),
-    }
+    command = {"command": command_line(), "finished": now(), "seconds": round(seconds, 1)}
     record["commands"].append(command)
     record["finished"] = command["finished"]
     record["seconds"] = round(record["seconds"] + seconds, 1)

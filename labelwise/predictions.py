@@ -93,10 +93,9 @@ def read_predictions(path: Path, names: Sequence[str] = COLUMNS) -> dict[str, li
 
 def _largest(lists: pa.ChunkedArray) -> list[float]:
     """The largest number of each list."""
-    whole = lists.combine_chunks()
-    largest: list[float] = np.maximum.reduceat(
-        whole.values.to_numpy(), whole.offsets.to_numpy()[:-1]
-    ).tolist()
+    largest: list[float] = []
+    for chunk in lists.chunks:
+        largest += np.maximum.reduceat(chunk.values.to_numpy(), chunk.offsets.to_numpy()[:-1]).tolist()
     return largest
 
 

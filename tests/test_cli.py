@@ -176,6 +176,13 @@ def test_an_output_folder_among_the_images_ends_with_3(labelwise: Command, photo
     assert not (photos / "run").exists()
 
 
+@pytest.mark.parametrize("cost", ["nan", "inf", "-1", "much"])
+def test_a_cost_that_is_none_is_refused(labelwise: Command, cost: str) -> None:
+    code, _, err = labelwise("report", "--label-cost", cost)
+    assert code == 2
+    assert "--label-cost" in err
+
+
 @pytest.mark.parametrize("words", [("finetune",), ("report",), ("finetune", "--run", "runs/x")])
 def test_no_run_ends_with_2_and_says_how_to_start_one(labelwise: Command, words: tuple[str, ...]) -> None:
     code, out, err = labelwise(*words)

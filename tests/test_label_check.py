@@ -96,7 +96,7 @@ def test_of_many_labels_a_part_is_fitted_with_every_class_in_it(monkeypatch: pyt
         fitted.append(labels)
         return fit(rows, labels, *rest, **options)
 
-    monkeypatch.setattr(label_check, "_MOST_FITTED", 100)
+    monkeypatch.setattr(label_check, "_MOST", 100)
     monkeypatch.setattr(label_check, "fit_probe", watch)
     margin, _ = doubt(support_of(features[rare], labels, everything), labels)
     assert [len(each) for each in fitted] == [100] * 5

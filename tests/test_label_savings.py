@@ -114,12 +114,12 @@ def test_intervals_hold_the_true_labels(draws: int) -> None:
     [
         (
             {},
-            "match 62 without [40, more than 135]; at 0.40 a label that saves 19.60 [10.80, more than 48.80]",
+            "match 62 without [40, more than 135]; at 0.4 a label that saves 19.60 [10.80, more than 48.80]",
         ),
-        ({"high": 90.0}, "match 62 without [40, 90]; at 0.40 a label that saves 19.60 [10.80, 30.80]"),
+        ({"high": 90.0}, "match 62 without [40, 90]; at 0.4 a label that saves 19.60 [10.80, 30.80]"),
         (
             {"low": 0.0},
-            "[fewer than 13, more than 135]; at 0.40 a label that saves 19.60 [less than 0.00, more",
+            "[fewer than 13, more than 135]; at 0.4 a label that saves 19.60 [less than 0.00, more",
         ),
         ({"matches": None}, "match more than 135 without"),
     ],
@@ -128,4 +128,4 @@ def test_labels_saved_are_told_in_labels_and_in_money(ends: dict[str, float], wo
     saved = {"labels": 13, "matches": 62.0, "low": 40.0, "high": None, "fewest": 13, "most": 135} | ends
     assert words in saved_in_words(saved, 0.4)
     assert saved_in_words(saved, 0.4).startswith(saved_in_words(saved, None))
-    assert "at 0.00 a label that saves" in saved_in_words(saved, 0)
+    assert "at 0 a label that saves" in saved_in_words(saved, 0)

@@ -21,8 +21,9 @@ from labelwise import rundir
 from labelwise.config import FinetuneSettings, PretrainSettings, read_run_config
 from labelwise.errors import CheckpointError, DataError, UsageError
 from labelwise.images.splits import hash_names
-from labelwise.predictions import read_predictions
-from labelwise.reports import html, model_card
+from labelwise.predictions import read_predictions, store_predictions
+from labelwise.reports import html, markdown, model_card
+from labelwise.reports.markdown import escape
 from labelwise.rundir import RunDirectory
 from labelwise.stages.comparing import finetune
 from labelwise.stages.demo import write_digits
@@ -152,7 +153,7 @@ def test_the_page_stands_alone(finished: RunDirectory) -> None:
     assert "<script" not in page
     assert not re.findall(r'(?:src|href)="(?!data:|#)', page)
     assert "From scratch" in page
-    assert re.search(r"<dt>Pretraining, once</dt><dd>[\d.]+ (s|min) on [\d,]+ images without labels", page)
+    assert re.search(r"<dt>Pretraining, once</dt><dd>.+ for 2 epochs of 400 images without labels", page)
 
 
 def test_the_model_card_says_what_the_classifier_is_and_that_it_was_not_tested_itself(
@@ -165,11 +166,11 @@ def test_the_model_card_says_what_the_classifier_is_and_that_it_was_not_tested_i
     document = rundir.read_json(finished.report_json)
     entry = document["summary"][0]
     assert f"| {entry['labels']} | {100 * entry['arms']['simclr']['mean']:.1f}" in card
-    assert all(limit in card for limit in document["limits"])
+    assert all(escape(limit) in card for limit in document["limits"])
     whole = {**document, "results": [{**row, "labels": facts["labels"]} for row in document["results"]]}
-    assert "was trained once more" in model_card.render(whole, facts)
+    assert "was trained once more" in model_card.render(whole, facts, 16)
     hostile = {**facts, "classes": ["<script>", "a|b"]}
-    assert "&lt;script>, a\\|b" in model_card.render(document, hostile)
+    assert "&lt;script>, a\\|b" in model_card.render(document, hostile, 16)
 
 
 @pytest.mark.parametrize(
@@ -598,7 +599,7 @@ def test_labels_saved_reach_to_all_labels(finished: RunDirectory, tmp_path: Path
     assert "labels with pretraining match" in copy.report_md.read_text()
     assert "Labels saved" in copy.report_html.read_text()
     report(copy, label_cost=0.4)
-    assert all("at 0.40 a label" in page.read_text() for page in (copy.report_html, copy.report_md))
+    assert all("at 0.4 a label" in page.read_text() for page in (copy.report_html, copy.report_md))
     assert rundir.read_json(copy.report_json)["label_cost"] == 0.4
 
 
@@ -632,6 +633,7 @@ def test_labels_that_look_wrong_are_listed_with_pictures(
     assert check["checked"] == 100
     assert sum(entry["labels"] for entry in check["classes"]) == 100
     assert check["classes"] == sorted(check["classes"], key=lambda entry: (entry["agreed"], entry["labels"]))
+    assert check["unlabeled"] == len(rest) - 100
     assert check["doubted"] >= len(check["suspects"])
     assert all(entry["label"] != entry["looks_like"] for entry in check["suspects"])
     assert not set(test) & {entry["name"] for entry in check["suspects"]}
@@ -654,13 +656,14 @@ def test_copies_with_different_labels_are_suspects_and_a_class_of_one_is_not_jud
     Image.new("L", (8, 8), 200).save(images / "only" / "one.png")
     settings = {**SMALL, "epochs": 1, "holdout": 0.1}
     run = pretrain(PretrainSettings(images=images, out=tmp_path / "run", **settings))
-    check = report(finetune(FinetuneSettings(run=run.path, methods=("pixels",), **FEW)))["label_check"]
-    assert {entry["name"] for entry in check["classes"]} == {str(digit) for digit in range(10)}
-    pair = [entry for entry in check["suspects"] if entry["is_copy"]]
+    check = report(finetune(FinetuneSettings(run=run.path, methods=("simclr_probe",), **FEW)))["label_check"]
+    assert check["classes"][0] == {"name": "only", "labels": 1, "agreed": None}
+    assert all(entry["agreed"] is not None for entry in check["classes"][1:])
+    pair = [entry for entry in check["suspects"] if entry["has_other_copy"]]
     assert pair == check["suspects"][: len(pair)]
     assert "5/copy.png" in {entry["name"] for entry in pair}
-    assert {entry["label"] for entry in pair} == {"3", "5"}
-    assert "an exact copy has another label" in run.report_md.read_text()
+    assert {(entry["label"], entry["looks_like"]) for entry in pair} == {("3", "5"), ("5", "3")}
+    assert "3, an exact copy is labeled 5" in run.report_md.read_text()
 
 
 def test_the_check_is_made_again_only_when_labels_or_settings_change(
@@ -674,3 +677,64 @@ def test_the_check_is_made_again_only_when_labels_or_settings_change(
     assert copy.label_check.read_bytes() == before + b"\n"
     finetune(FinetuneSettings(run=copy.path, methods=("simclr_probe",), **{**FEW, "seed": 1}))
     assert rundir.read_json(copy.label_check)["signature"] != json.loads(before)["signature"]
+
+
+def test_a_report_leaves_out_what_has_no_result_and_what_diverged(
+    finished: RunDirectory, tmp_path: Path
+) -> None:
+    copy = RunDirectory(tmp_path / "copy")
+    shutil.copytree(finished.path, copy.path)
+    whole = {entry["arm"] for entry in report(copy)["calibration"]}
+    rows = rundir.read_jsonl(copy.results)
+    rundir.rewrite_jsonl(copy.results, [row for row in rows if row["method"] != "pixels"])
+    assert {entry["arm"] for entry in report(copy)["calibration"]} == whole - {"pixels"}
+    rundir.rewrite_jsonl(copy.results, rows)
+    table = read_predictions(copy.predictions)
+    chosen = [
+        row for row, arm in enumerate(table["method"]) if (arm, table["draw"][row]) == ("supervised", 0)
+    ]
+    store_predictions(
+        copy.predictions, "supervised", 0, 20,
+        names=[table["name"][row] for row in chosen],
+        truth=[table["label"][row] for row in chosen],
+        predicted=[table["prediction"][row] for row in chosen],
+        probabilities=np.full((len(chosen), 10), np.nan, dtype=np.float32),
+    )  # fmt: skip
+    assert {entry["arm"] for entry in report(copy)["calibration"]} == whole - {"supervised"}
+    assert verify(copy)["classifiers"] == len(rows)
+
+
+def test_a_model_card_and_a_label_check_never_outlive_the_results_they_belong_to(
+    finished: RunDirectory, tmp_path: Path
+) -> None:
+    copy = RunDirectory(tmp_path / "copy")
+    shutil.copytree(finished.path, copy.path)
+    report(finetune(FinetuneSettings(run=copy.path, methods=("pixels",), **{**FEW, "seed": 1})))
+    assert not copy.model_card.exists()
+    assert not copy.label_check.exists()
+    report(finetune(FinetuneSettings(run=copy.path, **FEW)))
+    assert copy.model_card.exists()
+    assert copy.label_check.read_bytes() == finished.label_check.read_bytes()
+    finetune(FinetuneSettings(run=copy.path, methods=("pixels",), **{**FEW, "label_counts": ("all",)}))
+    report(copy)
+    assert "Worst classes" not in copy.model_card.read_text(), "the confusion counted is that of pixels"
+
+
+def test_the_report_of_an_earlier_version_is_named_so(finished: RunDirectory, tmp_path: Path) -> None:
+    copy = RunDirectory(tmp_path / "copy")
+    shutil.copytree(finished.path, copy.path)
+    document = rundir.read_json(copy.report_json)
+    del document["calibration"]
+    rundir.write_json(copy.report_json, document)
+    with pytest.raises(CheckpointError, match="has no calibration, an earlier version wrote it"):
+        verify(copy)
+
+
+def test_a_name_cannot_become_markdown_of_its_own(finished: RunDirectory) -> None:
+    document = rundir.read_json(finished.report_json)
+    name = "a\n# b|c![x](https://d)`<script>"
+    suspect = {**document["label_check"]["suspects"][0], "name": name, "label": name}
+    page = markdown.render({**document, "label_check": {**document["label_check"], "suspects": [suspect]}})
+    assert "\n# b" not in page
+    assert "<script>" not in page
+    assert "a # b\\|c!\\[x\\](https://d)\\`&lt;script>: a # b" in page

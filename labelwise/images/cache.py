@@ -33,6 +33,7 @@ from labelwise.rundir import cache_root, write_json
 _VERSION = 3  # of what the files in a cache mean
 _SAMPLED = 10_000  # images whose mean and spread stand for the set's
 _CHUNK = 512
+_DECODED = 64  # images held at once that are not kept
 _SAVE_SECONDS = 5.0
 _SQUARES, _EVALUATIONS = "squares.npy", "evaluations.npy"
 _ABANDONED_SECONDS = 7 * 24 * 3600.0
@@ -93,7 +94,9 @@ def build_cache(
         _remove_abandoned(cache_root())
         fresh = folder.with_name(f".building-{folder.name}")
         needed = len(images.names) * 3 * (side**2 + evaluation_size**2)
-        _check_space(folder, needed - _written(fresh))
+        needed -= _written(fresh)
+        if not folder.exists():  # another process may have finished it by now
+            _check_space(folder, needed)
         with _alone_in(fresh):
             if folder.exists():  # another process finished it while this one waited
                 shutil.rmtree(fresh)
@@ -108,6 +111,38 @@ def build_cache(
         return build_cache(images, side=side, evaluation_size=evaluation_size, progress=progress)
     progress(len(images.names))
     return cache
+
+
+def read_evaluations(
+    images: ImageSet, rows: npt.NDArray[np.int64], size: int, intensity_range: Range | None
+) -> Iterator[tuple[npt.NDArray[np.int64], Pixels]]:
+    """Decode images some at a time for an evaluation at another size, without keeping them.
+
+    Args:
+        images: The set.
+        rows: Which of them; all can be read.
+        size: Side of the evaluation images, E.
+        intensity_range: See `ImageCache`.
+
+    Yields:
+        Rows, (B,), and their centres, uint8, (B, E, E, 3).
+
+    Raises:
+        DataError: An image cannot be read any more.
+    """
+    shortest = max(decoding.SHORTEST, decoding.evaluation_short_side(size))
+
+    def decode(row: int) -> Pixels:
+        try:
+            image, _ = decoding.decode_image(images.read(row), intensity_range, shortest)
+        except (UnreadableImage, OSError) as error:
+            raise DataError(f"{images.names[row]}: could be read before, and now not: {error}") from None
+        return decoding.evaluation_pixels(image, size)
+
+    with decoding.without_warnings(), ThreadPoolExecutor(os.cpu_count()) as pool:
+        for start in range(0, len(rows), _DECODED):
+            chunk = rows[start : start + _DECODED]
+            yield chunk, np.stack(list(pool.map(decode, chunk.tolist())))
 
 
 def sample_sizes(images: ImageSet, count: int = 200) -> npt.NDArray[np.int64]:

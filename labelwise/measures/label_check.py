@@ -11,13 +11,13 @@ from labelwise.measures.linear import fit_probe, stratified_folds
 Floats = npt.NDArray[np.float32]
 Indices = npt.NDArray[np.int64]
 
-FEWEST_PER_CLASS = 2  # with one label there is no other to judge it by
+FEWEST_LABELS = 2  # with one label there is no other to judge it by
 
 # Compared on 5 % wrong labels, digits and CIFAR-10: recipes/LOG.md.
 _FOLDS = 5
 _NEIGHBOURS = 10
 _STRENGTH = 3.0
-_MOST_FITTED = 10_000  # images a probe is fitted on; more would take minutes and change little
+_MOST = 10_000  # images a probe is fitted on, or neighbours are looked for among; more would take minutes
 
 
 def class_support(
@@ -27,7 +27,7 @@ def class_support(
 
     Args:
         features: Frozen features of the labeled images, (n, F).
-        labels: Class indices, (n,); each class at least `FEWEST_PER_CLASS` times.
+        labels: Class indices, (n,); each class at least `FEWEST_LABELS` times.
         classes: Number of classes, C, two or more.
         balanced, reference: See `fit_probe`.
         seed: Of the folds.
@@ -46,10 +46,7 @@ def class_support(
             features[train], labels[train], classes, _STRENGTH, balanced=balanced, reference=reference
         )
         probed[held] = torch.softmax(torch.from_numpy(probe.logits(features[held])), dim=1).numpy()
-    votes = neighbour_votes(
-        torch.from_numpy(features), torch.from_numpy(labels), classes=classes, neighbours=_NEIGHBOURS
-    )
-    support: Floats = (probed + votes.numpy()) / 2
+    support: Floats = (probed + _votes(features, labels, classes, seed)) / np.float32(2)
     return support
 
 
@@ -68,12 +65,25 @@ def doubt(support: Floats, labels: Indices) -> tuple[Floats, Indices]:
     return margin, other
 
 
+def _votes(features: Floats, labels: Indices, classes: int, seed: int) -> Floats:
+    """Votes of the nearest images, of all or of a random part that everyone is compared with, (n, C)."""
+    bank = _thin(np.arange(len(labels)), labels, seed)
+    others = np.setdiff1d(np.arange(len(labels)), bank)
+    known, classes_known = torch.from_numpy(features[bank]), torch.from_numpy(labels[bank])
+    votes = np.empty((len(labels), classes), dtype=np.float32)
+    for rows, asked in ((bank, None), (others, torch.from_numpy(features[others]))):
+        votes[rows] = neighbour_votes(
+            known, classes_known, asked, classes=classes, neighbours=_NEIGHBOURS
+        ).numpy()
+    return votes
+
+
 def _thin(rows: Indices, labels: Indices, seed: int) -> Indices:
-    """No more rows than a probe is fitted on: all, or a random part with one of each class at least."""
-    if len(rows) <= _MOST_FITTED:
+    """No more rows than can be compared with in a short time: all, or a random part with one of each class at least."""
+    if len(rows) <= _MOST:
         return rows
     shuffled = seeding.generator(seed, "label check", len(rows)).permutation(rows)
     first = np.unique(labels[shuffled], return_index=True)[1]
     rest = np.setdiff1d(np.arange(len(shuffled)), first)
-    kept: Indices = shuffled[np.concatenate([first, rest])[:_MOST_FITTED]]
+    kept: Indices = shuffled[np.concatenate([first, rest])[:_MOST]]
     return kept

@@ -220,8 +220,12 @@ def _feature_width(backbone: nn.Module, image_size: int) -> int:
     return int(width)
 
 
-def pretrained_normalization(backbone: str) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
-    """Mean and standard deviation timm's weights of a backbone were trained with.
+def pretrained_spec(backbone: str, image_size: int | None = None) -> EncoderSpec:
+    """Spec of timm's own weights of a backbone, with the mean and standard deviation they were trained with.
+
+    Args:
+        backbone: A timm model name.
+        image_size: Other than the one they were trained at.
 
     Raises:
         UsageError: timm has no weights for it.
@@ -231,5 +235,12 @@ def pretrained_normalization(backbone: str) -> tuple[tuple[float, float, float],
     except RuntimeError:
         config = None
     if config is None or not config.has_weights:
-        raise UsageError(f"--init pretrained: timm has no weights for {backbone}; choose another --backbone.")
-    return tuple(config.mean), tuple(config.std)
+        raise UsageError(f"timm has no weights for {backbone}; choose another --backbone.")
+    return EncoderSpec(
+        backbone,
+        {},
+        "stock",
+        image_size or config.input_size[-1],
+        tuple(config.mean),
+        tuple(config.std),
+    )

@@ -1,13 +1,15 @@
 """Weights on disk: safetensors with everything needed to build the model again in the header."""
 
 from pathlib import Path
+from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from labelwise import rundir
-from labelwise.errors import CheckpointError
+from labelwise.errors import CheckpointError, DataError
 from labelwise.models.encoder import Encoder, EncoderSpec, create_encoder
 
 
@@ -37,6 +39,45 @@ def load_encoder(path: str | Path) -> tuple[Encoder, EncoderSpec]:
     encoder = create_encoder(spec)
     load_module(file, encoder.backbone)
     return encoder.eval(), spec
+
+
+def load_backbone(path: Path, encoder: Encoder) -> None:
+    """Load a backbone that others trained, strictly; what belongs to a classifier or a head is left.
+
+    Args:
+        path: safetensors, or a state dict of torch without any code; keys are timm's, behind a prefix or not.
+        encoder: Whose backbone is loaded.
+
+    Raises:
+        DataError: The file cannot be read, or lacks a weight.
+    """
+    held = _read_state(path)
+    wanted = encoder.backbone.state_dict()
+    first = next(iter(wanted))
+    prefixes = [key.removesuffix(first) for key in held if key.endswith(first)]
+    fitting = [prefix for prefix in prefixes if all(prefix + key in held for key in wanted)]
+    if not fitting:
+        raise DataError(f"{path}: these are not the weights of this backbone; it lacks {first} or others.")
+    try:
+        encoder.backbone.load_state_dict({key: held[fitting[0] + key] for key in wanted})
+    except RuntimeError as error:
+        raise DataError(f"{path}: these are not the weights of this backbone: {error}") from None
+
+
+def _read_state(path: Path) -> dict[str, Any]:
+    """A state dict, from a file that may hold other things beside it."""
+    held: dict[str, Any]
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        held = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, SafetensorError, RuntimeError) as error:
+        raise DataError(f"{path}: no weights can be read: {error}") from None
+    except Exception as error:  # noqa: BLE001 - torch's unpickler raises whatever a strange file makes it
+        raise DataError(f"{path}: no weights can be read ({type(error).__name__}).") from None
+    if not isinstance(held, dict):
+        raise DataError(f"{path}: holds no weights by name.")
+    return next((held[key] for key in ("state_dict", "model") if key in held), held)
 
 
 def save_module(path: Path, module: nn.Module, metadata: dict[str, str]) -> None:

@@ -61,10 +61,12 @@ def render(document: dict[str, Any], run: RunDirectory) -> str:
         calibration=[
             text.calibration_in_words(each, document["arm_names"][each["arm"]]) for each in calibration
         ],
-        reliability=_figure(plots.reliability_diagram(calibration, document["arm_names"])),
-        costs=text.costs(document),
+        reliability=_figure(
+            plots.reliability_diagram(calibration, document["arm_names"]) if calibration else ""
+        ),
+        costs=text.costs(document, metrics),
         mosaic=_picture(run.views),
-        suspects=rundir.read_json(run.label_check)["suspects"] if document["label_check"] else [],
+        suspects=_suspects(run) if document["label_check"] else [],
         check_note=text.CHECK_NOTE,
         queries=rundir.read_json(run.neighbours)["queries"] if run.neighbours.exists() else [],
         environment_rows=_environment_rows(document["environment"]),
@@ -73,7 +75,7 @@ def render(document: dict[str, Any], run: RunDirectory) -> str:
 
 def _table_rows(document: dict[str, Any], rows: list[list[str]]) -> list[dict[str, Any]]:
     """Rows of the table of methods, each with its method's colour; the gain has none."""
-    colors = {name: plots.COLORS[arm] for arm, name in document["arm_names"].items()}
+    colors = {name: plots.COLORS.get(arm, plots.OTHER) for arm, name in document["arm_names"].items()}
     table = []
     for name, *cells in rows:
         parts = [cell.partition(" [") for cell in cells]
@@ -104,6 +106,11 @@ def _confusion(confusion: dict[str, Any] | None) -> dict[str, Any] | None:
             }
         )
     return {**confusion, "rows": rows}
+
+
+def _suspects(run: RunDirectory) -> list[dict[str, Any]]:
+    """The labels that look wrong and have a picture."""
+    return [each for each in rundir.read_json(run.label_check)["suspects"] if "thumbnail" in each]
 
 
 def _figure(svg: str) -> Markup:

@@ -1,5 +1,6 @@
 """report.md: the table and its limits, for a pull request or a wiki."""
 
+import re
 from typing import Any
 
 from labelwise.reports import text
@@ -30,7 +31,12 @@ def render(document: dict[str, Any]) -> str:
     ]
     check = document["label_check"]
     if check:
-        lines += ["## Labels to look at again", "", f"{text.doubts_in_words(check)}. {text.CHECK_NOTE}", ""]
+        lines += [
+            "## Labels to look at again",
+            "",
+            f"{escape(text.doubts_in_words(check))}. {text.CHECK_NOTE}",
+            "",
+        ]
         lines += [
             f"- {escape(each['name'])}: {escape(text.suspicion_in_words(each))}" for each in check["suspects"]
         ] + [""]
@@ -53,5 +59,6 @@ def write_table(columns: list[str], rows: list[list[str]]) -> list[str]:
 
 
 def escape(words: str) -> str:
-    """Text that cannot break a table or become HTML."""
-    return words.replace("|", "\\|").replace("\n", " ").replace("<", "&lt;")
+    """Text that is shown as it is: no line end, table, link, code or HTML of its own."""
+    one_line = " ".join(words.splitlines())
+    return re.sub(r"([\\`|\[\]])", r"\\\1", one_line).replace("<", "&lt;")

@@ -10,12 +10,13 @@ from labelwise.reports.markdown import escape, write_table
 _WORST = 5  # classes that are named
 
 
-def render(document: dict[str, Any], classifier: dict[str, Any]) -> str:
+def render(document: dict[str, Any], classifier: dict[str, Any], short_side: int) -> str:
     """Write the card of a run's classifier.
 
     Args:
         document: report.json.
         classifier: classifier.json.
+        short_side: To which an image is resized before its middle is cut out, pixels.
     """
     data, surroundings, summary = document["data"], document["environment"], document["summary"]
     spec = {key: json.loads(value) for key, value in classifier["encoder"].items()}
@@ -31,7 +32,8 @@ def render(document: dict[str, Any], classifier: dict[str, Any]) -> str:
         "",
         "- `classifier.safetensors`: the weights, network and last layer; no pickle.",
         "- `classifier.json`: the classes, in the order of the outputs, and what it takes to build the network.",
-        f"- Input: RGB, short side and centre crop to {spec['image_size']} px, values 0-1, mean {_rounded(spec['mean'])}, "
+        f"- Input: RGB, short side to {short_side} px, of that the middle {spec['image_size']} "
+        f"x {spec['image_size']} px, values 0-1, mean {_rounded(spec['mean'])}, "
         f"standard deviation {_rounded(spec['std'])}.",
         "",
         "## Classes",
@@ -48,7 +50,8 @@ def render(document: dict[str, Any], classifier: dict[str, Any]) -> str:
         _of_itself(document, classifier),
         "",
     ]
-    worst = [each for each in text.worst_classes(document["confusion"]) if each["accuracy"] < 1][:_WORST]
+    counted = document["confusion"] if document["confusion"]["arm"] == "simclr" else None
+    worst = [each for each in text.worst_classes(counted) if each["accuracy"] < 1][:_WORST]
     if worst:
         named = ", ".join(f"{escape(each['name'])} ({text.percent(each['accuracy'])} %)" for each in worst)
         lines += [f"Worst classes, at the most labels measured: {named}.", ""]
@@ -64,10 +67,9 @@ def render(document: dict[str, Any], classifier: dict[str, Any]) -> str:
         "",
         "## How it was made",
         "",
-        *(f"    {entry['command']}" for entry in surroundings["commands"]),
-        "",
         f"Labelwise {surroundings['labelwise']}, torch {surroundings['torch']}, timm {surroundings['timm']}; "
-        f"{classifier['steps']:,} steps of fine-tuning, {classifier['way']}. Settings: `config.toml`.",
+        f"{classifier['steps']:,} steps of fine-tuning, {classifier['way']}. Every setting is in `config.toml`, every command "
+        "in `report.md`.",
         "",
     ]
     return "\n".join(lines)
@@ -92,7 +94,7 @@ def _of_itself(document: dict[str, Any], classifier: dict[str, Any]) -> str:
         return "The last row is of as many labels as the classifier that is kept; that one was trained once more."
     return (
         f"The classifier that is kept has {classifier['labels']:,} labels and was not tested itself: "
-        "`labelwise finetune --label-counts all` measures one like it."
+        "`--label-counts all`, beside the settings of the last `labelwise finetune`, measures one like it."
     )
 
 

@@ -15,7 +15,10 @@ COLORS = {
     "supervised": "#D55E00",
     "random_probe": "#8C8C8C",
     "pixels": "#CC79A7",
+    "imagenet_probe": "#B07A00",
+    "dinov2_probe": "#009E73",
 }
+OTHER = "#6A51A3"  # networks of the user's own
 _INK = "#123456"  # stands for the page's text colour; replaced in the SVG
 _STYLE: Any = {
     "svg.fonttype": "none",
@@ -42,7 +45,7 @@ def accuracy_against_labels(document: dict[str, Any]) -> str:
             entries = [entry for entry in document["summary"] if arm in entry["arms"]]
             labels = [entry["labels"] for entry in entries]
             means = [100 * entry["arms"][arm]["mean"] for entry in entries]
-            color = COLORS.get(arm, _INK)
+            color = COLORS.get(arm, OTHER)
             axes.plot(labels, means, "o-", color=color, linewidth=2, markersize=5)
             banded = [
                 (x, entry["arms"][arm])

@@ -4,13 +4,15 @@ from collections.abc import Callable
 from statistics import median
 from typing import Any
 
+from labelwise.terminal import duration
+
 MACRO = ", mean over classes"
 TABLE_NOTE = "Accuracy in %, mean over random label draws [95 % interval over draws and test images]. Gain: fine-tuned SimCLR minus from scratch, same draws."
 
 CHECK_NOTE = (
     "Each label outside the test set is compared with what the ten most similar images, and a linear probe that was not "
-    "told this label, say of it. The weaker the encoder, the more of these labels are right after all. Test labels are not "
-    "judged: to mend only those that a model doubts would favour that model."
+    "told this label, say of it; a class with one label cannot be judged. The weaker the encoder, the more of these labels "
+    "are right after all. Test labels are left alone: to mend only those that a model doubts would favour that model."
 )
 
 
@@ -56,22 +58,22 @@ def saved_in_words(saved: dict[str, Any], label_cost: float | None) -> str:
     if label_cost is None:
         return said
     matches, low, high = (words(key, money, "less") for key in ("matches", "low", "high"))
-    return f"{said}; at {label_cost:,.2f} a label that saves {matches} [{low}, {high}]"
+    return f"{said}; at {label_cost:g} a label that saves {matches} [{low}, {high}]"
 
 
 def doubts_in_words(check: dict[str, Any]) -> str:
-    """`12 of 1,348 labels look like another class, most of all 3/0123.png (3, looks like 8)`."""
-    doubted = f"{check['doubted']:,} of {check['checked']:,} labels look like another class"
+    """`12 of 1,348 labels look wrong, first of all 3/0123.png (3, looks like 8)`."""
+    doubted = f"{check['doubted']:,} of {check['checked']:,} labels look wrong"
     if not check["suspects"]:
         return doubted
     first = check["suspects"][0]
-    return f"{doubted}, most of all {first['name']} ({suspicion_in_words(first)})"
+    return f"{doubted}, first of all {first['name']} ({suspicion_in_words(first)})"
 
 
 def suspicion_in_words(suspect: dict[str, Any]) -> str:
     """`cat, looks like dog`."""
-    why = "an exact copy has another label" if suspect["is_copy"] else f"looks like {suspect['looks_like']}"
-    return f"{suspect['label']}, {why}"
+    why = "an exact copy is labeled" if suspect["has_other_copy"] else "looks like"
+    return f"{suspect['label']}, {why} {suspect['looks_like']}"
 
 
 def calibration_in_words(entry: dict[str, Any], name: str) -> str:
@@ -93,23 +95,30 @@ def worst_classes(confusion: dict[str, Any] | None) -> list[dict[str, Any]]:
     return sorted(classes, key=lambda entry: float(entry["accuracy"]))
 
 
-def costs(document: dict[str, Any]) -> list[tuple[str, str]]:
-    """What pretraining took, and what training one classifier took with each method at the most labels."""
-    data, results = document["data"], document["results"]
-    commands = document["environment"]["commands"]
-    spent = sum(each["seconds"] for each in commands if each.get("stage") == "pretrain")
-    rows = [("Pretraining, once", f"{_duration(spent)} on {data['pool']:,} images without labels")] * bool(
-        spent
-    )
+def costs(document: dict[str, Any], metrics: list[dict[str, Any]]) -> list[tuple[str, str]]:
+    """What pretraining took, and what training one classifier took with each method at the most labels.
+
+    Args:
+        document: report.json.
+        metrics: metrics.jsonl.
+    """
+
+    def words(seconds: float) -> str:
+        return duration(seconds) if seconds >= 1 else "under a second"
+
+    epochs = [row["seconds"] for row in metrics if row["kind"] == "epoch"]
+    pool, results = document["data"]["pool"], document["results"]
+    rows = [
+        (
+            "Pretraining, once",
+            f"{words(sum(epochs))} for {len(epochs)} epochs of {pool:,} images without labels",
+        )
+    ]
     for arm, name in document["arm_names"].items():
         most = max(row["labels"] for row in results if row["method"] == arm)
         seconds = [row["seconds"] for row in results if (row["method"], row["labels"]) == (arm, most)]
-        rows.append((name, f"{_duration(median(seconds))} a classifier with {most:,} labels"))
+        rows.append((name, f"{words(median(seconds))} a classifier with {most:,} labels"))
     return rows
-
-
-def _duration(seconds: float) -> str:
-    return f"{seconds:.1f} s" if seconds < 60 else f"{seconds / 60:.1f} min"
 
 
 def data_line(data: dict[str, Any]) -> str:

@@ -1,23 +1,22 @@
 """Which labels look wrong: found after a comparison, for a person to look at; nothing is changed by it."""
 
+from collections import defaultdict
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from labelwise import rundir, terminal
-from labelwise.measures.label_check import FEWEST_PER_CLASS, Floats, class_support, doubt
-from labelwise.stages.finetuning import Rows
+from labelwise.measures.label_check import FEWEST_LABELS, class_support, doubt
 from labelwise.stages.methods import Bench, frozen_features
+from labelwise.stages.reporting import SUSPECTS
 from labelwise.views.mosaic import encode_thumbnail
-
-_SHOWN = 24  # suspects with a picture
 
 
 def check_labels(bench: Bench, signature: str) -> None:
-    """Write how well each label outside the test set fits its image, the least fitting with pictures.
+    """Write how well each label outside the test set fits its image, least fitting first, the first ones with pictures.
 
-    Test labels are not judged: to mend only those that a model doubts would favour that model.
+    Exact copies count once; those with different labels come before all others. Test labels are not judged: to mend only
+    those that a model doubts would favour that model.
 
     Args:
         bench: What was compared on.
@@ -27,67 +26,78 @@ def check_labels(bench: Bench, signature: str) -> None:
     if file.exists() and rundir.read_json(file)["signature"] == signature:
         return
     file.unlink(missing_ok=True)
-    rows = bench.labeled
+    suspects = _contradicting_copies(bench)
+    _, first = np.unique(bench.cache.keys[bench.labeled], return_index=True)
+    rows = bench.labeled[np.sort(first)]
     sizes = np.bincount(bench.labels[rows], minlength=len(bench.classes))
-    judged = np.flatnonzero(sizes >= FEWEST_PER_CLASS)
+    judged = np.flatnonzero(sizes >= FEWEST_LABELS)
     rows = rows[np.isin(bench.labels[rows], judged)]
-    if len(judged) < 2:
-        return
-    terminal.say(f"looking for wrong labels among {len(rows):,}")
-    features = frozen_features(bench, "encoder")
-    labels = np.searchsorted(judged, bench.labels[rows])
-    support = class_support(
-        features[rows],
-        labels,
-        len(judged),
-        balanced=bench.unbalanced,
-        reference=features[bench.pool],
-        seed=bench.settings.seed,
-    )
-    margin, other = doubt(support, labels)
-    torn = _differently_labeled_copies(bench, rows)
-    order = np.lexsort((-margin, ~torn))
-    suspects = [place for place in order.tolist() if torn[place] or margin[place] > 0]
-    rundir.write_json(
-        file,
-        {
-            "signature": signature,
-            "checked": len(rows),
-            "doubted": len(suspects),
-            "suspects": [
-                {
-                    "name": bench.names[rows[place]],
-                    "label": bench.classes[judged[labels[place]]],
-                    "looks_like": bench.classes[judged[other[place]]],
-                    "doubt": round(float(margin[place]), 3),
-                    "is_copy": bool(torn[place]),
-                    "thumbnail": encode_thumbnail(bench.cache.evaluations[rows[place]]),
-                }
-                for place in suspects[:_SHOWN]
-            ],
-            "classes": _classes(bench, judged, labels, margin),
-        },
-    )
-
-
-def _differently_labeled_copies(bench: Bench, rows: Rows) -> npt.NDArray[np.bool_]:
-    """Which of these images have an exact copy among them under another label, (n,)."""
-    _, group = np.unique(bench.cache.keys[rows], return_inverse=True)
-    lowest, highest = (np.full(group.max() + 1, start) for start in (len(bench.classes), -1))
-    np.minimum.at(lowest, group, bench.labels[rows])
-    np.maximum.at(highest, group, bench.labels[rows])
-    torn: npt.NDArray[np.bool_] = (lowest < highest)[group]
-    return torn
-
-
-def _classes(bench: Bench, judged: Rows, labels: Rows, margin: Floats) -> list[dict[str, Any]]:
-    """Each class with its labels and the share of them that the check agrees with, lowest first."""
-    found = [
-        {
-            "name": bench.classes[each],
-            "labels": int((labels == place).sum()),
-            "agreed": float((margin[labels == place] <= 0).mean()),
+    agreed: dict[int, float] = {}
+    if len(judged) > 1:
+        terminal.say(f"looking for wrong labels among {len(rows):,}")
+        features = frozen_features(bench, "encoder")
+        labels = np.searchsorted(judged, bench.labels[rows])
+        support = class_support(
+            features[rows],
+            labels,
+            len(judged),
+            balanced=bench.unbalanced,
+            reference=features[bench.pool],
+            seed=bench.settings.seed,
+        )
+        margin, other = doubt(support, labels)
+        agreed = {
+            int(each): float((margin[labels == place] <= 0).mean()) for place, each in enumerate(judged)
         }
-        for place, each in enumerate(judged.tolist())
+        known = {suspect["name"] for suspect in suspects}
+        suspects += [
+            _suspect(bench, rows[place], judged[other[place]], round(float(margin[place]), 3))
+            for place in np.argsort(-margin, kind="stable").tolist()
+            if margin[place] > 0 and bench.names[rows[place]] not in known
+        ]
+    for suspect in suspects[:SUSPECTS]:
+        row = bench.names.index(suspect["name"])
+        suspect["thumbnail"] = encode_thumbnail(bench.cache.evaluations[row])
+    found = {
+        "signature": signature,
+        "checked": len(rows),
+        "unlabeled": len(bench.pool) - len(bench.labeled),
+        "doubted": len(suspects),
+        "suspects": suspects,
+        "classes": _classes(bench, agreed),
+    }
+    rundir.write_json(file, found)
+
+
+def _suspect(bench: Bench, row: int, looks_like: int, margin: float | None) -> dict[str, Any]:
+    """A label that looks wrong; without a margin because an exact copy has another label."""
+    return {
+        "name": bench.names[row],
+        "label": bench.classes[bench.labels[row]],
+        "looks_like": bench.classes[looks_like],
+        "doubt": margin,
+        "has_other_copy": margin is None,
+    }
+
+
+def _contradicting_copies(bench: Bench) -> list[dict[str, Any]]:
+    """Labeled images of which an exact copy has another label."""
+    groups: dict[int, list[int]] = defaultdict(list)
+    for row in bench.labeled.tolist():
+        groups[int(bench.cache.keys[row])].append(row)
+    found = []
+    for rows in groups.values():
+        for row in rows:
+            others = [bench.labels[copy] for copy in rows if bench.labels[copy] != bench.labels[row]]
+            found += [_suspect(bench, row, others[0], None)] if others else []
+    return found
+
+
+def _classes(bench: Bench, agreed: dict[int, float]) -> list[dict[str, Any]]:
+    """Each class with its labels and the share of them that look right, those that cannot be judged and the lowest first."""
+    sizes = np.bincount(bench.labels[bench.labeled], minlength=len(bench.classes))
+    found = [
+        {"name": name, "labels": int(sizes[place]), "agreed": agreed.get(place)}
+        for place, name in enumerate(bench.classes)
     ]
-    return sorted(found, key=lambda entry: (entry["agreed"], entry["labels"]))
+    return sorted(found, key=lambda entry: (entry["agreed"] or 0.0, entry["labels"]))

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from labelwise import environment, rundir, terminal
-from labelwise.config import FinetuneSettings, Method, read_run_config, to_toml
+from labelwise.config import FinetuneSettings, read_run_config, to_toml
 from labelwise.errors import DataError, UsageError
 from labelwise.images.cache import ImageCache, build_cache
 from labelwise.images.source import ImageSet, open_images
@@ -33,12 +33,13 @@ from labelwise.measures.statistics import FEWEST_DRAWS
 from labelwise.models.weights import load_encoder, save_module
 from labelwise.predictions import read_predictions, store_predictions
 from labelwise.rundir import RunDirectory
+from labelwise.stages.alternatives import Alternative, add_features, find_alternatives
 from labelwise.stages.checking import check_labels
 from labelwise.stages.finetuning import Floats, Rows
 from labelwise.stages.methods import STOPPED, Bench, is_unbalanced, refit, run_method, steps_of, workers_for
 from labelwise.views.draws import Policy
 
-Job = tuple[Method, int, int]  # method, number of labels, draw
+Job = tuple[str, int, int]  # method, number of labels, draw
 LADDER = (2, 5, 10, 25, 50, 100)  # labels per class when nothing is asked
 
 
@@ -55,7 +56,7 @@ def finetune(settings: FinetuneSettings) -> RunDirectory:
     terminal.say(f"run        {run.path}")
     with rundir.hold(run):
         _compare(run, _remember(run, settings))
-        environment.finish(run, "finetune", time.monotonic() - started)
+        environment.finish(run, time.monotonic() - started)
     return run
 
 
@@ -63,14 +64,16 @@ def _compare(run: RunDirectory, settings: FinetuneSettings) -> None:
     """Train whatever is not there yet, probes first, and keep each result once it is done."""
     bench = _set_up(run, settings)
     counts = _label_counts(settings, bench)
-    finished = _finished(bench)
+    alternatives = find_alternatives(settings.methods, bench.spec.backbone)
+    finished = _finished(bench, alternatives)
     orders = _draw(bench, counts.keys(), finished)
     jobs = [
         (method, count, draw)
-        for method in _methods_in_order(settings.methods)
+        for method in _methods_in_order(settings.methods, alternatives)
         for count in counts
         for draw in range(1 if count == len(bench.labeled) else settings.draws)  # all labels are one draw
     ]
+    jobs = _with_weights(bench, alternatives, jobs, finished)
     done = [job for job in jobs if job in finished]
     _announce(bench, list(counts), len(jobs), len(done))
     costs = {job: steps_of(job[0], bench, bench.labeled[orders[job[2]][: job[1]]]) for job in jobs}
@@ -81,7 +84,8 @@ def _compare(run: RunDirectory, settings: FinetuneSettings) -> None:
         clock = time.monotonic()
         probabilities, chosen, tries = run_method(method, bench, bench.labeled[orders[draw][:count]], draw)
         seconds = round(time.monotonic() - clock, 2)
-        return probabilities, {"seconds": seconds, "chosen": chosen, "tries": tries}
+        source = alternatives[method].source if method in alternatives else None
+        return probabilities, {"seconds": seconds, "chosen": chosen, "tries": tries, "weights": source}
 
     already = sum(costs[job] for job in done)
     with (
@@ -104,6 +108,7 @@ def _compare(run: RunDirectory, settings: FinetuneSettings) -> None:
                         bar.note(_line(bench, method, count))
         if "simclr" in settings.methods:
             _keep_classifier(bench)
+    if {"simclr", "simclr_probe"} & set(settings.methods):
         check_labels(bench, _signature(bench))
     _write_settings(run, settings)
 
@@ -149,7 +154,7 @@ def _set_up(run: RunDirectory, settings: FinetuneSettings) -> Bench:
     policy = _view_policy(read_run_config(run.config), plan)
     device = choose_device(settings.device)
     return Bench(
-        run=run, settings=settings, cache=cache, names=images.names, labels=labels, classes=classes, labeled=labeled, test=test, test_method=test_method, pool=pool,
+        run=run, settings=settings, images=images, cache=cache, names=images.names, labels=labels, classes=classes, labeled=labeled, test=test, test_method=test_method, pool=pool,
         spec=spec, policy=policy, precision=_precision(plan, device), device=device,
         unbalanced=is_unbalanced(labels[labeled], len(classes)),
     )  # fmt: skip
@@ -268,10 +273,26 @@ def _draw(bench: Bench, asked: Collection[int], finished: Collection[Job]) -> li
     return orders
 
 
-def _methods_in_order(methods: Sequence[Method]) -> list[Method]:
+def _methods_in_order(methods: Sequence[str], alternatives: Collection[str]) -> list[str]:
     """Cheap methods first."""
-    order: list[Method] = ["simclr_probe", "pixels", "random_probe", "simclr", "supervised"]
-    return [method for method in order if method in methods]
+    order = ["simclr_probe", "pixels", "random_probe", *alternatives, "simclr", "supervised"]
+    return [method for method in order if method in methods or method in alternatives]
+
+
+def _with_weights(
+    bench: Bench, alternatives: dict[str, Alternative], jobs: list[Job], finished: Collection[Job]
+) -> list[Job]:
+    """Load the weights of others and compute their features, where they are still asked for; leave out what cannot be had."""
+    for method, alternative in alternatives.items():
+        if any(job[0] == method and job not in finished for job in jobs):
+            try:
+                add_features(bench, method, alternative)
+            except DataError as error:
+                terminal.warn(f"{method} is left out: {error}")
+                jobs = [job for job in jobs if job[0] != method]
+    if not jobs:
+        raise DataError(f"{bench.run.path}: no method is left to compare; name others with --methods.")
+    return jobs
 
 
 def _signature(bench: Bench) -> str:
@@ -284,8 +305,11 @@ def _signature(bench: Bench) -> str:
     return hash_names([*(f"{key}={value}" for key, value in sorted(settings.items())), *known])[:16]
 
 
-def _finished(bench: Bench) -> set[Job]:
-    """Results that are there already, with their predictions; those made with other settings or labels are set aside."""
+def _finished(bench: Bench, alternatives: dict[str, Alternative]) -> set[Job]:
+    """Results that are there already, with their predictions; those made with other settings or labels are set aside.
+
+    Those of other weights under a name that is used now are not counted, and trained again.
+    """
     signature, here = _signature(bench), bench.run.results.parent
     rows = rundir.read_jsonl(bench.run.results)
     if any(row["signature"] != signature for row in rows):
@@ -298,12 +322,16 @@ def _finished(bench: Bench) -> set[Job]:
         rows = rundir.read_jsonl(bench.run.results)
     predictions = read_predictions(bench.run.predictions, ("method", "labels", "draw"))
     predicted = set(zip(*predictions.values(), strict=True))
-    return {_key(row) for row in rows} & predicted
+    return {
+        _key(row)
+        for row in rows
+        if row["method"] not in alternatives or row["weights"] == alternatives[row["method"]].source
+    } & predicted
 
 
 def _move_results(run: RunDirectory, source: Path, target: Path) -> None:
     """Move predictions, then the results that rest on them, from one folder to another, if there are any."""
-    for file in (run.predictions.name, run.results.name):
+    for file in (run.label_check.name, run.predictions.name, run.results.name):
         if (source / file).exists():
             target.mkdir(exist_ok=True)
             (source / file).replace(target / file)
@@ -311,7 +339,7 @@ def _move_results(run: RunDirectory, source: Path, target: Path) -> None:
 
 def _store(
     bench: Bench,
-    method: Method,
+    method: str,
     rows: Rows,
     draw: int,
     fraction: float | None,

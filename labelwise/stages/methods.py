@@ -14,8 +14,9 @@ import torch
 from torch import nn
 
 from labelwise import seeding
-from labelwise.config import FinetuneSettings, Method
+from labelwise.config import FinetuneSettings
 from labelwise.images.cache import ImageCache
+from labelwise.images.source import ImageSet
 from labelwise.interruption import StopRequest
 from labelwise.learning.precision import Precision
 from labelwise.learning.workers import count_workers
@@ -40,7 +41,7 @@ from labelwise.views.draws import Policy
 FEW_PER_CLASS = 5  # up to here folds are so small that they choose by chance
 FOLDS = 2
 UNBALANCED = 1.5
-TRAINED: tuple[Method, ...] = ("simclr", "supervised")  # the others only fit a probe
+TRAINED = ("simclr", "supervised")  # the others only fit a probe
 
 # The first of each pair is the default at few labels. Measured on CIFAR-10 and digits, recipes/LOG.md.
 PROBE_STRENGTHS = (3.0, 30.0)
@@ -68,13 +69,16 @@ class Bench:
         test_method: In words, where the test images come from.
         policy: Views of pretraining.
         unbalanced: The classes of the whole set differ in size; macro accuracy is what is chosen by.
-        features: Frozen features by kind, filled on first use.
+        images: The set itself.
+        features: Frozen features by kind, filled on first use; of other networks, before the methods start.
+        references: Rows whose features set the scale for a probe, by kind; the pool where nothing is said.
         stop: Whether somebody asked to stop.
         building: Held while weights are drawn, from a generator that all threads share.
     """
 
     run: RunDirectory
     settings: FinetuneSettings
+    images: ImageSet
     cache: ImageCache
     names: list[str]
     labels: npt.NDArray[np.int64]
@@ -89,6 +93,7 @@ class Bench:
     device: torch.device
     unbalanced: bool
     features: dict[str, Floats] = dataclasses.field(default_factory=dict)
+    references: dict[str, Rows] = dataclasses.field(default_factory=dict)
     stop: StopRequest = dataclasses.field(default_factory=StopRequest)
     building: threading.Lock = dataclasses.field(default_factory=threading.Lock)
 
@@ -104,7 +109,7 @@ class Way:
     fit: Callable[[Rows, Rows, int, float], Floats]
 
 
-def run_method(method: Method, bench: Bench, rows: Rows, draw: int) -> tuple[Floats, str, int]:
+def run_method(method: str, bench: Bench, rows: Rows, draw: int) -> tuple[Floats, str, int]:
     """Choose a way inside the labels if there are enough, train on all of them, predict the test images.
 
     Returns:
@@ -118,7 +123,7 @@ def run_method(method: Method, bench: Bench, rows: Rows, draw: int) -> tuple[Flo
     return best.fit(rows, bench.test, seed, 1.0), best.name, len(ways)
 
 
-def steps_of(method: Method, bench: Bench, rows: Rows) -> int:
+def steps_of(method: str, bench: Bench, rows: Rows) -> int:
     """Optimizer steps that `run_method` takes, folds included; 1 for a probe."""
     if method not in TRAINED:
         return 1
@@ -127,7 +132,7 @@ def steps_of(method: Method, bench: Bench, rows: Rows) -> int:
     return trials[0].steps * (1 + folds)
 
 
-def workers_for(method: Method, bench: Bench) -> int:
+def workers_for(method: str, bench: Bench) -> int:
     """How many classifiers of this method to train side by side."""
     if method not in TRAINED:
         return 1
@@ -175,12 +180,12 @@ def _choose(bench: Bench, rows: Rows, seed: int, ways: list[Way]) -> Way:
     return ways[int(np.argmax(scores))]
 
 
-def _ways(method: Method, bench: Bench, count: int) -> list[Way]:
+def _ways(method: str, bench: Bench, count: int) -> list[Way]:
     if method == "supervised":
         return [_train_from_scratch(bench, trial) for trial in _scratch_trials(bench, count)]
     if method == "simclr":
         return [_finetune(bench, trial) for trial in _finetuning_trials(bench, count)]
-    kind = {"simclr_probe": "encoder", "random_probe": "random", "pixels": "pixels"}[method]
+    kind = {"simclr_probe": "encoder", "random_probe": "random"}.get(method, method)
     return [_probe(bench, kind, strength) for strength in PROBE_STRENGTHS]
 
 
@@ -303,7 +308,7 @@ def _fit_probe(bench: Bench, kind: str, rows: Rows, strength: float) -> Probe:
         classes,
         strength,
         balanced=is_unbalanced(labels, classes),
-        reference=features[bench.pool],
+        reference=features[bench.references.get(kind, bench.pool)],
     )
 
 

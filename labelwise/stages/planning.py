@@ -34,7 +34,7 @@ from labelwise.models.encoder import (
     EncoderSpec,
     choose_stem,
     create_encoder,
-    pretrained_normalization,
+    pretrained_spec,
     takes_size,
 )
 from labelwise.models.heads import create_head
@@ -224,7 +224,7 @@ def specify_encoder(settings: PretrainSettings, size: int, pool: Pool) -> Encode
     if is_run(settings.init):
         return load_encoder(Path(str(settings.init)))[1]
     if settings.init == "pretrained":
-        mean, std = pretrained_normalization(settings.backbone)
+        mean, std = pretrained_spec(settings.backbone).normalization
     else:
         mean, std = channel_statistics(pool.cache.squares, pool.rows)
     stem, reason = choose_stem(settings.backbone, settings.backbone_args, size, settings.stem)

@@ -118,7 +118,7 @@ def pretrain(settings: PretrainSettings) -> RunDirectory:
         )
         save_neighbours(run, pool, learner.encoder, spec.normalization, images, device)
         save_encoder(run.encoder, learner.encoder, spec)
-        environment.finish(run, "pretrain", time.monotonic() - started)
+        environment.finish(run, time.monotonic() - started)
     rundir.point_latest(run)
     terminal.say(f"encoder saved: {run.encoder}")
     return run

@@ -10,6 +10,7 @@ import numpy.typing as npt
 
 from labelwise import rundir, terminal
 from labelwise.errors import CheckpointError
+from labelwise.images.decoding import evaluation_short_side
 from labelwise.measures.calibration import calibration_error, reliability
 from labelwise.measures.label_savings import labels_saved
 from labelwise.measures.statistics import (
@@ -24,6 +25,7 @@ from labelwise.measures.statistics import (
     test_set_margin,
     verdict,
 )
+from labelwise.models.encoder import EncoderSpec
 from labelwise.predictions import CONFIDENCE, read_predictions
 from labelwise.reports import html, markdown, model_card, text
 from labelwise.rundir import RunDirectory
@@ -34,7 +36,10 @@ ARMS = {
     "supervised": "From scratch",
     "random_probe": "Random features, probe",
     "pixels": "Pixels, logistic regression",
+    "imagenet_probe": "ImageNet weights, linear probe",
+    "dinov2_probe": "DINOv2, linear probe",
 }
+_OURS = ("simclr", "simclr_probe", "supervised", "random_probe", "pixels")  # all else others trained
 _COMPARED = (
     ("simclr", "supervised"),
     ("simclr_probe", "supervised"),
@@ -43,6 +48,7 @@ _COMPARED = (
     ("simclr_probe", "random_probe"),
 )
 
+SUSPECTS = 24  # labels that look wrong which the report names
 FEW_TEST_IMAGES = 100  # an accuracy is known to about ten points then (Wilson 1927)
 
 PREDICTED = ("method", "labels", "draw", "name", "label", "prediction", CONFIDENCE)  # columns
@@ -76,24 +82,23 @@ def report(run: RunDirectory, label_cost: float | None = None) -> dict[str, Any]
     data, surroundings = rundir.read_json(run.data), rundir.read_json(run.environment)
     results, predictions = rundir.read_jsonl(run.results), read_predictions(run.predictions, PREDICTED)
     computed = compute(results, predictions, score(results, predictions), data["pool"])
-    summary, test_uses = computed["summary"], _test_uses(run)
+    summary, test_uses, check = computed["summary"], _test_uses(run), _label_check(run)
     document = {
         **computed,
         "data": data,
         "environment": surroundings,
         "label_cost": label_cost,
-        "label_check": _label_check(run),
-        "arm_names": {arm: ARMS.get(arm, arm) for arm in _arms(summary)},
+        "label_check": check,
+        "arm_names": {arm: ARMS.get(arm, f"{arm}, linear probe") for arm in _arms(summary)},
         "test_uses": test_uses,
         "limits": _limits(computed, data, surroundings, test_uses),
-        "next": _next_steps(run, summary, data),
+        "next": _next_steps(run, summary, check),
         "run": str(run.path),
     }
     rundir.write_json(run.report_json, document)
     rundir.write_text(run.report_md, markdown.render(document))
     rundir.write_text(run.report_html, html.render(document, run))
-    if run.classifier_json.exists():
-        rundir.write_text(run.model_card, model_card.render(document, rundir.read_json(run.classifier_json)))
+    _write_model_card(run, document)
     return document
 
 
@@ -169,7 +174,8 @@ def _summarize(results: list[Result], scores: Scores) -> list[dict[str, Any]]:
     summary = []
     for labels, arms in sorted(scores.right.items()):
         comparisons = []
-        for arm, against in _COMPARED:
+        others = [("simclr", arm) for arm in sorted(arms) if arm not in _OURS]
+        for arm, against in (*_COMPARED, *others):
             difference = paired_difference(arms.get(arm, {}), arms.get(against, {}))
             if difference is not None:
                 comparisons.append(
@@ -266,9 +272,26 @@ def _verdict(summary: list[dict[str, Any]], pool: int, tested: int) -> str:
         found = [f"{entry['labels']:,}" for entry in summary if _against_pixels(entry) == finding]
         if found:
             sentences.append(f"{words} with {', '.join(found)} labels.")
+    sentences += _against_others(summary)
     if tested < FEW_TEST_IMAGES:
         sentences.append(f"Only {tested} test images: they alone may decide this.")
     return " ".join(sentences)
+
+
+def _against_others(summary: list[dict[str, Any]]) -> list[str]:
+    """Fine-tuned SimCLR against the best of the networks that others trained, at every number of labels."""
+    said: dict[tuple[str, str], list[str]] = defaultdict(list)
+    for entry in summary:
+        rivals = [c for c in entry["comparisons"] if c["against"] not in _OURS and c["low"] is not None]
+        if rivals:
+            best = min(rivals, key=lambda c: float(c["mean"]))  # that where ours leads least
+            words = f"{text.gain_in_words(best)} with {entry['labels']:,} labels"
+            said[best["against"], best["verdict"]].append(words)
+    findings = {HELPS: "it is better", UNCLEAR: "no difference is shown", HURTS: "it is worse"}
+    return [
+        f"Against {ARMS.get(arm, arm)}: {findings[finding]}, {', '.join(words)}."
+        for (arm, finding), words in said.items()
+    ]
 
 
 def _against_pixels(entry: dict[str, Any]) -> str | None:
@@ -280,7 +303,7 @@ def _against_pixels(entry: dict[str, Any]) -> str | None:
 
 def _arms(summary: list[dict[str, Any]]) -> list[str]:
     there = {arm for entry in summary for arm in entry["arms"]}
-    return [arm for arm in ARMS if arm in there]
+    return [arm for arm in ARMS if arm in there] + sorted(there - ARMS.keys())
 
 
 def _confusion(summary: list[dict[str, Any]], predictions: dict[str, list[Any]]) -> dict[str, Any] | None:
@@ -314,24 +337,26 @@ def _confusion(summary: list[dict[str, Any]], predictions: dict[str, list[Any]])
 
 def _calibration(results: list[Result], predictions: dict[str, list[Any]]) -> list[dict[str, Any]]:
     """How sure every method is at every number of labels, and how often right; all draws together."""
-    arm, labels, sure = (np.array(predictions[key]) for key in ("method", "labels", CONFIDENCE))
+    arm, labels, draw, sure = (np.array(predictions[key]) for key in ("method", "labels", "draw", CONFIDENCE))
     right = (np.array(predictions["label"]) == np.array(predictions["prediction"])).astype(float)
+    draws: dict[tuple[int, str], list[int]] = defaultdict(list)
+    for row in results:
+        draws[row["labels"], row["method"]].append(row["draw"])
     found = []
-    for count in sorted({row["labels"] for row in results}):
-        for name in ARMS:
-            chosen = (labels == count) & (arm == name)
-            if chosen.any():
-                confidence, hits = sure[chosen], right[chosen]
-                found.append(
-                    {
-                        "arm": name,
-                        "labels": count,
-                        "confidence": float(confidence.mean()),
-                        "accuracy": float(hits.mean()),
-                        "error": calibration_error(confidence, hits),
-                        "groups": reliability(confidence, hits),
-                    }
-                )
+    for (count, name), done in sorted(draws.items()):
+        chosen = (labels == count) & (arm == name) & np.isin(draw, done)
+        confidence, hits = sure[chosen], right[chosen]
+        if np.isfinite(confidence).all():  # a training that diverged is sure of nothing
+            found.append(
+                {
+                    "arm": name,
+                    "labels": count,
+                    "confidence": float(confidence.mean()),
+                    "accuracy": float(hits.mean()),
+                    "error": calibration_error(confidence, hits),
+                    "groups": reliability(confidence, hits),
+                }
+            )
     return found
 
 
@@ -401,10 +426,22 @@ def _label_check(run: RunDirectory) -> dict[str, Any] | None:
         return None
     found = rundir.read_json(run.label_check)
     suspects = [{key: each[key] for key in each if key != "thumbnail"} for each in found["suspects"]]
-    return {**{key: found[key] for key in ("checked", "doubted", "classes")}, "suspects": suspects}
+    return {**found, "suspects": suspects[:SUSPECTS]}
 
 
-def _next_steps(run: RunDirectory, summary: list[dict[str, Any]], data: dict[str, Any]) -> list[str]:
+def _write_model_card(run: RunDirectory, document: dict[str, Any]) -> None:
+    """Describe the kept classifier, if it was trained as those that were compared; an earlier card goes."""
+    facts = rundir.read_json(run.classifier_json) if run.classifier_json.exists() else None
+    compared = {row["signature"] for row in document["results"] if row["method"] == "simclr"}
+    if facts is not None and facts["signature"] in compared:
+        size = EncoderSpec.from_metadata(facts["encoder"]).image_size
+        card = model_card.render(document, facts, evaluation_short_side(size))
+        rundir.write_text(run.model_card, card)
+    else:
+        run.model_card.unlink(missing_ok=True)
+
+
+def _next_steps(run: RunDirectory, summary: list[dict[str, Any]], check: dict[str, Any] | None) -> list[str]:
     where = (
         f"--run {run.path.relative_to(Path.cwd())}"
         if run.path.is_relative_to(Path.cwd())
@@ -418,12 +455,10 @@ def _next_steps(run: RunDirectory, summary: list[dict[str, Any]], data: dict[str
         steps.append(
             "the few-label gain is not clear: pretrain longer (--epochs), or take more draws (--draws 10)"
         )
-    check = _label_check(run)
-    if check and check["checked"] < data["pool"]:
-        weakest = check["classes"][0]
-        steps.append(
-            f"class {weakest['name']} has {weakest['labels']:,} labels and {weakest['agreed']:.0%} of them fit: label more of it first"
-        )
+    if check and check["unlabeled"] and (weakest := check["classes"][0])["agreed"] != 1:
+        labels = f"{weakest['labels']:,} label{'s' if weakest['labels'] > 1 else ''}"
+        fit = f" and {weakest['agreed']:.0%} of them fit" if weakest["agreed"] is not None else ""
+        steps.append(f"class {weakest['name']} has {labels}{fit}: label more of it first")
     if run.classifier.exists():
         steps.append(f"the classifier trained on all labels is {run.classifier}")
     return steps

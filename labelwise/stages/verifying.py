@@ -55,7 +55,9 @@ def show(found: dict[str, Any]) -> None:
     terminal.emit(
         f"           label draws: {found['draws']:,}, as their hashes say, nested, and without a test image"
     )
-    terminal.emit("           report.json: verdict, table, comparisons and labels saved as recomputed")
+    terminal.emit(
+        "           report.json: verdict, table, comparisons, labels saved and calibration as recomputed"
+    )
 
 
 def _check_draws(run: RunDirectory, results: list[dict[str, Any]], tested: set[str]) -> list[str]:
@@ -104,10 +106,15 @@ def _check_results(
 
 def _check_report(run: RunDirectory, computed: dict[str, Any]) -> list[str]:
     document = rundir.read_json(run.report_json)
+    missing = sorted(computed.keys() - document.keys())
+    if missing:
+        return [
+            f"report.json: has no {missing[0]}, an earlier version wrote it; `labelwise report` comes first"
+        ]
     return [
         f"report.json: {key} is not what the predictions give"
         for key, value in json.loads(json.dumps(computed)).items()
-        if not _is_same(value, document.get(key), _SAMPLED if key == "labels_saved" else _TOLERANCE)
+        if not _is_same(value, document[key], _SAMPLED if key == "labels_saved" else _TOLERANCE)
     ]
 
 

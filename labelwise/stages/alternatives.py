@@ -1,0 +1,109 @@
+"""What a user could have without pretraining: networks that others trained, frozen, and a linear probe on them.
+
+They are asked for by name (`--methods simclr,supervised,dinov2_probe`) or by a file that names weights of one's own.
+timm fetches its weights once; weights that cannot be had are left out of the comparison, and it is said why.
+"""
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from labelwise import terminal
+from labelwise.config import ALTERNATIVES, OwnWeights, read_own_weights
+from labelwise.errors import DataError, UsageError
+from labelwise.images.cache import read_evaluations
+from labelwise.models.encoder import EncoderSpec, create_encoder, pretrained_spec
+from labelwise.models.features import extract_features
+from labelwise.models.weights import load_backbone
+from labelwise.stages.methods import Bench
+
+DINOV2 = "vit_small_patch14_dinov2.lvd142m"
+_DINOV2_SIZE = 224  # timm's 518 takes six times as long
+_REFERENCE = 2000  # images of the pool whose features set the scale of all
+
+
+@dataclass(frozen=True)
+class Alternative:
+    """A network that others trained.
+
+    Attributes:
+        spec: How it is built, and the size, mean and spread of the images it takes.
+        weights: A file; None for those that timm fetches.
+        source: What was loaded, in words that change when the weights do.
+    """
+
+    spec: EncoderSpec
+    weights: Path | None
+    source: str
+
+
+def find_alternatives(methods: tuple[str, ...], backbone: str) -> dict[str, Alternative]:
+    """The alternatives among the methods that were asked for, by name; files are replaced by what they name.
+
+    Args:
+        methods: Of the settings.
+        backbone: Of the run: `imagenet_probe` is the same one, in its usual width.
+
+    Raises:
+        UsageError: A file of own weights cannot be read.
+    """
+    found: dict[str, Alternative] = {}
+    for method in methods:
+        if method.endswith(".toml"):
+            for name, own in read_own_weights(Path(method)).items():
+                found[name] = _own(own)
+        elif method in ALTERNATIVES:
+            name, size = (DINOV2, _DINOV2_SIZE) if method == "dinov2_probe" else (backbone, None)
+            try:
+                found[method] = Alternative(pretrained_spec(name, size), None, f"timm {name}")
+            except UsageError as error:
+                terminal.warn(f"{method} is left out: {error}")
+    return found
+
+
+def add_features(bench: Bench, method: str, alternative: Alternative) -> None:
+    """Compute the features that a probe needs: of the images that may be drawn or tested, and some of the pool.
+
+    Raises:
+        DataError: The weights cannot be had or do not fit, or an image is gone.
+    """
+    network = create_encoder(alternative.spec, pretrained=alternative.weights is None)
+    if alternative.weights is not None:
+        load_backbone(alternative.weights, network)
+    bench.precision.arrange(network).to(bench.device)
+    reference = np.union1d(bench.labeled, bench.pool[:: max(1, len(bench.pool) // _REFERENCE)])
+    rows = np.union1d(reference, bench.test)
+    features = np.zeros((len(bench.names), network.features), dtype=np.float32)
+    size, deep = alternative.spec.image_size, bench.cache.intensity_range
+    with terminal.track(f"features of {method}", len(rows)) as bar:
+        for chunk, pixels in read_evaluations(bench.images, rows, size, deep):
+            everything = np.arange(len(chunk))
+            features[chunk] = extract_features(
+                network, pixels, everything, alternative.spec.normalization, bench.device
+            ).numpy()
+            bar.advance(len(chunk))
+    bench.features[method], bench.references[method] = features, reference
+
+
+def _own(own: OwnWeights) -> Alternative:
+    """Weights of the user's own."""
+    if own.image_size is None or own.mean is None or own.std is None:
+        usual = pretrained_spec(own.backbone, own.image_size)
+    else:
+        usual = EncoderSpec(own.backbone, {}, "stock", own.image_size, own.mean, own.std)
+    spec = EncoderSpec(
+        own.backbone,
+        own.backbone_args,
+        "stock",
+        usual.image_size,
+        own.mean or usual.mean,
+        own.std or usual.std,
+    )
+    try:
+        with own.weights.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise DataError(f"{own.weights}: cannot be read ({error.strerror or error}).") from None
+    return Alternative(spec, own.weights, f"{own.weights.name} {digest[:16]}")
