@@ -305,7 +305,6 @@ class FinetuneSettings(Settings):
     )
     methods: tuple[Method, ...] = Field(
         METHODS,
-        min_length=1,
         description=f"which methods to compare; {', '.join(ALTERNATIVES)} fetch weights; a .toml file names your own",
         json_schema_extra={"panel": "Training"},
     )
@@ -331,6 +330,11 @@ class FinetuneSettings(Settings):
         None,
         ge=1,
         description="steps of supervised; default four times as many",
+        json_schema_extra={"panel": "Training"},
+    )
+    time_limit: Duration | None = Field(
+        None,
+        description="for example 30m or 2h: compare what fits; the same command goes on",
         json_schema_extra={"panel": "Training"},
     )
     device: str = Field("auto", description="auto, cpu, cuda or mps", json_schema_extra={"panel": "Training"})

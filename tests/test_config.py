@@ -86,6 +86,7 @@ TYPED: dict[type[Settings], dict[str, tuple[str, Any]]] = {
         "steps": ("100", 100),
         "scratch_steps": ("300", 300),
         "scratch_rate": ("0.005", 0.005),
+        "time_limit": ("30m", "30m"),
         "device": ("cpu", "cpu"),
         "seed": ("3", 3),
     },
@@ -244,7 +245,7 @@ def test_a_recipe_that_is_not_there_suggests_one_that_is() -> None:
         (PretrainSettings, "learning_rate", float("inf"), "learning_rate = inf: input should be a finite number."),
         (PretrainSettings, "backbone_args", [1], "backbone_args = [1]: input should be a valid dictionary."),
         (FinetuneSettings, "draws", 101, "draws = 101: input should be less than or equal to 100."),
-        (FinetuneSettings, "methods", ("simclrr",), "methods = 'simclrr': input should be 'simclr_probe'"),
+        (FinetuneSettings, "methods", ("simclrr",), "methods = 'simclrr': 'simclrr' is no method; known: simclr_probe, simclr"),
     ],
 )  # fmt: skip
 def test_a_value_out_of_range_is_named_with_the_range(

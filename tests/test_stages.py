@@ -25,6 +25,7 @@ from labelwise.predictions import read_predictions, store_predictions
 from labelwise.reports import html, markdown, model_card
 from labelwise.reports.markdown import escape
 from labelwise.rundir import RunDirectory
+from labelwise.stages import comparing
 from labelwise.stages.comparing import finetune
 from labelwise.stages.demo import write_digits
 from labelwise.stages.pretraining import pretrain
@@ -738,3 +739,54 @@ def test_a_name_cannot_become_markdown_of_its_own(finished: RunDirectory) -> Non
     assert "\n# b" not in page
     assert "<script>" not in page
     assert "a # b\\|c!\\[x\\](https://d)\\`&lt;script>: a # b" in page
+
+
+# --- time
+
+
+def test_a_time_limit_compares_what_fits_and_the_same_command_goes_on(
+    finished: RunDirectory,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    copy = RunDirectory(tmp_path / "copy")
+    shutil.copytree(finished.path, copy.path)
+    now = 0.0
+    monkeypatch.setattr("labelwise.stages.comparing.time.monotonic", lambda: now)
+    monkeypatch.setattr("labelwise.stages.methods.count_workers", lambda *_: 1)
+    run_method = comparing.run_method
+
+    def slow(method: str, *rest: Any) -> Any:
+        nonlocal now
+        now += {"simclr": 10, "supervised": 40}.get(method, 1)
+        return run_method(method, *rest)
+
+    monkeypatch.setattr(comparing, "run_method", slow)
+    asked = {
+        **FEW,
+        "draws": 4,
+        "seed": 3,
+        "time_limit": "130s",
+        "methods": ("pixels", "simclr", "supervised"),
+    }
+    finetune(FinetuneSettings(run=copy.path, **asked))
+    done = [(row["method"], row["draw"]) for row in rundir.read_jsonl(copy.results)]
+    # 4 probes, two draws of both in 104 s, simclr of the third and of the fourth; supervised would take 40 more
+    trained = [
+        ("simclr", 0),
+        ("supervised", 0),
+        ("simclr", 1),
+        ("supervised", 1),
+        ("simclr", 2),
+        ("simclr", 3),
+    ]
+    assert done == [("pixels", draw) for draw in range(4)] + trained
+    assert now <= 130
+    words = " ".join(capsys.readouterr().err.split())
+    assert "--time-limit 130s: 2 of 12 classifiers are left; the same command goes on." in words
+    assert "training the classifier to keep" not in words
+    assert report(copy)["summary"][0]["comparisons"][0]["n"] == 2
+    finetune(FinetuneSettings(run=copy.path, **asked))
+    assert len(rundir.read_jsonl(copy.results)) == 12
+    assert "training the classifier to keep" in capsys.readouterr().err

@@ -6,7 +6,6 @@ plain pixels. Probes come first, so that a first verdict shows within a minute.
 """
 
 import dataclasses
-import itertools
 import math
 import time
 from collections import Counter
@@ -19,7 +18,7 @@ import numpy as np
 import torch
 
 from labelwise import environment, rundir, terminal
-from labelwise.config import FinetuneSettings, read_run_config, to_toml
+from labelwise.config import FinetuneSettings, parse_duration, read_run_config, to_toml
 from labelwise.errors import DataError, UsageError
 from labelwise.images.cache import ImageCache, build_cache
 from labelwise.images.source import ImageSet, open_images
@@ -36,7 +35,16 @@ from labelwise.rundir import RunDirectory
 from labelwise.stages.alternatives import Alternative, add_features, find_alternatives
 from labelwise.stages.checking import check_labels
 from labelwise.stages.finetuning import Floats, Rows
-from labelwise.stages.methods import STOPPED, Bench, is_unbalanced, refit, run_method, steps_of, workers_for
+from labelwise.stages.methods import (
+    STOPPED,
+    TRAINED,
+    Bench,
+    is_unbalanced,
+    refit,
+    run_method,
+    steps_of,
+    workers_for,
+)
 from labelwise.views.draws import Policy
 
 Job = tuple[str, int, int]  # method, number of labels, draw
@@ -61,7 +69,9 @@ def finetune(settings: FinetuneSettings) -> RunDirectory:
 
 
 def _compare(run: RunDirectory, settings: FinetuneSettings) -> None:
-    """Train whatever is not there yet, probes first, and keep each result once it is done."""
+    """Train whatever is not there yet, probes first, then draw by draw, and keep each result once it is done."""
+    limit = parse_duration(settings.time_limit) if settings.time_limit else math.inf
+    deadline = time.monotonic() + limit
     bench = _set_up(run, settings)
     counts = _label_counts(settings, bench)
     alternatives = find_alternatives(settings.methods, bench.spec.backbone)
@@ -78,36 +88,51 @@ def _compare(run: RunDirectory, settings: FinetuneSettings) -> None:
     _announce(bench, list(counts), len(jobs), len(done))
     costs = {job: steps_of(job[0], bench, bench.labeled[orders[job[2]][: job[1]]]) for job in jobs}
 
-    def train(job: Job) -> tuple[Floats, dict[str, Any]]:
+    spent = {method: [0.0, 0] for method, _, _ in jobs}  # seconds and steps
+
+    def train(job: Job) -> tuple[Floats, dict[str, Any]] | None:
+        """Train one classifier, unless the time for it is over."""
         bench.stop.check(STOPPED)
         method, count, draw = job
-        clock = time.monotonic()
+        clock, (seconds, steps) = time.monotonic(), spent[method]
+        if clock + costs[job] * seconds / max(1, steps) > deadline:
+            return None
         probabilities, chosen, tries = run_method(method, bench, bench.labeled[orders[draw][:count]], draw)
         seconds = round(time.monotonic() - clock, 2)
+        spent[method][0] += seconds
+        spent[method][1] += costs[job]
         source = alternatives[method].source if method in alternatives else None
         return probabilities, {"seconds": seconds, "chosen": chosen, "tries": tries, "weights": source}
 
-    already = sum(costs[job] for job in done)
+    already, late = sum(costs[job] for job in done), 0
     with (
         stop_between_steps() as bench.stop,
         terminal.track("comparing", sum(costs.values()), done=already, unit="steps") as bar,
     ):
-        for method, group in itertools.groupby(jobs, key=lambda job: job[0]):
-            everything = list(group)
-            waiting = [job for job in everything if job not in finished]
-            workers = min(len(everything), workers_for(method, bench)) if waiting else 1
-            left = Counter(count for _, count, _ in waiting)
+        for part in _in_turn(jobs):
+            waiting = [job for job in part if job not in finished]
+            workers = min(
+                [len(part), *(workers_for(method, bench) for method in {job[0] for job in waiting})]
+            )
+            left = Counter((method, count) for method, count, _ in waiting)
             with closing(side_by_side(train, waiting, workers)) as results:
-                for job, (probabilities, facts) in results:
-                    _, count, draw = job
+                for job, outcome in results:
+                    if outcome is None:
+                        late += 1
+                        continue
+                    method, count, draw = job
                     rows = bench.labeled[orders[draw][:count]]
-                    _store(bench, method, rows, draw, counts[count], probabilities, facts)
+                    _store(bench, method, rows, draw, counts[count], *outcome)
                     bar.advance(costs[job])
-                    left[count] -= 1
-                    if not left[count]:
+                    left[method, count] -= 1
+                    if not left[method, count]:
                         bar.note(_line(bench, method, count))
-        if "simclr" in settings.methods:
+        if "simclr" in settings.methods and not late:
             _keep_classifier(bench)
+    if late:
+        terminal.warn(
+            f"--time-limit {settings.time_limit}: {late} of {len(jobs)} classifiers are left; the same command goes on."
+        )
     if {"simclr", "simclr_probe"} & set(settings.methods):
         check_labels(bench, _signature(bench))
     _write_settings(run, settings)
@@ -277,6 +302,12 @@ def _methods_in_order(methods: Sequence[str], alternatives: Collection[str]) -> 
     """Cheap methods first."""
     order = ["simclr_probe", "pixels", "random_probe", *alternatives, "simclr", "supervised"]
     return [method for method in order if method in methods or method in alternatives]
+
+
+def _in_turn(jobs: list[Job]) -> list[list[Job]]:
+    """Probes, then what is trained, all of one draw before the next: whenever it is stopped, methods can be compared."""
+    trained = sorted((job for job in jobs if job[0] in TRAINED), key=lambda job: (job[2], job[1]))
+    return [part for part in ([job for job in jobs if job[0] not in TRAINED], trained) if part]
 
 
 def _with_weights(
