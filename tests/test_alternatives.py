@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 
 from labelwise import rundir
 from labelwise.config import FinetuneSettings, PretrainSettings, read_own_weights
-from labelwise.errors import DataError, LabelwiseError, UsageError
+from labelwise.errors import DataError, UsageError
 from labelwise.images.cache import build_cache, read_evaluations
 from labelwise.images.source import open_images
 from labelwise.models.encoder import EncoderSpec, create_encoder, pretrained_spec
@@ -223,8 +223,13 @@ def test_weights_that_cannot_be_loaded_are_left_out_with_the_reason(
     with pytest.raises(DataError, match="no method is left to compare"):
         finetune(FinetuneSettings(run=run.path, methods=(str(own),), **FEW))
     (own.parent / "mine.safetensors").unlink()
-    with pytest.raises(LabelwiseError, match="cannot be read"):
-        finetune(FinetuneSettings(run=run.path, methods=(str(own),), **FEW))
+    (own.parent / "own.toml").write_text(
+        TABLE + TABLE.replace("mine", "other").replace("resnet18", "resnet81")
+    )
+    finetune(FinetuneSettings(run=run.path, methods=("pixels", str(own)), **FEW))
+    words = " ".join(capsys.readouterr().err.split())
+    assert "mine.safetensors: cannot be read (No such file or directory)" in words
+    assert "other is left out: " in words
 
 
 def test_an_unknown_method_is_refused_and_the_known_are_named() -> None:

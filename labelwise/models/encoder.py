@@ -235,7 +235,7 @@ def pretrained_spec(backbone: str, image_size: int | None = None) -> EncoderSpec
     except RuntimeError:
         config = None
     if config is None or not config.has_weights:
-        raise UsageError(f"timm has no weights for {backbone}; choose another --backbone.")
+        raise UsageError(f"timm has no weights for {backbone}; choose another backbone.")
     return EncoderSpec(
         backbone,
         {},

@@ -5,7 +5,9 @@ timm fetches its weights once; weights that cannot be had are left out of the co
 """
 
 import hashlib
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -49,17 +51,20 @@ def find_alternatives(methods: tuple[str, ...], backbone: str) -> dict[str, Alte
     Raises:
         UsageError: A file of own weights cannot be read.
     """
-    found: dict[str, Alternative] = {}
+    makers: dict[str, Callable[[], Alternative]] = {}
     for method in methods:
         if method.endswith(".toml"):
             for name, own in read_own_weights(Path(method)).items():
-                found[name] = _own(own)
+                makers[name] = partial(_own, own)
         elif method in ALTERNATIVES:
-            name, size = (DINOV2, _DINOV2_SIZE) if method == "dinov2_probe" else (backbone, None)
-            try:
-                found[method] = Alternative(pretrained_spec(name, size), None, f"timm {name}")
-            except UsageError as error:
-                terminal.warn(f"{method} is left out: {error}")
+            known = (DINOV2, _DINOV2_SIZE) if method == "dinov2_probe" else (backbone, None)
+            makers[method] = partial(_of_timm, *known)
+    found = {}
+    for name, make in makers.items():
+        try:
+            found[name] = make()
+        except (DataError, UsageError) as error:
+            terminal.warn(f"{name} is left out: {error}")
     return found
 
 
@@ -87,20 +92,19 @@ def add_features(bench: Bench, method: str, alternative: Alternative) -> None:
     bench.features[method], bench.references[method] = features, reference
 
 
+def _of_timm(backbone: str, image_size: int | None) -> Alternative:
+    """Weights that timm fetches."""
+    return Alternative(pretrained_spec(backbone, image_size), None, f"timm {backbone}")
+
+
 def _own(own: OwnWeights) -> Alternative:
-    """Weights of the user's own."""
-    if own.image_size is None or own.mean is None or own.std is None:
-        usual = pretrained_spec(own.backbone, own.image_size)
+    """Weights of the user's own; what their file does not say is as in timm's."""
+    if own.image_size and own.mean and own.std:
+        spec = EncoderSpec(own.backbone, own.backbone_args, "stock", own.image_size, own.mean, own.std)
     else:
-        usual = EncoderSpec(own.backbone, {}, "stock", own.image_size, own.mean, own.std)
-    spec = EncoderSpec(
-        own.backbone,
-        own.backbone_args,
-        "stock",
-        usual.image_size,
-        own.mean or usual.mean,
-        own.std or usual.std,
-    )
+        usual = pretrained_spec(own.backbone, own.image_size)
+        mean, std = own.mean or usual.mean, own.std or usual.std
+        spec = replace(usual, backbone_args=own.backbone_args, mean=mean, std=std)
     try:
         with own.weights.open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()

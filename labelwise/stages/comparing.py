@@ -318,7 +318,7 @@ def _with_weights(
         if any(job[0] == method and job not in finished for job in jobs):
             try:
                 add_features(bench, method, alternative)
-            except DataError as error:
+            except (DataError, UsageError) as error:
                 terminal.warn(f"{method} is left out: {error}")
                 jobs = [job for job in jobs if job[0] != method]
     if not jobs:
