@@ -70,8 +70,7 @@ def finetune(settings: FinetuneSettings) -> RunDirectory:
 
 def _compare(run: RunDirectory, settings: FinetuneSettings) -> None:
     """Train whatever is not there yet, probes first, then draw by draw, and keep each result once it is done."""
-    limit = parse_duration(settings.time_limit) if settings.time_limit else math.inf
-    deadline = time.monotonic() + limit
+    pace = _Pace(settings.time_limit)
     bench = _set_up(run, settings)
     counts = _label_counts(settings, bench)
     alternatives = find_alternatives(settings.methods, bench.spec.backbone)
@@ -88,21 +87,23 @@ def _compare(run: RunDirectory, settings: FinetuneSettings) -> None:
     _announce(bench, list(counts), len(jobs), len(done))
     costs = {job: steps_of(job[0], bench, bench.labeled[orders[job[2]][: job[1]]]) for job in jobs}
 
-    spent = {method: [0.0, 0] for method, _, _ in jobs}  # seconds and steps
-
     def train(job: Job) -> tuple[Floats, dict[str, Any]] | None:
         """Train one classifier, unless the time for it is over."""
         bench.stop.check(STOPPED)
         method, count, draw = job
-        clock, (seconds, steps) = time.monotonic(), spent[method]
-        if clock + costs[job] * seconds / max(1, steps) > deadline:
+        if not pace.has_time_for(method, costs[job]):
             return None
+        clock = time.monotonic()
         probabilities, chosen, tries = run_method(method, bench, bench.labeled[orders[draw][:count]], draw)
-        seconds = round(time.monotonic() - clock, 2)
-        spent[method][0] += seconds
-        spent[method][1] += costs[job]
+        seconds = time.monotonic() - clock
+        pace.note(method, costs[job], seconds)
         source = alternatives[method].source if method in alternatives else None
-        return probabilities, {"seconds": seconds, "chosen": chosen, "tries": tries, "weights": source}
+        return probabilities, {
+            "seconds": round(seconds, 2),
+            "chosen": chosen,
+            "tries": tries,
+            "weights": source,
+        }
 
     already, late = sum(costs[job] for job in done), 0
     with (
@@ -111,9 +112,8 @@ def _compare(run: RunDirectory, settings: FinetuneSettings) -> None:
     ):
         for part in _in_turn(jobs):
             waiting = [job for job in part if job not in finished]
-            workers = min(
-                [len(part), *(workers_for(method, bench) for method in {job[0] for job in waiting})]
-            )
+            methods = {method for method, _, _ in waiting}
+            workers = min([len(part), *(workers_for(method, bench) for method in methods)])
             left = Counter((method, count) for method, count, _ in waiting)
             with closing(side_by_side(train, waiting, workers)) as results:
                 for job, outcome in results:
@@ -136,6 +136,25 @@ def _compare(run: RunDirectory, settings: FinetuneSettings) -> None:
     if {"simclr", "simclr_probe"} & set(settings.methods):
         check_labels(bench, _signature(bench))
     _write_settings(run, settings)
+
+
+class _Pace:
+    """How long each method takes a step, to tell whether another classifier fits into a time limit."""
+
+    def __init__(self, time_limit: str | None) -> None:
+        limit = parse_duration(time_limit) if time_limit else math.inf
+        self.deadline = time.monotonic() + limit
+        self.spent: dict[str, tuple[float, int]] = {}
+
+    def note(self, method: str, steps: int, seconds: float) -> None:
+        """Learn from a classifier that is done."""
+        before = self.spent.get(method, (0.0, 0))
+        self.spent[method] = before[0] + seconds, before[1] + steps
+
+    def has_time_for(self, method: str, steps: int) -> bool:
+        """Whether so many steps would be done in time; the first of a method only has to begin in time."""
+        seconds, done = self.spent.get(method, (0.0, 1))
+        return time.monotonic() + steps * seconds / done <= self.deadline
 
 
 # --- before and after
