@@ -60,7 +60,7 @@ def check_labels(bench: Bench, signature: str) -> None:
         suspect["thumbnail"] = encode_thumbnail(bench.cache.evaluations[row])
     found = {
         "signature": signature,
-        "checked": len(rows),
+        "checked": len(rows) if agreed else 0,
         "unlabeled": len(bench.pool) - len(bench.labeled),
         "doubted": len(suspects),
         "suspects": suspects,
