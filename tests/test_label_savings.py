@@ -118,8 +118,8 @@ def test_intervals_hold_the_true_labels(draws: int) -> None:
         ),
         ({"high": 90.0}, "match 62 without [40, 90]; at 0.4 a label that saves 19.60 [10.80, 30.80]"),
         (
-            {"low": 0.0},
-            "[fewer than 13, more than 135]; at 0.4 a label that saves 19.60 [less than 0.00, more",
+            {"low": 0.0, "high": 90.0},
+            "[fewer than 13, 90]; at 0.4 a label that saves 19.60 [less than 0.00, 30.80]",
         ),
         ({"matches": None}, "match more than 135 without"),
     ],
@@ -129,3 +129,9 @@ def test_labels_saved_are_told_in_labels_and_in_money(ends: dict[str, float], wo
     assert words in saved_in_words(saved, 0.4)
     assert saved_in_words(saved, 0.4).startswith(saved_in_words(saved, None))
     assert "at 0 a label that saves" in saved_in_words(saved, 0)
+
+
+def test_an_interval_that_holds_everything_says_nothing() -> None:
+    saved = {"labels": 170, "matches": None, "low": 0.0, "high": None, "fewest": 170, "most": 341}
+    words = "170 labels: how many without pretraining match them cannot be told from these numbers"
+    assert saved_in_words(saved, None) == saved_in_words(saved, 0.4) == words

@@ -42,7 +42,10 @@ def gain_in_words(entry: dict[str, Any]) -> str:
 
 
 def saved_in_words(saved: dict[str, Any], label_cost: float | None) -> str:
-    """`13 labels with pretraining match 62 without [40, more than 135]`, and what the difference costs."""
+    """`13 labels with pretraining match 62 without [40, more than 135]`, and what the difference costs.
+
+    Where the interval holds everything that was measured, it says that nothing is known.
+    """
 
     def money(labels: float) -> str:
         return f"{(label_cost or 0) * (labels - saved['labels']):,.2f}"
@@ -53,6 +56,8 @@ def saved_in_words(saved: dict[str, Any], label_cost: float | None) -> str:
             return f"more than {value(saved['most'])}"
         return value(labels) if labels else f"{less} than {value(saved['fewest'])}"
 
+    if saved["low"] == 0 and saved["high"] is None:
+        return f"{saved['labels']:,} labels: how many without pretraining match them cannot be told from these numbers"
     matches, low, high = (words(key, "{:,.0f}".format, "fewer") for key in ("matches", "low", "high"))
     said = f"{saved['labels']:,} labels with pretraining match {matches} without [{low}, {high}]"
     if label_cost is None:
