@@ -351,9 +351,9 @@ class OwnWeights(BaseModel):
     backbone: str
     weights: Path
     backbone_args: dict[str, Any] = {}
-    image_size: int | None = Field(None, ge=8)
+    image_size: int | None = Field(None, ge=8, le=1024)
     mean: tuple[float, float, float] | None = None
-    std: tuple[float, float, float] | None = None
+    std: tuple[Ratio, Ratio, Ratio] | None = None
 
 
 def read_own_weights(path: Path) -> dict[str, OwnWeights]:
@@ -363,7 +363,10 @@ def read_own_weights(path: Path) -> dict[str, OwnWeights]:
         UsageError: The file cannot be read, or a table is not understood; the message names it.
     """
     found = {}
-    for name, table in _read_toml(path, "no such file of weights").items():
+    tables = _read_toml(path, "no such file of weights")
+    if not tables:
+        raise UsageError(f"{path}: names no weights; docs/protocol.md shows how.")
+    for name, table in tables.items():
         if not re.fullmatch(r"[a-z][a-z0-9_]*", name) or name in (*METHODS, *ALTERNATIVES):
             raise UsageError(
                 f"{path}: [{name}]: choose a name of small letters, digits and _ that no method has."

@@ -71,6 +71,23 @@ def store_predictions(
     rundir.write_atomically(path, lambda fresh: pq.write_table(table, fresh))
 
 
+def keep_predictions(path: Path, keys: set[tuple[str, int, int]]) -> None:
+    """Drop the predictions of all classifiers but these.
+
+    Args:
+        path: predictions.parquet.
+        keys: Method, number of labels and draw of each.
+
+    Raises:
+        CheckpointError: The file is damaged.
+    """
+    if path.exists():
+        table = _read(path)
+        rows = zip(*(table[name].to_pylist() for name in ("method", "labels", "draw")), strict=True)
+        kept = table.filter(pa.array([row in keys for row in rows], pa.bool_()))
+        rundir.write_atomically(path, lambda fresh: pq.write_table(kept, fresh))
+
+
 def read_predictions(path: Path, names: Sequence[str] = COLUMNS) -> dict[str, list[Any]]:
     """Read columns as lists; empty ones when nothing was predicted yet.
 

@@ -250,6 +250,15 @@ def _last_byte(file: BinaryIO) -> bytes:
     return file.read(1)
 
 
+def read_derived(path: Path) -> dict[str, Any] | None:
+    """Read a JSON file that can be made again from the rest of the run, and says of what; None where it is missing or damaged."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, dict) and "signature" in found else None
+
+
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
     """Read a JSON-lines file; a last line torn by a power cut is dropped, any other is an error."""
     try:

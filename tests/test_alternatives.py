@@ -27,6 +27,7 @@ from labelwise.stages.comparing import finetune
 from labelwise.stages.demo import write_digits
 from labelwise.stages.pretraining import pretrain
 from labelwise.stages.reporting import report
+from labelwise.stages.verifying import verify
 
 NARROW: dict[str, Any] = {"layers": [1, 1, 1, 1], "channels": [8, 8, 16, 16]}
 SPEC = EncoderSpec("resnet18", NARROW, "stock", 32, (0.5,) * 3, (0.25,) * 3)
@@ -148,6 +149,9 @@ def test_the_spec_of_timms_weights_is_what_they_were_trained_with() -> None:
         ("['my net']\nbackbone = 'resnet18'\nweights = 'a'", "choose a name of small letters"),
         ("mine = 3", "mine"),
         ("[mine", "not a TOML file"),
+        ("", "names no weights"),
+        ("[mine]\nbackbone = 'resnet18'\nweights = 'a'\nstd = [0.2, 0, 0.2]", "mine.std.1"),
+        ("[mine]\nbackbone = 'resnet18'\nweights = 'a'\nimage_size = 20000", "mine.image_size"),
     ],
 )
 def test_a_file_of_weights_that_is_not_understood_is_refused_in_words(
@@ -191,14 +195,30 @@ def test_own_weights_are_compared_and_the_verdict_names_them(
     rows = {row["method"]: row for row in rundir.read_jsonl(run.results)}
     assert rows["mine"]["weights"].startswith("mine.safetensors ")
     assert rows["simclr"]["weights"] is None
-    before = run.results.read_bytes()
+    before = rundir.read_jsonl(run.results)
     finetune(FinetuneSettings(run=run.path, **asked))
-    assert run.results.read_bytes() == before
+    assert rundir.read_jsonl(run.results) == before
     save_file(weights(1), own.parent / "mine.safetensors")
+    finetune(FinetuneSettings(run=run.path, **{**asked, "draws": 2}))
+    again = rundir.read_jsonl(run.results)
+    assert [row for row in again if row["method"] != "mine"] == [
+        row for row in before if row["method"] != "mine"
+    ], "only what has other weights is trained again"
+    found = [row for row in again if row["method"] == "mine"]
+    assert [row["draw"] for row in found] == [0, 1], "the third draw was of other weights"
+    assert rows["mine"]["weights"] not in {row["weights"] for row in found}
+    assert "earlier results of mine came from other weights and are dropped" in " ".join(
+        capsys.readouterr().err.split()
+    )
+    report(run)
+    assert verify(run)["classifiers"] == 11
+    own.write_text(TABLE.replace("image_size = 32", "image_size = 16"))
     finetune(FinetuneSettings(run=run.path, **asked))
-    again = {row["method"]: row for row in rundir.read_jsonl(run.results)}
-    assert again["mine"]["weights"] != rows["mine"]["weights"]
-    assert again["simclr"] == rows["simclr"], "only what has other weights is trained again"
+    sources = {row["weights"] for row in rundir.read_jsonl(run.results) if row["method"] == "mine"}
+    assert len(sources) == 1
+    assert not sources & {row["weights"] for row in found}, "the same weights on images of another size"
+    with pytest.raises(UsageError, match=r"\[mine\] is named in another file too"):
+        finetune(FinetuneSettings(run=run.path, methods=(str(own), str(own)), **FEW))
 
 
 def test_features_are_those_of_the_network_on_images_of_its_own_size(run: RunDirectory, own: Path) -> None:
@@ -214,6 +234,10 @@ def test_features_are_those_of_the_network_on_images_of_its_own_size(run: RunDir
 def test_weights_that_cannot_be_loaded_are_left_out_with_the_reason(
     run: RunDirectory, own: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    diverged = {key: value * torch.nan if "conv" in key else value for key, value in weights(0).items()}
+    save_file(diverged, own.parent / "mine.safetensors")
+    finetune(FinetuneSettings(run=run.path, methods=("pixels", str(own)), **FEW))
+    assert "mine is left out: its features are not numbers." in " ".join(capsys.readouterr().err.split())
     save_file({"a": torch.zeros(1)}, own.parent / "mine.safetensors")
     finetune(FinetuneSettings(run=run.path, methods=("pixels", str(own)), **FEW))
     assert {row["method"] for row in rundir.read_jsonl(run.results)} == {"pixels"}

@@ -790,3 +790,26 @@ def test_a_time_limit_compares_what_fits_and_the_same_command_goes_on(
     finetune(FinetuneSettings(run=copy.path, **asked))
     assert len(rundir.read_jsonl(copy.results)) == 12
     assert "training the classifier to keep" in capsys.readouterr().err
+
+
+def test_two_draws_claim_nothing_and_say_how_many_are_needed(finished: RunDirectory) -> None:
+    document = rundir.read_json(finished.report_json)
+    assert document["verdict"].startswith("2 label draws where 3 are needed, so nothing is claimed: ")
+    assert all(entry["verdict"] == "no difference shown" for entry in document["summary"][0]["comparisons"])
+
+
+@pytest.mark.parametrize("content", ["", "{}", "[]", "not JSON"])
+def test_a_damaged_file_that_can_be_made_again_is_made_again(
+    finished: RunDirectory, tmp_path: Path, content: str
+) -> None:
+    copy = RunDirectory(tmp_path / "copy")
+    shutil.copytree(finished.path, copy.path)
+    for file in (copy.label_check, copy.classifier_json):
+        file.write_text(content)
+    document = report(copy)
+    assert document["label_check"] is None
+    assert "classifier trained on all labels" not in " ".join(document["next"])
+    assert not copy.model_card.exists()
+    report(finetune(FinetuneSettings(run=copy.path, **FEW)))
+    assert copy.label_check.read_bytes() == finished.label_check.read_bytes()
+    assert copy.classifier_json.read_bytes() == finished.classifier_json.read_bytes()

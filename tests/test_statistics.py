@@ -312,3 +312,11 @@ def test_an_accuracy_interval_ends_at_0_and_1() -> None:
     assert accuracy_interval(right) == replace(wide, high=1.0)
     assert accuracy_interval(1 - right).low == 0.0
     assert accuracy_interval(right[:1]).high is None
+
+
+def test_no_difference_of_accuracies_is_beyond_a_hundred_points() -> None:
+    first = {0: np.array([1.0, 1.0, 0.0]), 1: np.array([0.0, 1.0, 1.0])}
+    second = {0: np.array([0.0, 1.0, 1.0]), 1: np.array([0.0, 0.0, 0.0])}
+    found = paired_difference(first, second)
+    assert found is not None
+    assert (found.low, found.high) == (-1.0, 1.0)

@@ -1,5 +1,6 @@
 """Logistic regression on frozen features: the linear probe. The door of scikit-learn."""
 
+import warnings
 from dataclasses import dataclass
 
 import numpy as np
@@ -9,6 +10,10 @@ from sklearn.model_selection import StratifiedKFold
 
 Floats = npt.NDArray[np.float32]
 Indices = npt.NDArray[np.int64]
+
+warnings.filterwarnings(
+    "ignore", message="The number of unique classes is greater than 50%"
+)  # few labels are our case
 
 _ITERATIONS = 500
 _WIDE = 4  # with so many features a row, a fit in the span of the rows is faster, the basis included

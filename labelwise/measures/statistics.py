@@ -127,7 +127,12 @@ def paired_difference(first: dict[int, Floats], second: dict[int, Floats]) -> In
         first, second: By draw, one value per test image, (T,); the same images in the same order.
     """
     shared = sorted(first.keys() & second.keys())
-    return interval(np.stack([first[draw] - second[draw] for draw in shared])) if shared else None
+    if not shared:
+        return None
+    found = interval(np.stack([first[draw] - second[draw] for draw in shared]))
+    if found.low is None or found.high is None:
+        return found
+    return replace(found, low=max(found.low, -1.0), high=min(found.high, 1.0))  # no accuracies differ by more
 
 
 def macro_values(right: Floats, truth: npt.NDArray[np.int64]) -> Floats:

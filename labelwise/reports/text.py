@@ -67,8 +67,8 @@ def saved_in_words(saved: dict[str, Any], label_cost: float | None) -> str:
 
 
 def doubts_in_words(check: dict[str, Any]) -> str:
-    """`12 of 1,348 labels look wrong, first of all 3/0123.png (3, looks like 8)`."""
-    doubted = f"{check['doubted']:,} of {check['checked']:,} labels look wrong"
+    """`12 of 1,348 labels are worth a second look, first of all 3/0123.png (3, looks like 8)`."""
+    doubted = f"{check['doubted']:,} of {check['checked']:,} labels are worth a second look"
     if not check["suspects"]:
         return doubted
     first = check["suspects"][0]

@@ -33,7 +33,7 @@ class Alternative:
     Attributes:
         spec: How it is built, and the size, mean and spread of the images it takes.
         weights: A file; None for those that timm fetches.
-        source: What was loaded, in words that change when the weights do.
+        source: What was loaded and how, in words that change when either does.
     """
 
     spec: EncoderSpec
@@ -55,6 +55,8 @@ def find_alternatives(methods: tuple[str, ...], backbone: str) -> dict[str, Alte
     for method in methods:
         if method.endswith(".toml"):
             for name, own in read_own_weights(Path(method)).items():
+                if name in makers:
+                    raise UsageError(f"{method}: [{name}] is named in another file too.")
                 makers[name] = partial(_own, own)
         elif method in ALTERNATIVES:
             known = (DINOV2, _DINOV2_SIZE) if method == "dinov2_probe" else (backbone, None)
@@ -89,6 +91,8 @@ def add_features(bench: Bench, method: str, alternative: Alternative) -> None:
                 network, pixels, everything, alternative.spec.normalization, bench.device
             ).numpy()
             bar.advance(len(chunk))
+    if not np.isfinite(features).all():
+        raise DataError("its features are not numbers.")
     bench.features[method], bench.references[method] = features, reference
 
 
@@ -110,4 +114,5 @@ def _own(own: OwnWeights) -> Alternative:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
         raise DataError(f"{own.weights}: cannot be read ({error.strerror or error}).") from None
-    return Alternative(spec, own.weights, f"{own.weights.name} {digest[:16]}")
+    made = hashlib.sha256(f"{digest} {spec}".encode()).hexdigest()
+    return Alternative(spec, own.weights, f"{own.weights.name} {made[:16]}")

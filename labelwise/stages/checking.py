@@ -23,7 +23,8 @@ def check_labels(bench: Bench, signature: str) -> None:
         signature: Of settings and labels; what was written with the same is kept.
     """
     file = bench.run.label_check
-    if file.exists() and rundir.read_json(file)["signature"] == signature:
+    before = rundir.read_derived(file)
+    if before is not None and before["signature"] == signature:
         return
     file.unlink(missing_ok=True)
     suspects = _contradicting_copies(bench)

@@ -30,7 +30,7 @@ from labelwise.learning.workers import side_by_side
 from labelwise.measures.linear import accuracy, macro_accuracy
 from labelwise.measures.statistics import FEWEST_DRAWS
 from labelwise.models.weights import load_encoder, save_module
-from labelwise.predictions import read_predictions, store_predictions
+from labelwise.predictions import keep_predictions, read_predictions, store_predictions
 from labelwise.rundir import RunDirectory
 from labelwise.stages.alternatives import Alternative, add_features, find_alternatives
 from labelwise.stages.checking import check_labels
@@ -185,6 +185,10 @@ def _set_up(run: RunDirectory, settings: FinetuneSettings) -> Bench:
     if not len(test):
         raise DataError(
             f"{run.path}: none of its {len(lock['names'])} test images has a label; label them, or give --test FOLDER."
+        )
+    if len(test) < len(lock["names"]):
+        terminal.say(
+            f"test       {len(test):,} of {len(lock['names']):,} locked test images have a label; label the others for narrower intervals"
         )
     pool = pool_indices(images, cache.readable, lock)
     labeled = pool[labels[pool] >= 0]
@@ -358,7 +362,7 @@ def _signature(bench: Bench) -> str:
 def _finished(bench: Bench, alternatives: dict[str, Alternative]) -> set[Job]:
     """Results that are there already, with their predictions; those made with other settings or labels are set aside.
 
-    Those of other weights under a name that is used now are not counted, and trained again.
+    Those of other weights under a name that is used now are dropped.
     """
     signature, here = _signature(bench), bench.run.results.parent
     rows = rundir.read_jsonl(bench.run.results)
@@ -372,11 +376,17 @@ def _finished(bench: Bench, alternatives: dict[str, Alternative]) -> set[Job]:
         rows = rundir.read_jsonl(bench.run.results)
     predictions = read_predictions(bench.run.predictions, ("method", "labels", "draw"))
     predicted = set(zip(*predictions.values(), strict=True))
-    return {
-        _key(row)
+    kept = [
+        row
         for row in rows
         if row["method"] not in alternatives or row["weights"] == alternatives[row["method"]].source
-    } & predicted
+    ]
+    if len(kept) < len(rows):
+        other = ", ".join(sorted({row["method"] for row in rows} & alternatives.keys()))
+        terminal.warn(f"earlier results of {other} came from other weights and are dropped.")
+        rundir.rewrite_jsonl(bench.run.results, kept)
+        keep_predictions(bench.run.predictions, {_key(row) for row in kept})
+    return {_key(row) for row in kept} & predicted
 
 
 def _move_results(run: RunDirectory, source: Path, target: Path) -> None:
@@ -471,10 +481,8 @@ def _announce(bench: Bench, counts: Sequence[int], jobs: int, done: int) -> None
 def _keep_classifier(bench: Bench) -> None:
     """Save the classifier trained on every label outside the test set, and what it takes to use it."""
     signature = _signature(bench)
-    if (
-        bench.run.classifier_json.exists()
-        and rundir.read_json(bench.run.classifier_json)["signature"] == signature
-    ):
+    before = rundir.read_derived(bench.run.classifier_json)
+    if before is not None and before["signature"] == signature and bench.run.classifier.exists():
         return
     terminal.say(f"training the classifier to keep on all {len(bench.labeled):,} labels")
     classifier, trial = refit(bench)

@@ -14,6 +14,7 @@ from labelwise.images.decoding import evaluation_short_side
 from labelwise.measures.calibration import calibration_error, reliability
 from labelwise.measures.label_savings import labels_saved
 from labelwise.measures.statistics import (
+    FEWEST_DRAWS,
     FEWEST_PER_CLASS,
     HELPS,
     HURTS,
@@ -92,7 +93,7 @@ def report(run: RunDirectory, label_cost: float | None = None) -> dict[str, Any]
         "arm_names": {arm: ARMS.get(arm, f"{arm}, linear probe") for arm in _arms(summary)},
         "test_uses": test_uses,
         "limits": _limits(computed, data, surroundings, test_uses),
-        "next": _next_steps(run, summary, check),
+        "next": _next_steps(run, summary, check, results),
         "run": str(run.path),
     }
     rundir.write_json(run.report_json, document)
@@ -232,7 +233,7 @@ def _everything(results: list[Result]) -> set[int]:
 def _verdict(summary: list[dict[str, Any]], pool: int, tested: int) -> str:
     """The answer in words, for every number of labels: fine-tuned SimCLR against training from scratch."""
     said: dict[str, list[str]] = {HELPS: [], UNCLEAR: [], HURTS: []}
-    single: list[tuple[dict[str, Any], str]] = []
+    few: list[tuple[dict[str, Any], str]] = []
     for entry in summary:
         best = next(
             (c for c in entry["comparisons"] if c["arm"] == "simclr" and c["against"] == "supervised"), None
@@ -242,13 +243,15 @@ def _verdict(summary: list[dict[str, Any]], pool: int, tested: int) -> str:
             continue
         fraction = entry["fraction"] or entry["labels"] / max(1, pool)
         share = "" if any(said.values()) else f" ({100 * fraction:.2g} % of the images)"
-        if best["low"] is None:
-            single.append((best, f"{text.gain_in_words(best)} with {entry['labels']:,} labels"))
+        if best["low"] is None or best["n"] < FEWEST_DRAWS:
+            few.append((best, f"{100 * best['mean']:+.1f} points with {entry['labels']:,} labels"))
             continue
         said[best["verdict"]].append(f"{text.gain_in_words(best)} with {entry['labels']:,} labels{share}")
-    if single and not any(said.values()):
-        why = "One label draw" if all(best["n"] == 1 for best, _ in single) else "One test image"
-        return f"{why}, no interval, so nothing is claimed: {', '.join(words for _, words in single)}."
+    if few and not any(said.values()):
+        most = max(best["n"] for best, _ in few)
+        one = "One label draw, no interval" if most == 1 else "One test image, no interval"
+        why = one if few[0][0]["low"] is None else f"{most} label draws where {FEWEST_DRAWS} are needed"
+        return f"{why}, so nothing is claimed: {', '.join(words for _, words in few)}."
     if not any(said.values()):
         done = {arm for entry in summary for arm in entry["arms"]}
         return "No comparison with training from scratch yet." + (
@@ -422,18 +425,24 @@ def _limits(
 
 def _label_check(run: RunDirectory) -> dict[str, Any] | None:
     """Which labels look wrong, without their pictures; None where too few labels were there to say."""
-    if not run.label_check.exists():
+    found = rundir.read_derived(run.label_check)
+    if found is None:
         return None
-    found = rundir.read_json(run.label_check)
     suspects = [{key: each[key] for key in each if key != "thumbnail"} for each in found["suspects"]]
     return {**found, "suspects": suspects[:SUSPECTS]}
 
 
+def _classifier(run: RunDirectory, results: list[Result]) -> dict[str, Any] | None:
+    """What is known of the kept classifier, if it was trained as those that were compared."""
+    facts = rundir.read_derived(run.classifier_json)
+    compared = {row["signature"] for row in results if row["method"] == "simclr"}
+    return facts if facts is not None and facts["signature"] in compared else None
+
+
 def _write_model_card(run: RunDirectory, document: dict[str, Any]) -> None:
-    """Describe the kept classifier, if it was trained as those that were compared; an earlier card goes."""
-    facts = rundir.read_json(run.classifier_json) if run.classifier_json.exists() else None
-    compared = {row["signature"] for row in document["results"] if row["method"] == "simclr"}
-    if facts is not None and facts["signature"] in compared:
+    """Describe the kept classifier, if there is one; an earlier card goes."""
+    facts = _classifier(run, document["results"])
+    if facts is not None:
         size = EncoderSpec.from_metadata(facts["encoder"]).image_size
         card = model_card.render(document, facts, evaluation_short_side(size))
         rundir.write_text(run.model_card, card)
@@ -441,7 +450,9 @@ def _write_model_card(run: RunDirectory, document: dict[str, Any]) -> None:
         run.model_card.unlink(missing_ok=True)
 
 
-def _next_steps(run: RunDirectory, summary: list[dict[str, Any]], check: dict[str, Any] | None) -> list[str]:
+def _next_steps(
+    run: RunDirectory, summary: list[dict[str, Any]], check: dict[str, Any] | None, results: list[Result]
+) -> list[str]:
     where = (
         f"--run {run.path.relative_to(Path.cwd())}"
         if run.path.is_relative_to(Path.cwd())
@@ -451,7 +462,7 @@ def _next_steps(run: RunDirectory, summary: list[dict[str, Any]], check: dict[st
         return [f"labelwise finetune {where} --fraction 0.01"]
     steps = []
     gain = summary[0]["gain"]
-    if gain and gain["low"] is not None and gain["low"] <= 0:
+    if gain and gain["low"] is not None and gain["low"] <= 0 and _against_pixels(summary[0]) != HURTS:
         steps.append(
             "the few-label gain is not clear: pretrain longer (--epochs), or take more draws (--draws 10)"
         )
@@ -459,6 +470,6 @@ def _next_steps(run: RunDirectory, summary: list[dict[str, Any]], check: dict[st
         labels = f"{weakest['labels']:,} label{'s' if weakest['labels'] > 1 else ''}"
         fit = f" and {weakest['agreed']:.0%} of them fit" if weakest["agreed"] is not None else ""
         steps.append(f"class {weakest['name']} has {labels}{fit}: label more of it first")
-    if run.classifier.exists():
+    if _classifier(run, results):
         steps.append(f"the classifier trained on all labels is {run.classifier}")
     return steps

@@ -40,8 +40,10 @@ def verify(run: RunDirectory) -> dict[str, Any]:
     if problems:
         more = f"\nand {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
         raise CheckpointError(
-            f"{run.path}: the report does not follow from what is stored (if a comparison came after it, "
-            f"`labelwise report` comes first):\n" + "\n".join(problems[:_SHOWN]) + more
+            f"{run.path}: the report does not follow from what is stored (if a comparison or another version of "
+            f"Labelwise came after it, `labelwise report` comes first):\n"
+            + "\n".join(problems[:_SHOWN])
+            + more
         )
     draws = {(row["seed"], row["draw"]) for row in results}
     return {"classifiers": len(results), "predictions": len(predictions["name"]), "draws": len(draws)}
