@@ -16,6 +16,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from labelwise.errors import CheckpointError, UsageError
 
 METHODS = ("simclr_probe", "simclr", "supervised", "random_probe", "pixels")
+_FEATURES = ("encoder", "network", "random")  # what the run's own features are called
 ALTERNATIVES = ("imagenet_probe", "dinov2_probe")  # weights that timm fetches
 
 
@@ -367,7 +368,7 @@ def read_own_weights(path: Path) -> dict[str, OwnWeights]:
     if not tables:
         raise UsageError(f"{path}: names no weights; docs/protocol.md shows how.")
     for name, table in tables.items():
-        if not re.fullmatch(r"[a-z][a-z0-9_]*", name) or name in (*METHODS, *ALTERNATIVES):
+        if not re.fullmatch(r"[a-z][a-z0-9_]*", name) or name in (*METHODS, *ALTERNATIVES, *_FEATURES):
             raise UsageError(
                 f"{path}: [{name}]: choose a name of small letters, digits and _ that no method has."
             )

@@ -117,12 +117,14 @@ def test_what_are_not_the_weights_is_refused_and_runs_nothing(
     (tmp_path / "text.pth").write_text("hello")
     (tmp_path / "code.pth").write_bytes(pickle.dumps(Code()))
     torch.save([1, 2], tmp_path / "list.pth")
+    torch.save({"model": 3}, tmp_path / "number.pth")
+    torch.save({1: torch.zeros(1)}, tmp_path / "keys.pth")
     save_file(
         {key: value for key, value in state.items() if "layer3" not in key}, tmp_path / "part.safetensors"
     )
     wide = timm.create_model("resnet18", num_classes=0, layers=[1, 1, 1, 1]).state_dict()
     save_file(dict(wide), tmp_path / "wide.safetensors")
-    names = ["text.safetensors", "text.pth", "code.pth", "list.pth", "part.safetensors", "wide.safetensors", "gone.pth"]  # fmt: skip
+    names = ["text.safetensors", "text.pth", "code.pth", "list.pth", "number.pth", "keys.pth", "part.safetensors", "wide.safetensors", "gone.pth"]  # fmt: skip
     for name in names:
         with pytest.raises(DataError, match=name):
             load_backbone(tmp_path / name, encoder)
@@ -150,6 +152,7 @@ def test_the_spec_of_timms_weights_is_what_they_were_trained_with() -> None:
         ("mine = 3", "mine"),
         ("[mine", "not a TOML file"),
         ("", "names no weights"),
+        ("[encoder]\nbackbone = 'resnet18'\nweights = 'a'", "that no method has"),
         ("[mine]\nbackbone = 'resnet18'\nweights = 'a'\nstd = [0.2, 0, 0.2]", "mine.std.1"),
         ("[mine]\nbackbone = 'resnet18'\nweights = 'a'\nimage_size = 20000", "mine.image_size"),
     ],

@@ -813,3 +813,14 @@ def test_a_damaged_file_that_can_be_made_again_is_made_again(
     report(finetune(FinetuneSettings(run=copy.path, **FEW)))
     assert copy.label_check.read_bytes() == finished.label_check.read_bytes()
     assert copy.classifier_json.read_bytes() == finished.classifier_json.read_bytes()
+
+
+def test_a_label_check_of_an_earlier_version_is_made_again(finished: RunDirectory, tmp_path: Path) -> None:
+    copy = RunDirectory(tmp_path / "copy")
+    shutil.copytree(finished.path, copy.path)
+    found = rundir.read_json(copy.label_check)
+    del found["unlabeled"]
+    rundir.write_json(copy.label_check, found)
+    assert report(copy)["label_check"] is None
+    finetune(FinetuneSettings(run=copy.path, **FEW))
+    assert copy.label_check.read_bytes() == finished.label_check.read_bytes()

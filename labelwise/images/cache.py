@@ -330,7 +330,7 @@ def _written(fresh: Path) -> int:
     """Bytes on disk of a build that an earlier process began, or another is at work on."""
     written = 0
     for name in (_SQUARES, _EVALUATIONS):
-        with suppress(FileNotFoundError):
+        with suppress(FileNotFoundError, NotADirectoryError):
             written += (fresh / name).stat().st_blocks * 512
     return written
 

@@ -76,12 +76,16 @@ def create_encoder(spec: EncoderSpec, *, pretrained: bool = False) -> Encoder:
         backbone = timm.create_model(spec.backbone, pretrained=pretrained, num_classes=0, **arguments)
     except (TypeError, ValueError, AssertionError) as error:
         raise UsageError(f"backbone '{spec.backbone}' with {arguments}: timm refuses this: {error}") from None
-    except (OSError, RuntimeError) as error:
-        if not pretrained:
+    except Exception as error:
+        if pretrained:  # what the hub's library raises depends on the network, the proxy and its version
+            raise DataError(
+                f"backbone '{spec.backbone}': timm's weights could not be loaded: {error}"
+            ) from None
+        if isinstance(error, OSError | RuntimeError):
             raise UsageError(
                 f"backbone '{spec.backbone}' with {arguments}: timm refuses this: {error}"
             ) from None
-        raise DataError(f"backbone '{spec.backbone}': timm's weights could not be loaded: {error}") from None
+        raise
     if spec.stem == "small":
         _make_stem_small(backbone)
     elif spec.stem == "half":

@@ -75,9 +75,11 @@ def _read_state(path: Path) -> dict[str, Any]:
         raise DataError(f"{path}: no weights can be read: {error}") from None
     except Exception as error:  # noqa: BLE001 - torch's unpickler raises whatever a strange file makes it
         raise DataError(f"{path}: no weights can be read ({type(error).__name__}).") from None
-    if not isinstance(held, dict):
+    if isinstance(held, dict):
+        held = next((held[key] for key in ("state_dict", "model") if key in held), held)
+    if not isinstance(held, dict) or not all(isinstance(key, str) for key in held):
         raise DataError(f"{path}: holds no weights by name.")
-    return next((held[key] for key in ("state_dict", "model") if key in held), held)
+    return held
 
 
 def save_module(path: Path, module: nn.Module, metadata: dict[str, str]) -> None:

@@ -24,7 +24,7 @@ def check_labels(bench: Bench, signature: str) -> None:
     """
     file = bench.run.label_check
     before = rundir.read_derived(file)
-    if before is not None and before["signature"] == signature:
+    if before is not None and before["signature"] == signature and "unlabeled" in before:
         return
     file.unlink(missing_ok=True)
     suspects = _contradicting_copies(bench)

@@ -96,7 +96,8 @@ def _compare(run: RunDirectory, settings: FinetuneSettings) -> None:
         clock = time.monotonic()
         probabilities, chosen, tries = run_method(method, bench, bench.labeled[orders[draw][:count]], draw)
         seconds = time.monotonic() - clock
-        pace.note(method, costs[job], seconds)
+        if method in TRAINED:  # the first probe also computes features
+            pace.note(method, costs[job], seconds)
         source = alternatives[method].source if method in alternatives else None
         return probabilities, {
             "seconds": round(seconds, 2),
@@ -382,7 +383,7 @@ def _finished(bench: Bench, alternatives: dict[str, Alternative]) -> set[Job]:
         if row["method"] not in alternatives or row["weights"] == alternatives[row["method"]].source
     ]
     if len(kept) < len(rows):
-        other = ", ".join(sorted({row["method"] for row in rows} & alternatives.keys()))
+        other = ", ".join(sorted({row["method"] for row in rows if row not in kept}))
         terminal.warn(f"earlier results of {other} came from other weights and are dropped.")
         rundir.rewrite_jsonl(bench.run.results, kept)
         keep_predictions(bench.run.predictions, {_key(row) for row in kept})
@@ -500,5 +501,5 @@ def _keep_classifier(bench: Bench) -> None:
 
 
 def _write_settings(run: RunDirectory, settings: FinetuneSettings) -> None:
-    resolved = settings.model_dump(mode="json", exclude={"run"}, exclude_none=True)
+    resolved = settings.model_dump(mode="json", exclude={"run", "time_limit"}, exclude_none=True)
     rundir.write_text(run.config, to_toml({"pretrain": read_run_config(run.config), "finetune": resolved}))

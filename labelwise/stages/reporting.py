@@ -249,8 +249,8 @@ def _verdict(summary: list[dict[str, Any]], pool: int, tested: int) -> str:
         said[best["verdict"]].append(f"{text.gain_in_words(best)} with {entry['labels']:,} labels{share}")
     if few and not any(said.values()):
         most = max(best["n"] for best, _ in few)
-        one = "One label draw, no interval" if most == 1 else "One test image, no interval"
-        why = one if few[0][0]["low"] is None else f"{most} label draws where {FEWEST_DRAWS} are needed"
+        one = "One test image, no interval" if tested == 1 else "One label draw, no interval"
+        why = one if tested == 1 or most == 1 else f"{most} label draws where {FEWEST_DRAWS} are needed"
         return f"{why}, so nothing is claimed: {', '.join(words for _, words in few)}."
     if not any(said.values()):
         done = {arm for entry in summary for arm in entry["arms"]}
@@ -285,7 +285,11 @@ def _against_others(summary: list[dict[str, Any]]) -> list[str]:
     """Fine-tuned SimCLR against the best of the networks that others trained, at every number of labels."""
     said: dict[tuple[str, str], list[str]] = defaultdict(list)
     for entry in summary:
-        rivals = [c for c in entry["comparisons"] if c["against"] not in _OURS and c["low"] is not None]
+        rivals = [
+            c
+            for c in entry["comparisons"]
+            if c["against"] not in _OURS and c["low"] is not None and c["n"] >= FEWEST_DRAWS
+        ]
         if rivals:
             best = min(rivals, key=lambda c: float(c["mean"]))  # that where ours leads least
             words = f"{text.gain_in_words(best)} with {entry['labels']:,} labels"
@@ -426,7 +430,7 @@ def _limits(
 def _label_check(run: RunDirectory) -> dict[str, Any] | None:
     """Which labels look wrong, without their pictures; None where too few labels were there to say."""
     found = rundir.read_derived(run.label_check)
-    if found is None:
+    if found is None or "unlabeled" not in found:  # not there, or of an earlier version
         return None
     suspects = [{key: each[key] for key in each if key != "thumbnail"} for each in found["suspects"]]
     return {**found, "suspects": suspects[:SUSPECTS]}
