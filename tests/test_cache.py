@@ -316,7 +316,7 @@ def tell(count):
     global done
     done += count
     print(done, flush=True)
-    if done == limit:
+    if limit and done == limit:
         time.sleep(600)
 found = cache.build_cache(open_images(Path(sys.argv[1])), side=48, evaluation_size=32, progress=tell)
 print("built", found.folder.name)
