@@ -4,10 +4,14 @@ import os
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
 from PIL import Image
+
+if TYPE_CHECKING:
+    from labelwise.rundir import RunDirectory
 
 # Read once, on import, by the libraries that colour and wrap what the command prints.
 for name in (
@@ -55,3 +59,31 @@ def photo() -> Callable[..., Image.Image]:
         return image
 
     return write
+
+
+@pytest.fixture(scope="session")
+def pretrained(tmp_path_factory: pytest.TempPathFactory) -> "RunDirectory":
+    """A small encoder of some digits, pretrained for one epoch; to be copied, not written to."""
+    from labelwise.config import PretrainSettings
+    from labelwise.stages.demo import write_digits
+    from labelwise.stages.pretraining import pretrain
+
+    folder = tmp_path_factory.mktemp("pretrained")
+    write_digits(folder / "images")
+    for number, file in enumerate(sorted((folder / "images").glob("*/*.png"))):
+        if number % 6:
+            file.unlink()
+    settings = PretrainSettings(
+        images=folder / "images",
+        out=folder / "run",
+        backbone="resnet18",
+        backbone_args={"layers": [1, 1, 1, 1], "channels": [8, 8, 16, 16]},
+        stem="half",
+        image_size=16,
+        batch_size=64,
+        epochs=1,
+        precision="fp32",
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LABELWISE_CACHE", str(folder / "cache"))
+        return pretrain(settings)

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import save_file
 
 from labelwise import rundir
-from labelwise.config import FinetuneSettings, PretrainSettings, read_own_weights
+from labelwise.config import FinetuneSettings, read_own_weights
 from labelwise.errors import DataError, UsageError
 from labelwise.images.cache import build_cache, read_evaluations
 from labelwise.images.source import open_images
@@ -24,8 +24,6 @@ from labelwise.models.encoder import EncoderSpec, create_encoder, pretrained_spe
 from labelwise.models.weights import load_backbone
 from labelwise.rundir import RunDirectory
 from labelwise.stages.comparing import finetune
-from labelwise.stages.demo import write_digits
-from labelwise.stages.pretraining import pretrain
 from labelwise.stages.reporting import report
 from labelwise.stages.verifying import verify
 
@@ -41,22 +39,6 @@ image_size = 32
 mean = [0.5, 0.5, 0.5]
 std = [0.25, 0.25, 0.25]
 """
-
-
-@pytest.fixture(scope="module")
-def pretrained(tmp_path_factory: pytest.TempPathFactory) -> RunDirectory:
-    folder = tmp_path_factory.mktemp("pretrained")
-    write_digits(folder / "images")
-    for number, file in enumerate(sorted((folder / "images").glob("*/*.png"))):
-        if number % 6:
-            file.unlink()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("LABELWISE_CACHE", str(folder / "cache"))
-        settings = PretrainSettings(
-            images=folder / "images", out=folder / "run", backbone="resnet18", backbone_args=NARROW, stem="half",
-            image_size=16, batch_size=64, epochs=1, precision="fp32",
-        )  # fmt: skip
-        return pretrain(settings)
 
 
 @pytest.fixture

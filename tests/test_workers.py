@@ -15,41 +15,16 @@ import torch
 from torch import nn
 
 from labelwise import rundir
-from labelwise.config import FinetuneSettings, PretrainSettings
+from labelwise.config import FinetuneSettings
 from labelwise.learning.workers import count_workers, is_repeatable, side_by_side
 from labelwise.models.encoder import EncoderSpec, create_encoder
 from labelwise.predictions import read_predictions
 from labelwise.rundir import RunDirectory
 from labelwise.stages import comparing
 from labelwise.stages.comparing import finetune
-from labelwise.stages.demo import write_digits
-from labelwise.stages.pretraining import pretrain
 
 NARROW: dict[str, Any] = {"layers": [1, 1, 1, 1], "channels": [8, 8, 16, 16]}
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(scope="module")
-def pretrained(tmp_path_factory: pytest.TempPathFactory) -> RunDirectory:
-    folder = tmp_path_factory.mktemp("pretrained")
-    write_digits(folder / "images")
-    for number, file in enumerate(sorted((folder / "images").glob("*/*.png"))):
-        if number % 6:
-            file.unlink()
-    settings = PretrainSettings(
-        images=folder / "images",
-        out=folder / "run",
-        backbone="resnet18",
-        backbone_args=NARROW,
-        stem="half",
-        image_size=16,
-        batch_size=64,
-        epochs=1,
-        precision="fp32",
-    )
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("LABELWISE_CACHE", str(folder / "cache"))
-        return pretrain(settings)
 
 
 @pytest.fixture

@@ -84,6 +84,7 @@ def report(run: RunDirectory, label_cost: float | None = None) -> dict[str, Any]
     results, predictions = rundir.read_jsonl(run.results), read_predictions(run.predictions, PREDICTED)
     computed = compute(results, predictions, score(results, predictions), data["pool"])
     summary, test_uses, check = computed["summary"], _test_uses(run), _label_check(run)
+    classifier = _classifier(run, results)
     document = {
         **computed,
         "data": data,
@@ -93,13 +94,13 @@ def report(run: RunDirectory, label_cost: float | None = None) -> dict[str, Any]
         "arm_names": {arm: ARMS.get(arm, f"{arm}, linear probe") for arm in _arms(summary)},
         "test_uses": test_uses,
         "limits": _limits(computed, data, surroundings, test_uses),
-        "next": _next_steps(run, summary, check, results),
+        "next": _next_steps(run, summary, check, has_classifier=classifier is not None),
         "run": str(run.path),
     }
     rundir.write_json(run.report_json, document)
     rundir.write_text(run.report_md, markdown.render(document))
     rundir.write_text(run.report_html, html.render(document, run))
-    _write_model_card(run, document)
+    _write_model_card(run, document, classifier)
     return document
 
 
@@ -443,9 +444,8 @@ def _classifier(run: RunDirectory, results: list[Result]) -> dict[str, Any] | No
     return facts if facts is not None and facts["signature"] in compared else None
 
 
-def _write_model_card(run: RunDirectory, document: dict[str, Any]) -> None:
+def _write_model_card(run: RunDirectory, document: dict[str, Any], facts: dict[str, Any] | None) -> None:
     """Describe the kept classifier, if there is one; an earlier card goes."""
-    facts = _classifier(run, document["results"])
     if facts is not None:
         size = EncoderSpec.from_metadata(facts["encoder"]).image_size
         card = model_card.render(document, facts, evaluation_short_side(size))
@@ -455,7 +455,7 @@ def _write_model_card(run: RunDirectory, document: dict[str, Any]) -> None:
 
 
 def _next_steps(
-    run: RunDirectory, summary: list[dict[str, Any]], check: dict[str, Any] | None, results: list[Result]
+    run: RunDirectory, summary: list[dict[str, Any]], check: dict[str, Any] | None, *, has_classifier: bool
 ) -> list[str]:
     where = (
         f"--run {run.path.relative_to(Path.cwd())}"
@@ -474,6 +474,6 @@ def _next_steps(
         labels = f"{weakest['labels']:,} label{'s' if weakest['labels'] > 1 else ''}"
         fit = f" and {weakest['agreed']:.0%} of them fit" if weakest["agreed"] is not None else ""
         steps.append(f"class {weakest['name']} has {labels}{fit}: label more of it first")
-    if _classifier(run, results):
+    if has_classifier:
         steps.append(f"the classifier trained on all labels is {run.classifier}")
     return steps
