@@ -109,6 +109,11 @@ class PretrainSettings(Settings):
     labels_root: Path | None = Field(
         None, description="folder the label file's paths start from", json_schema_extra={"panel": "Data"}
     )
+    group_column: str | None = Field(
+        None,
+        description="column of the label file whose images stay on one side of the split: patient, site, video",
+        json_schema_extra={"panel": "Data"},
+    )
     test: Path | None = Field(
         None, description="folder of test images (class folders)", json_schema_extra={"panel": "Data"}
     )
@@ -300,6 +305,11 @@ class FinetuneSettings(Settings):
     )
     labels_root: Path | None = Field(
         None, description="folder the label file's paths start from", json_schema_extra={"panel": "Data"}
+    )
+    group_column: str | None = Field(
+        None,
+        description="column of the label file whose images stay on one side of the split: patient, site, video",
+        json_schema_extra={"panel": "Data"},
     )
     test: Path | None = Field(
         None, description="labels arrived later: folder of test images", json_schema_extra={"panel": "Data"}

@@ -7,6 +7,7 @@ splits/               test.json (locked) and draws-*.json (label draws)
 metrics.jsonl         a line per logged step and per epoch
 views.png             what the augmentations do to the first images
 neighbours.json       nearest images of a few, with thumbnails
+near_copies.json      pairs of images that show the same, the first ones with thumbnails
 checkpoints/          resume state; manifest with SHA-256 written last
 encoder.safetensors   backbone; head.safetensors: projection head
 classifier.safetensors, classifier.json
@@ -69,6 +70,10 @@ class RunDirectory:
     @property
     def neighbours(self) -> Path:
         return self.path / "neighbours.json"
+
+    @property
+    def near_copies(self) -> Path:
+        return self.path / "near_copies.json"
 
     @property
     def checkpoints(self) -> Path:

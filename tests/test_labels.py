@@ -223,7 +223,8 @@ def root(tmp_path: Path) -> Path:
 def matched(
     found: list[LabelRow], file: Path, names: list[str], root: Path, labels_root: Path | None = None
 ) -> tuple[dict[str, str], str]:
-    labels, _, notes = match_labels(found, file, names, root, labels_root)
+    matched = match_labels(found, file, names, root, labels_root)
+    labels, notes = matched.labels, matched.notes
     assert len(notes) == 1
     return labels, notes[0]
 
@@ -330,7 +331,7 @@ def test_each_split_goes_to_the_image_of_its_row(root: Path) -> None:
         LabelRow(4, "b/1.jpg", "cat", None),
         LabelRow(5, "b/3.jpg", "cat", "holiday"),
     ]
-    _, splits, _ = match_labels(found, root / "labels.csv", NAMES, root, None)
+    splits = match_labels(found, root / "labels.csv", NAMES, root, None).splits
     assert splits == {"a/1.jpg": "test", "a/2.jpg": "train"}
 
 

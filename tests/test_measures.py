@@ -275,3 +275,20 @@ def test_folds_depend_on_the_seed_alone() -> None:
     first, again, other = (stratified_folds(labels, 4, seed)[0][1].tolist() for seed in (0, 0, 1))
     assert first == again
     assert first != other
+
+
+def test_folds_tear_no_group_apart_and_hold_every_class() -> None:
+    rng = np.random.default_rng(0)
+    labels = rng.permutation(np.arange(90) % 3)
+    groups = rng.integers(0, 30, 90)
+    for train, held in stratified_folds(labels, 3, 0, groups):
+        assert set(groups[train]).isdisjoint(groups[held])
+        assert sorted([*train, *held]) == list(range(90))
+        assert set(labels[train]) == {0, 1, 2}
+
+
+def test_groups_of_one_image_change_no_fold() -> None:
+    labels = np.arange(40) % 4
+    plain = stratified_folds(labels, 4, 0)
+    numbered = stratified_folds(labels, 4, 0, np.random.default_rng(0).permutation(40) + 7)
+    assert [held.tolist() for _, held in plain] == [held.tolist() for _, held in numbered]

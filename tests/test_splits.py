@@ -176,6 +176,26 @@ def test_a_holdout_never_parts_copies(labeled: bool) -> None:
         assert found["excluded_duplicates"] == []
 
 
+def test_a_holdout_never_parts_groups_that_hold_several_classes() -> None:
+    images = classes(cat=120, dog=60)
+    groups = np.random.default_rng(0).permutation(180) // 6  # thirty patients of six images
+    found = lock_test(images, *different(images), 0.2, 0, groups=groups)
+    held = np.array([name in set(found["names"]) for name in images.names])
+    assert set(groups[held]).isdisjoint(groups[~held])
+    assert found["excluded_groups"] == []
+    assert 24 <= held.sum() <= 36
+    assert 5 <= per_class(found["names"])["dog"] <= 12
+
+
+def test_a_group_larger_than_the_test_set_stays_in_training() -> None:
+    images = classes(cat=50, dog=50)
+    groups = np.arange(100)
+    groups[:40] = 0
+    found = lock_test(images, *different(images), 0.2, 0, groups=groups)
+    assert per_class(found["names"]) == {"cat": 10, "dog": 10}
+    assert {f"cat/{number:05d}.png" for number in range(40)}.isdisjoint(found["names"])
+
+
 @pytest.mark.parametrize("labeled", [True, False])
 def test_the_holdout_depends_on_the_seed_and_not_on_the_listing(labeled: bool) -> None:
     images = classes(cat=60, dog=40) if labeled else listed([f"{number:03d}.png" for number in range(100)])

@@ -56,6 +56,7 @@ EVERY_FILE = {
     "metrics.jsonl",
     "views.png",
     "neighbours.json",
+    "near_copies.json",
     "encoder.safetensors",
     "head.safetensors",
     "classifier.safetensors",

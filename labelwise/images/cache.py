@@ -30,7 +30,7 @@ from labelwise.images.decoding import Pixels, Range, UnreadableImage
 from labelwise.images.source import ImageSet
 from labelwise.rundir import cache_root, write_json
 
-_VERSION = 3  # of what the files in a cache mean
+_VERSION = 4  # of what the files in a cache mean
 _SAMPLED = 10_000  # images whose mean and spread stand for the set's
 _CHUNK = 512
 _DECODED = 64  # images held at once that are not kept
@@ -50,6 +50,7 @@ class ImageCache:
         evaluations: The centre, undistorted, uint8, (N, E, E, 3).
         sizes: True height and width after EXIF rotation, (N, 2).
         keys: Content key, equal for equal pixels; 0 where unreadable, (N,).
+        shots: Camera and second of each photograph, 0 where unknown, (N, 2); see `decoding.shot`.
         readable: (N,).
         quarantined: Unreadable files with a reason each.
         intensity_range: Range that images deeper than 8 bits were scaled by, if there are any.
@@ -60,6 +61,7 @@ class ImageCache:
     evaluations: Pixels
     sizes: npt.NDArray[np.int32]
     keys: npt.NDArray[np.uint64]
+    shots: npt.NDArray[np.int64]
     readable: npt.NDArray[np.bool_]
     quarantined: list[dict[str, str]]
     intensity_range: Range | None
@@ -218,6 +220,7 @@ def _fill(
     evaluations = _open_array(folder / _EVALUATIONS, np.uint8, (count, evaluation_size, evaluation_size, 3))
     sizes = _open_array(folder / "sizes.npy", np.int32, (count, 2))
     keys = _open_array(folder / "keys.npy", np.uint64, (count,))
+    shots = _open_array(folder / "shots.npy", np.int64, (count, 2))
     shortest = max(decoding.SHORTEST, side, decoding.evaluation_short_side(evaluation_size))
     with decoding.without_warnings(), ThreadPoolExecutor(os.cpu_count()) as pool:
         facts = _read_progress(folder) or {
@@ -231,10 +234,12 @@ def _fill(
         def decode(row: int) -> str | None:
             """Fill a row, or say why it cannot be."""
             try:
-                image, size = decoding.decode_image(images.read(row), facts["intensity_range"], shortest)
+                data = images.read(row)
+                image, size = decoding.decode_image(data, facts["intensity_range"], shortest)
                 squares[row] = decoding.square_pixels(image, side)
                 evaluations[row] = decoding.evaluation_pixels(image, evaluation_size)
                 sizes[row], keys[row] = size, decoding.content_key(np.asarray(image))
+                shots[row] = decoding.shot(data)
             except UnreadableImage as error:
                 return str(error)
             except OSError as error:
@@ -246,13 +251,13 @@ def _fill(
             rows = range(start, min(start + _CHUNK, count))
             for row, reason in zip(rows, pool.map(decode, rows), strict=True):
                 if reason is not None:
-                    squares[row], evaluations[row], sizes[row], keys[row] = 0, 0, 1, 0
+                    squares[row], evaluations[row], sizes[row], keys[row], shots[row] = 0, 0, 1, 0, 0
                     quarantined.append({"file": images.names[row], "reason": reason})
                 progress(1)
             facts["rows"] = rows.stop
             is_last = rows.stop == count
             if is_last or time.monotonic() - saved_at > _SAVE_SECONDS:
-                for array in (squares, evaluations, sizes, keys):
+                for array in (squares, evaluations, sizes, keys, shots):
                     array.flush()
                 if not is_last:
                     write_json(folder / _PROGRESS, facts)
@@ -307,6 +312,7 @@ def _open_cache(folder: Path) -> ImageCache:
         evaluations=np.load(folder / _EVALUATIONS, mmap_mode="r"),
         sizes=np.load(folder / "sizes.npy"),
         keys=keys,
+        shots=np.load(folder / "shots.npy"),
         readable=keys != 0,
         quarantined=facts["quarantined"],
         intensity_range=tuple(facts["intensity_range"]) if facts["intensity_range"] else None,

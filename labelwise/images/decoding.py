@@ -9,15 +9,17 @@ import io
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import UTC, datetime
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageFile, ImageOps, UnidentifiedImageError
 
 # Pillow opens 40 more, some of which run other programs (EPS) or parse rare formats.
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "JPEG2000", "AVIF")
 LARGEST_PIXELS = 64_000_000
 SHORTEST = 512  # pixels that a short side keeps when a JPEG is decoded at a smaller scale
+_EXIF_WITHIN = 1 << 16  # bytes from the start or the end of a file
 _LONGEST = 8  # times the short side: what evaluation looks at of a very long image
 _DEEP_MODES = ("I", "I;16", "I;16B", "I;16L", "I;16N", "F")
 
@@ -106,6 +108,30 @@ def header_size(data: bytes) -> tuple[int, int]:
         turned = image.format != "TIFF" and _orientation(image) in (5, 6, 7, 8)
         width, height = image.size
         return (width, height) if turned else (height, width)
+
+
+def shot(data: bytes) -> tuple[int, int]:
+    """Which camera took a photograph and when, from its EXIF block; 0, 0 where it does not say.
+
+    Returns:
+        A hash of maker, model and serial number, and seconds since 1970 by the camera's own clock.
+    """
+    ends = data[:_EXIF_WITHIN] + data[-_EXIF_WITHIN:]
+    if not any(mark in ends for mark in (b"Exif", b"eXIf", b"EXIF")):  # JPEG and HEIC, PNG, WebP
+        return 0, 0
+    try:
+        exif = _open(data).getexif()
+        details = exif.get_ifd(ExifTags.IFD.Exif)
+        taken = datetime.strptime(str(details[ExifTags.Base.DateTimeOriginal])[:19], "%Y:%m:%d %H:%M:%S")
+        camera = (
+            exif.get(ExifTags.Base.Make),
+            exif[ExifTags.Base.Model],
+            details.get(ExifTags.Base.BodySerialNumber),
+        )
+    except Exception:  # noqa: BLE001 - a damaged EXIF block says nothing, whatever is wrong with it
+        return 0, 0
+    digest = hashlib.sha256(repr(camera).encode()).digest()
+    return int.from_bytes(digest[:7], "big"), int(taken.replace(tzinfo=UTC).timestamp())
 
 
 def square_pixels(image: Image.Image, side: int) -> Pixels:

@@ -26,12 +26,25 @@ class LabelRow:
 
     line: int
     path: str
-    label: str
+    label: str | None
     split: str | None
+    group: str | None = None
 
 
-def read_label_table(file: Path) -> list[LabelRow]:
+@dataclass(frozen=True)
+class Matched:
+    """What a label file says of the images, by image name, and notes that say the outcome."""
+
+    labels: dict[str, str]
+    splits: dict[str, str]
+    groups: dict[str, str]
+    notes: list[str]
+
+
+def read_label_table(file: Path, group_column: str | None = None) -> list[LabelRow]:
     """Read a CSV, TSV or JSONL file; every cell is text, so `001` and `NA` stay what they are.
+
+    With a group column, rows without a label count too: unlabeled images have a patient or a site as well.
 
     Raises:
         DataError: The file cannot be read, lacks a column, or holds several labels in one cell.
@@ -42,23 +55,21 @@ def read_label_table(file: Path) -> list[LabelRow]:
         _read_jsonl(file) if file.suffix.lower() in (".jsonl", ".ndjson") else _read_delimited(file)
     )
     path_column = _column(file, columns, PATH_COLUMNS, "path")
-    label_column = _column(file, columns, LABEL_COLUMNS, "label")
+    if group_column is not None:
+        _column(file, columns, (group_column,), "group")
+    has_labels = group_column is None or any(name in columns for name in LABEL_COLUMNS)
+    label_column = _column(file, columns, LABEL_COLUMNS, "label") if has_labels else None
     result = []
     for line, row in rows:
-        path, label = row.get(path_column), row.get(label_column)
+        path, label = row.get(path_column), row.get(label_column) if label_column else None
         if isinstance(label, list) or _holds_several(label):
             raise DataError(
                 f"{file}, line {line}: several labels in one cell ({label}); Labelwise classifies with one label per image."
             )
-        if path and label is not None and str(label).strip():
-            result.append(
-                LabelRow(
-                    line,
-                    str(path),
-                    str(label).strip(),
-                    str(row["split"]).strip().lower() if row.get("split") else None,
-                )
-            )
+        found, group = _text(label), _text(row.get(group_column)) if group_column else None
+        if path and (found or group):
+            split = str(row["split"]).strip().lower() if row.get("split") else None
+            result.append(LabelRow(line, str(path), found, split, group))
     if not result:
         raise DataError(f"{file}: no labeled rows in it.")
     return result
@@ -66,12 +77,9 @@ def read_label_table(file: Path) -> list[LabelRow]:
 
 def match_labels(
     rows: list[LabelRow], file: Path, names: list[str], root: Path, labels_root: Path | None
-) -> tuple[dict[str, str], dict[str, str], list[str]]:
+) -> Matched:
     """Find the image of each row: by its path relative to the label file, to `labels_root` or the
     images, then by base name where that is unique.
-
-    Returns:
-        Label by image name, split by image name, and notes that say the outcome.
 
     Raises:
         DataError: Nothing matches, or rows of one image disagree.
@@ -89,6 +97,8 @@ def match_labels(
     starts = [file.resolve().parent, *([labels_root.resolve()] if labels_root else []), root.resolve()]
     labels: dict[str, str] = {}
     splits: dict[str, str] = {}
+    groups: dict[str, str] = {}
+    matched: set[str] = set()
     unknown: list[LabelRow] = []
     by_name_alone = 0
     for row in rows:
@@ -99,14 +109,15 @@ def match_labels(
         if match is None:
             unknown.append(row)
             continue
-        if labels.get(match, row.label) != row.label:
-            raise DataError(
-                f"{file}, line {row.line}: {row.path} is labeled {row.label!r} here and {labels[match]!r} before; keep one."
-            )
-        labels[match] = row.label
+        matched.add(match)
+        for said, known, words in ((row.label, labels, "labeled"), (row.group, groups, "in group")):
+            if said is not None and known.setdefault(match, said) != said:
+                raise DataError(
+                    f"{file}, line {row.line}: {row.path} is {words} {said!r} here and {known[match]!r} before; keep one."
+                )
         if row.split in ("train", "val", "test"):
             splits[match] = row.split
-    if not labels:
+    if not matched:
         raise DataError(
             f"{file}: none of its {len(rows)} paths matches an image in {root}, e.g. {rows[0].path}; name their folder with --labels-root."
         )
@@ -114,7 +125,12 @@ def match_labels(
     more = f" and {len(unknown) - _LISTED} more" if len(unknown) > _LISTED else ""
     alone = f" ({by_name_alone} of them by file name alone)" if by_name_alone else ""
     outcome = f"{len(rows)} rows: {len(rows) - len(unknown)} matched{alone}, {len(unknown)} unknown"
-    return labels, splits, [outcome + (f": {listed}{more}" if unknown else "")]
+    return Matched(labels, splits, groups, [outcome + (f": {listed}{more}" if unknown else "")])
+
+
+def _text(cell: object) -> str | None:
+    """The text of a cell; None where there is none."""
+    return str(cell).strip() or None if cell is not None else None
 
 
 def _find_path(path: str, starts: list[Path], by_path: dict[str, str]) -> str | None:

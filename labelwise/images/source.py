@@ -9,7 +9,7 @@ from pathlib import Path, PurePosixPath
 
 import datasets
 
-from labelwise.errors import DataError
+from labelwise.errors import DataError, UsageError
 from labelwise.images.labels import OUTSIDE, match_labels, read_label_table
 
 SUFFIXES = (
@@ -47,6 +47,7 @@ class ImageSet:
         ignored: Files that are not images, counted by suffix.
         notes: What a person should know.
         table: Column `image`, not decoded.
+        groups: What may not be torn apart, such as the images of one patient; None where nothing is known.
     """
 
     root: Path
@@ -57,6 +58,11 @@ class ImageSet:
     ignored: dict[str, int]
     notes: list[str]
     table: datasets.Dataset = field(repr=False)
+    groups: list[str | None] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        if not self.groups:
+            object.__setattr__(self, "groups", [None] * len(self.names))
 
     def read(self, row: int) -> bytes:
         """Bytes of one image.
@@ -69,7 +75,12 @@ class ImageSet:
 
 
 def open_images(
-    root: Path, *, labels: Path | None = None, labels_root: Path | None = None, test: Path | None = None
+    root: Path,
+    *,
+    labels: Path | None = None,
+    labels_root: Path | None = None,
+    group_column: str | None = None,
+    test: Path | None = None,
 ) -> ImageSet:
     """Find the images of a folder, with the labels and splits that its layout or a label file tells.
 
@@ -78,40 +89,48 @@ def open_images(
             of Parquet files, or one written by `datasets`' `save_to_disk`.
         labels: A CSV, TSV or JSONL file, or a folder of class folders.
         labels_root: Folder the label file's paths start from.
+        group_column: Column of the label file, or of a table that `datasets` reads, whose images may not be torn apart.
         test: Folder of test images, inside `root` or elsewhere.
 
     Raises:
         DataError: There are no images, or the labels cannot be matched to them.
     """
-    images = _open_folder(root)
+    has_file = labels is not None and not labels.is_dir()
+    images = _open_folder(root, None if has_file else group_column)
+    if group_column is not None and not has_file and images.layout != "dataset":
+        raise UsageError(
+            f"--group-column {group_column}: is a column of a label file; give --labels FILE too."
+        )
     if test is not None:
         images = _add_test(images, test)
     if labels is not None and labels.is_dir():
         images = _add_labeled_folder(images, labels)
     elif labels is not None:
-        known, splits, notes = match_labels(
-            read_label_table(labels), labels, images.names, images.root, labels_root
-        )
+        rows = read_label_table(labels, group_column)
+        found = match_labels(rows, labels, images.names, images.root, labels_root)
         images = replace(
             images,
             labels=[
-                known.get(name, label if name.startswith(OUTSIDE[0]) else None)
+                found.labels.get(name, label if name.startswith(OUTSIDE[0]) else None)
                 for name, label in zip(images.names, images.labels, strict=True)
             ],
-            splits=[splits.get(name, split) for name, split in zip(images.names, images.splits, strict=True)],
+            splits=[
+                found.splits.get(name, split) for name, split in zip(images.names, images.splits, strict=True)
+            ],
             layout=f"{images.layout}, labels from {labels.name}",
-            notes=images.notes + notes,
+            notes=images.notes + found.notes,
+            groups=[found.groups.get(name) for name in images.names],
         )
     return images
 
 
-def _open_folder(root: Path) -> ImageSet:
+def _open_folder(root: Path, group_column: str | None = None) -> ImageSet:
     if not root.exists():
         raise DataError(f"{root}: no such folder.")
     if not root.is_dir():
         raise DataError(f"{root}: a file, not a folder of images.")
     if (root / "dataset_info.json").exists() or (root / "dataset_dict.json").exists():
-        return _from_datasets(root, datasets.load_from_disk(str(root)))
+        return _from_datasets(root, datasets.load_from_disk(str(root)), group_column)
     paths, ignored, notes = _walk(root)
     if not paths:
         parquet = sorted(str(path) for path in root.rglob("*.parquet"))
@@ -119,7 +138,9 @@ def _open_folder(root: Path) -> ImageSet:
             files = _parquet_splits(root, parquet)
             datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False  # reading one's own files is nobody's business
             loaded = datasets.load_dataset("parquet", data_files=files)
-            return _from_datasets(root, loaded if len(files) > 1 else next(iter(loaded.values())))
+            return _from_datasets(
+                root, loaded if len(files) > 1 else next(iter(loaded.values())), group_column
+            )
         found = ", ".join(
             f"{count} {suffix or 'without suffix'}" for suffix, count in Counter(ignored).most_common(5)
         )
@@ -214,12 +235,15 @@ def _read_layout(paths: list[PurePosixPath]) -> tuple[list[str | None], list[str
     return labels, splits, layout[is_split, has_classes], notes
 
 
-def _from_datasets(root: Path, loaded: datasets.Dataset | datasets.DatasetDict) -> ImageSet:
+def _from_datasets(
+    root: Path, loaded: datasets.Dataset | datasets.DatasetDict, group_column: str | None
+) -> ImageSet:
     """Read a table of images that the `datasets` library knows."""
     pieces = loaded if isinstance(loaded, datasets.DatasetDict) else {"": loaded}
     names: list[str] = []
     labels: list[str | None] = []
     splits: list[str | None] = []
+    groups: list[str | None] = []
     tables = []
     for split, piece in pieces.items():
         image = next((name for name in _IMAGE_COLUMNS if name in piece.column_names), None)
@@ -228,16 +252,21 @@ def _from_datasets(root: Path, loaded: datasets.Dataset | datasets.DatasetDict) 
                 f"{root}: no image column; looked for {', '.join(_IMAGE_COLUMNS)}, found {', '.join(piece.column_names)}."
             )
         label = next((name for name in _LABEL_COLUMNS if name in piece.column_names), None)
+        if group_column is not None and group_column not in piece.column_names:
+            raise DataError(f"{root}: no group column {group_column}; found {', '.join(piece.column_names)}.")
         width = len(str(len(piece)))
         names += [f"{split or 'row'}/{row:0{width}d}" for row in range(len(piece))]
         splits += [SPLITS.get(str(split).lower())] * len(piece)
         labels += _label_texts(piece, label) if label else [None] * len(piece)
+        groups += _label_texts(piece, group_column) if group_column else [None] * len(piece)
         tables.append(
             piece.select_columns(image)
             .rename_columns({} if image == "image" else {image: "image"})
             .cast_column("image", datasets.Image(decode=False))
         )
-    return ImageSet(root, names, labels, splits, "dataset", {}, [], datasets.concatenate_datasets(tables))
+    return ImageSet(
+        root, names, labels, splits, "dataset", {}, [], datasets.concatenate_datasets(tables), groups
+    )
 
 
 def _label_texts(piece: datasets.Dataset, column: str) -> list[str | None]:
@@ -297,6 +326,7 @@ def _append(images: ImageSet, more: ImageSet, split: str | None, words: str) -> 
         names=images.names + [prefix + name for name in more.names],
         labels=images.labels + more.labels,
         splits=images.splits + [split or own for own in more.splits],
+        groups=images.groups + more.groups,
         layout=f"{images.layout}, {words}",
         notes=images.notes + more.notes,
         table=datasets.concatenate_datasets([images.table, more.table]),

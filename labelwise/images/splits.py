@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections import defaultdict
+from collections import Counter, defaultdict
 from typing import Any
 
 import numpy as np
@@ -26,22 +26,26 @@ def lock_test(
     holdout: float | None,
     seed: int,
     *,
+    groups: Rows | None = None,
     locked: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Choose the test images, before anything is trained.
 
     The user's own test split comes first; else a stratified holdout where labels are known, else a
-    uniform one. Copies of a test image are never left to train on.
+    uniform one. A group is never torn apart: what shares one with a test image is not left to train on.
 
     Args:
         images, keys, readable: The set, (N,) each.
         holdout: Share to hold out when there is no test split; default 0.2, 0 for none.
         seed: Of the holdout's draw.
+        groups: Number of the group of each image, (N,); default: images with the same pixels are one.
         locked: A lock made before: its images stay the test images.
 
     Returns:
-        `method` in words, `names`, their content `keys`, `excluded_duplicates`, `seed`, `sha256` of the names.
+        `method` in words, `names`, their content `keys`, `excluded_duplicates` (same pixels as a test image),
+        `excluded_groups` (others of its group), `seed`, `sha256` of the names.
     """
+    groups = np.unique(keys, return_inverse=True)[1] if groups is None else groups
     if locked is not None:
         rows = _find_locked(images, keys, locked)
         method, seed = locked["method"], locked["seed"]
@@ -50,18 +54,21 @@ def lock_test(
         method = "your test split"
     else:
         share = DEFAULT_HOLDOUT if holdout is None else holdout
-        rows, method = _hold_out(images, keys, readable, share, seed)
+        rows, method = _hold_out(images, groups, readable, share, seed)
         if share and not rows:
             raise UsageError(
                 f"--holdout {share:g}: leaves {images.root} without a test image; hold out more, or 0 for none."
             )
     rows = sorted(rows, key=images.names.__getitem__)
     test_keys = {int(keys[row]) for row in rows} | (set(locked["keys"]) if locked else set())
-    chosen = set(rows)
-    duplicates = [
-        images.names[row]
-        for row in range(len(images.names))
-        if readable[row] and row not in chosen and int(keys[row]) in test_keys
+    test_groups = {int(groups[row]) for row in rows}
+    others = [row for row in np.flatnonzero(readable).tolist() if row not in set(rows)]
+    duplicates = [images.names[row] for row in others if int(keys[row]) in test_keys]
+    earlier = (
+        set(locked.get("excluded_groups", ())) if locked else set()
+    )  # by groups not known any more, it may be
+    tied = [
+        images.names[row] for row in others if int(groups[row]) in test_groups or images.names[row] in earlier
     ]
     names = [images.names[row] for row in rows]
     return {
@@ -69,6 +76,7 @@ def lock_test(
         "names": names,
         "keys": [int(keys[row]) for row in rows],
         "excluded_duplicates": duplicates,
+        "excluded_groups": sorted(set(tied) - set(duplicates)),
         "seed": seed,
         "sha256": hash_names(names),
     }
@@ -97,8 +105,8 @@ def _find_locked(images: ImageSet, keys: npt.NDArray[np.uint64], locked: dict[st
 
 
 def pool_indices(images: ImageSet, readable: npt.NDArray[np.bool_], lock: dict[str, Any]) -> Rows:
-    """Rows that may be trained on: readable, not a test image, not a copy of one, (P,)."""
-    forbidden = {*lock["names"], *lock["excluded_duplicates"]}
+    """Rows that may be trained on: readable, not a test image, not of the group of one, (P,)."""
+    forbidden = {*lock["names"], *lock["excluded_duplicates"], *lock["excluded_groups"]}
     kept = [
         row
         for row, name in enumerate(images.names)
@@ -160,45 +168,40 @@ def _quotas(sizes: dict[str, int], most: int) -> dict[str, int]:
 
 
 def _hold_out(
-    images: ImageSet, keys: npt.NDArray[np.uint64], readable: npt.NDArray[np.bool_], share: float, seed: int
+    images: ImageSet, groups: Rows, readable: npt.NDArray[np.bool_], share: float, seed: int
 ) -> tuple[list[int], str]:
     if share == 0:
         return [], "none held out"
-    labeled = [row for row in range(len(images.names)) if readable[row] and images.labels[row] is not None]
-    if len({images.labels[row] for row in labeled}) > 1:
-        most = min(MOST_HELD_OUT_LABELED, round(share * len(labeled)))
-        groups = _groups_by_class(images, keys, labeled)
+    rows = [row for row in range(len(images.names)) if readable[row] and images.labels[row] is not None]
+    labels = {row: str(images.labels[row]) for row in rows}
+    if len(set(labels.values())) > 1:
+        most = min(MOST_HELD_OUT_LABELED, round(share * len(rows)))
         words = f"{share:.0%} of the labeled images held out, by class"
     else:
         rows = [row for row in range(len(images.names)) if readable[row]]
+        labels = dict.fromkeys(rows, "")
         most = min(MOST_HELD_OUT_UNLABELED, round(share * len(rows)))
-        groups = {"": _copies_together(images, keys, rows)}
         words = f"{share:.0%} held out at random, to be labeled later"
     chosen: list[int] = []
-    quotas = _quotas({label: sum(map(len, class_groups)) for label, class_groups in groups.items()}, most)
-    for label, class_groups in sorted(groups.items()):
-        quota = quotas[label]
+    quotas = _quotas(Counter(labels.values()), most)
+    for label, class_groups in sorted(_groups_by_class(images.names, groups, labels).items()):
         for place in seeding.generator(seed, "holdout", label).permutation(len(class_groups)):
-            if quota <= 0:
+            if quotas[label] <= 0:
                 break
-            if len(class_groups[place]) <= quota:
+            sizes = Counter(labels[row] for row in class_groups[place])
+            if all(size <= quotas[each] for each, size in sizes.items()):
                 chosen += class_groups[place]
-                quota -= len(class_groups[place])
+                quotas = {each: quota - sizes[each] for each, quota in quotas.items()}
     return sorted(chosen), words
 
 
-def _groups_by_class(
-    images: ImageSet, keys: npt.NDArray[np.uint64], rows: list[int]
-) -> dict[str, list[list[int]]]:
-    by_class: dict[str, list[int]] = defaultdict(list)
-    for row in rows:
-        by_class[str(images.labels[row])].append(row)
-    return {label: _copies_together(images, keys, members) for label, members in by_class.items()}
-
-
-def _copies_together(images: ImageSet, keys: npt.NDArray[np.uint64], rows: list[int]) -> list[list[int]]:
-    """Group rows with the same pixels, in an order that does not depend on the file system."""
-    groups: dict[int, list[int]] = defaultdict(list)
-    for row in sorted(rows, key=images.names.__getitem__):
-        groups[int(keys[row])].append(row)
-    return list(groups.values())
+def _groups_by_class(names: list[str], groups: Rows, labels: dict[int, str]) -> dict[str, list[list[int]]]:
+    """Groups of the labeled rows by the label most of their images have, in an order that file systems do not change."""
+    members: dict[int, list[int]] = defaultdict(list)
+    for row in sorted(labels, key=names.__getitem__):
+        members[int(groups[row])].append(row)
+    by_class: dict[str, list[list[int]]] = defaultdict(list)
+    for rows in members.values():
+        sizes = Counter(labels[row] for row in rows)
+        by_class[min(sizes, key=lambda label: (-sizes[label], label))].append(rows)
+    return by_class

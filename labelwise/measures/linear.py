@@ -81,14 +81,39 @@ def fit_probe(
     return Probe(mean, scale.astype(np.float32), weight.astype(np.float32), bias.astype(np.float32))
 
 
-def stratified_folds(labels: Indices, folds: int, seed: int) -> list[tuple[Indices, Indices]]:
+def stratified_folds(
+    labels: Indices, folds: int, seed: int, groups: Indices | None = None
+) -> list[tuple[Indices, Indices]]:
     """Split labeled images into folds: rows to train on and rows to score, per fold.
 
     Args:
-        labels: Class indices, (n,); each class at least `folds` times.
+        labels: Class indices, (n,); each class in at least `folds` groups, see `one_of_each`.
+        folds, seed: How many, and of their draw.
+        groups: What no fold may tear apart, (n,); default: every image is a group.
     """
+    members, kept = one_of_each(np.arange(len(labels)) if groups is None else groups, labels)
     splitter = StratifiedKFold(folds, shuffle=True, random_state=seed)
-    return [(train, held) for train, held in splitter.split(np.zeros(len(labels)), labels)]
+    return [
+        (np.flatnonzero(np.isin(members, train)), np.flatnonzero(np.isin(members, held)))
+        for train, held in splitter.split(np.zeros(len(kept)), kept)
+    ]
+
+
+def one_of_each(groups: Indices, labels: Indices) -> tuple[Indices, Indices]:
+    """Number groups as they come, and give each the label that most of its images have.
+
+    Args:
+        groups, labels: Of each image, (n,).
+
+    Returns:
+        Group of each image, from 0, (n,), and label of each group, (G,).
+    """
+    _, first, inverse = np.unique(groups, return_index=True, return_inverse=True)
+    order = np.argsort(first)
+    members = np.argsort(order)[inverse]
+    counts = np.zeros((len(order), labels.max(initial=0) + 1), dtype=np.int64)
+    np.add.at(counts, (members, labels), 1)
+    return members, counts.argmax(axis=1)
 
 
 def accuracy(predicted: Indices, truth: Indices) -> float:

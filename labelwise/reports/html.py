@@ -69,6 +69,8 @@ def render(document: dict[str, Any], run: RunDirectory) -> str:
         suspects=_suspects(run) if document["label_check"] else [],
         check_note=text.CHECK_NOTE,
         queries=rundir.read_json(run.neighbours)["queries"] if run.neighbours.exists() else [],
+        pairs=_pairs(run),
+        grouped=text.grouped_in_words(document["data"]),
         environment_rows=_environment_rows(document["environment"]),
     )
 
@@ -111,6 +113,12 @@ def _confusion(confusion: dict[str, Any] | None) -> dict[str, Any] | None:
 def _suspects(run: RunDirectory) -> list[dict[str, Any]]:
     """The labels that look wrong and have a picture."""
     return [each for each in rundir.read_json(run.label_check)["suspects"] if "thumbnail" in each]
+
+
+def _pairs(run: RunDirectory) -> list[dict[str, Any]]:
+    """The near-copies that have pictures."""
+    found = rundir.read_derived(run.near_copies) or {"pairs": []}
+    return [each for each in found["pairs"] if "thumbnails" in each]
 
 
 def _figure(svg: str) -> Markup:

@@ -29,6 +29,9 @@ def render(document: dict[str, Any]) -> str:
         f"- test: {text.test_line(document)}",
         "",
     ]
+    grouped = text.grouped_in_words(document["data"])
+    if grouped:
+        lines[-1:] = [f"- {grouped}", ""]
     check = document["label_check"]
     if check:
         lines += [

@@ -133,6 +133,18 @@ def data_line(data: dict[str, Any]) -> str:
     return f"{data['images']:,} images{classes}{bad}; {data['pool']:,} to train on"
 
 
+def grouped_in_words(data: dict[str, Any]) -> str:
+    """What was kept on one side of the split, and what was left out of training for that; empty where nothing was."""
+    tied = [f"{count:,} {what}" for what, count in data.get("grouped", {}).items() if count]
+    if not tied:
+        return ""
+    left_out = data["excluded_duplicates"] + data["excluded_groups"]
+    return (
+        f"Kept together, never on both sides of the split: {', '.join(tied)}. "
+        f"{left_out:,} {'image was' if left_out == 1 else 'images were'} left out of training because a test image belongs with them."
+    )
+
+
 def test_line(document: dict[str, Any]) -> str:
     """What was tested on."""
     data, results = document["data"], document["results"]

@@ -21,6 +21,7 @@ from labelwise import environment, rundir, terminal
 from labelwise.config import FinetuneSettings, parse_duration, read_run_config, to_toml
 from labelwise.errors import DataError, UsageError
 from labelwise.images.cache import ImageCache, build_cache
+from labelwise.images.grouping import Groups, group_images
 from labelwise.images.source import ImageSet, open_images
 from labelwise.images.splits import draw_labels, hash_names, lock_test, pool_indices
 from labelwise.interruption import stop_between_steps
@@ -170,7 +171,8 @@ def _set_up(run: RunDirectory, settings: FinetuneSettings) -> Bench:
         cache = build_cache(
             images, side=data["cache_side"], evaluation_size=spec.image_size, progress=bar.advance
         )
-    lock, test_method = _test_lock(run, settings, images, cache)
+    groups = group_images(images, cache)
+    lock, test_method = _test_lock(run, settings, images, cache, groups)
     classes = sorted({label for label in images.labels if label is not None})
     if len(classes) < 2:
         found = f"only class {classes[0]!r} was found" if classes else "no labels were found"
@@ -192,6 +194,9 @@ def _set_up(run: RunDirectory, settings: FinetuneSettings) -> Bench:
             f"test       {len(test):,} of {len(lock['names']):,} locked test images have a label; label the others for narrower intervals"
         )
     pool = pool_indices(images, cache.readable, lock)
+    left_out = len(lock["excluded_duplicates"]) + len(lock["excluded_groups"])
+    if left_out:
+        terminal.say(f"groups     {left_out:,} images left out, because a test image belongs with them")
     labeled = pool[labels[pool] >= 0]
     missing = sorted(set(range(len(classes))) - set(labels[labeled].tolist()))
     if missing:
@@ -203,7 +208,7 @@ def _set_up(run: RunDirectory, settings: FinetuneSettings) -> Bench:
     policy = _view_policy(read_run_config(run.config), plan)
     device = choose_device(settings.device)
     return Bench(
-        run=run, settings=settings, images=images, cache=cache, names=images.names, labels=labels, classes=classes, labeled=labeled, test=test, test_method=test_method, pool=pool,
+        run=run, settings=settings, images=images, cache=cache, groups=groups.of, names=images.names, labels=labels, classes=classes, labeled=labeled, test=test, test_method=test_method, pool=pool,
         spec=spec, policy=policy, precision=_precision(plan, device), device=device,
         unbalanced=is_unbalanced(labels[labeled], len(classes)),
     )  # fmt: skip
@@ -212,15 +217,17 @@ def _set_up(run: RunDirectory, settings: FinetuneSettings) -> Bench:
 def _remember(run: RunDirectory, settings: FinetuneSettings) -> FinetuneSettings:
     """Take labels and test images that the last comparison of this run was given, where none are given now."""
     before = read_run_config(run.config, FinetuneSettings)
-    paths: dict[str, Path] = {}
+    known: dict[str, Any] = {}
     for name in ("labels", "labels_root", "test"):
         given = getattr(settings, name)
         if given is not None:
-            paths[name] = given.absolute()
+            known[name] = given.absolute()
         elif name in before:
-            paths[name] = Path(before[name])
+            known[name] = Path(before[name])
             terminal.say(f"{name:<10} {before[name]}, as in the last comparison")
-    return settings.model_copy(update=paths)
+    if settings.group_column is None and settings.labels is None:
+        known["group_column"] = before.get("group_column")
+    return settings.model_copy(update=known)
 
 
 def _precision(plan: dict[str, Any], device: torch.device) -> Precision:
@@ -234,7 +241,7 @@ def _precision(plan: dict[str, Any], device: torch.device) -> Precision:
 
 
 def _test_lock(
-    run: RunDirectory, settings: FinetuneSettings, images: ImageSet, cache: ImageCache
+    run: RunDirectory, settings: FinetuneSettings, images: ImageSet, cache: ImageCache, groups: Groups
 ) -> tuple[dict[str, Any], str]:
     """The test images locked before pretraining, or those that came later, and in words which they are."""
     lock = rundir.read_json(run.test_lock)
@@ -245,10 +252,10 @@ def _test_lock(
                 "the test split of the labels came after pretraining and is not used; the images locked then are. "
                 "To use it, pretrain with the same --labels."
             )
-        lock = lock_test(images, cache.keys, cache.readable, None, 0, locked=lock)
+        lock = lock_test(images, cache.keys, cache.readable, None, 0, groups=groups.of, locked=lock)
         return lock, f"{lock['method']}, never trained on"
     if "test" in images.splits:
-        lock = lock_test(images, cache.keys, cache.readable, None, 0)
+        lock = lock_test(images, cache.keys, cache.readable, None, 0, groups=groups.of)
         terminal.warn(
             "the test images came after pretraining: the encoder may have seen them, without labels."
         )
@@ -261,7 +268,8 @@ def _open_images(sources: dict[str, str | None], settings: FinetuneSettings) -> 
     paths = {
         name: path or (Path(known) if (known := sources[name]) else None) for name, path in given.items()
     }
-    return open_images(Path(str(sources["images"])), **paths)
+    group_column = settings.group_column or (sources.get("group_column") if settings.labels is None else None)
+    return open_images(Path(str(sources["images"])), group_column=group_column, **paths)
 
 
 def _view_policy(config: dict[str, Any], plan: dict[str, Any]) -> Policy:

@@ -20,7 +20,14 @@ from labelwise.images.source import ImageSet
 from labelwise.interruption import StopRequest
 from labelwise.learning.precision import Precision
 from labelwise.learning.workers import count_workers
-from labelwise.measures.linear import Probe, accuracy, fit_probe, macro_accuracy, stratified_folds
+from labelwise.measures.linear import (
+    Probe,
+    accuracy,
+    fit_probe,
+    macro_accuracy,
+    one_of_each,
+    stratified_folds,
+)
 from labelwise.models.encoder import EncoderSpec, create_encoder
 from labelwise.models.features import extract_features
 from labelwise.models.heads import has_kept_layer, keep_first_layer
@@ -63,6 +70,7 @@ class Bench:
     """Everything the methods share.
 
     Attributes:
+        groups: Number of the group of every image, (N,); a group is never split over folds.
         names, labels: Of every image of the set, (N,); label -1 where unknown.
         classes: Their names; a label is a place in this list.
         labeled, test, pool: Rows that may be drawn as labels, that are tested, that were pretrained on.
@@ -80,6 +88,7 @@ class Bench:
     settings: FinetuneSettings
     images: ImageSet
     cache: ImageCache
+    groups: Rows
     names: list[str]
     labels: npt.NDArray[np.int64]
     classes: list[str]
@@ -157,7 +166,8 @@ def refit(bench: Bench) -> tuple[Classifier, Trial]:
 
 def is_few(bench: Bench, rows: Rows) -> bool:
     """Whether these labels are too few to choose anything by cross-validation."""
-    sizes = np.bincount(bench.labels[rows], minlength=len(bench.classes))
+    _, kept = one_of_each(bench.groups[rows], bench.labels[rows])
+    sizes = np.bincount(kept, minlength=len(bench.classes))
     return len(rows) <= FEW_PER_CLASS * len(bench.classes) or int(sizes.min()) < FOLDS
 
 
@@ -174,7 +184,7 @@ def _choose(bench: Bench, rows: Rows, seed: int, ways: list[Way]) -> Way:
     scores = []
     for way in ways:
         predicted = np.empty(len(rows), dtype=np.int64)
-        for train, held in stratified_folds(truth, FOLDS, seed):
+        for train, held in stratified_folds(truth, FOLDS, seed, bench.groups[rows]):
             predicted[held] = way.fit(rows[train], rows[held], seed, 1 - 1 / FOLDS).argmax(axis=1)
         scores.append(score(predicted, truth))
     return ways[int(np.argmax(scores))]

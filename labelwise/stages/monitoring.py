@@ -7,6 +7,8 @@ import numpy.typing as npt
 import torch
 
 from labelwise import rundir, seeding, terminal
+from labelwise.images.cache import ImageCache
+from labelwise.images.near_copies import NearCopies
 from labelwise.images.source import ImageSet
 from labelwise.measures import health
 from labelwise.measures.knn import knn_accuracy, nearest
@@ -30,6 +32,29 @@ def save_mosaic(run: RunDirectory, policy: Policy, pool: Pool, seed: int, rows: 
     views = views.reshape(len(columns), rows, *views.shape[1:]).transpose(0, 1)  # (rows, V, 3, H, W)
     rundir.write_atomically(run.views, lambda fresh: draw_mosaic(squares, views).save(fresh, format="PNG"))
     terminal.say(f"views      {run.views} shows what the augmentations do")
+
+
+def save_near_copies(
+    run: RunDirectory,
+    images: ImageSet,
+    cache: ImageCache,
+    near: NearCopies,
+    lock: dict[str, Any],
+    shown: int = 12,
+) -> None:
+    """Write the near-copies for a person to look at: those of test images first, the least certain first."""
+    test = set(lock["names"])
+    found: list[dict[str, Any]] = []
+    for pair, agreement in zip(near.pairs.tolist(), near.edge_agreement.tolist(), strict=True):
+        names = [images.names[row] for row in pair]
+        is_test = [name in test for name in names]
+        found.append({"rows": pair, "names": names, "is_test": is_test, "agreement": round(agreement, 3)})
+    found.sort(key=lambda each: (not any(each["is_test"]), each["agreement"], each["names"]))
+    for place, each in enumerate(found):
+        rows = each.pop("rows")
+        if place < shown:
+            each["thumbnails"] = [encode_thumbnail(cache.evaluations[row]) for row in rows]
+    rundir.write_json(run.near_copies, {"pairs": found})
 
 
 def look(

@@ -17,6 +17,7 @@ from labelwise.config import PretrainSettings, parse_duration, read_run_config
 from labelwise.errors import DataError, UsageError
 from labelwise.images.cache import ImageCache, channel_statistics, sample_sizes
 from labelwise.images.duplicates import unique_keys
+from labelwise.images.grouping import Groups
 from labelwise.images.source import ImageSet
 from labelwise.images.splits import pool_indices
 from labelwise.learning.large_batch import largest_part, step_bytes
@@ -408,6 +409,7 @@ def announce(
     pool: Pool,
     lock: dict[str, Any],
     images: ImageSet,
+    groups: Groups,
     is_new: bool,
 ) -> None:
     """Print the plan."""
@@ -425,7 +427,11 @@ def announce(
         terminal.warn(
             f"{len(pool.cache.quarantined)} unreadable images left out, e.g. {first['file']}: {first['reason']} (all in data.json)"
         )
-    for note in images.notes:
+    tied = ", ".join(f"{count:,} {what}" for what, count in groups.counts.items() if count)
+    if tied:
+        left_out = len(lock["excluded_duplicates"]) + len(lock["excluded_groups"])
+        terminal.say(f"groups     {tied}: never on both sides; {left_out:,} left out of training for that")
+    for note in images.notes + groups.notes:
         terminal.say(f"note       {note}")
     terminal.say(
         f"model      {spec.backbone}, {plan.stem} stem, {plan.image_size} px views from {plan.cache_side} px squares"

@@ -17,6 +17,7 @@ from labelwise import environment, rundir, seeding, terminal
 from labelwise.config import PretrainSettings, to_toml
 from labelwise.errors import DataError, Interrupted, LabelwiseError, UsageError
 from labelwise.images.cache import ImageCache, build_cache
+from labelwise.images.grouping import Groups, group_images
 from labelwise.images.source import ImageSet, open_images
 from labelwise.images.splits import hash_names, lock_test
 from labelwise.interruption import stop_between_steps
@@ -34,7 +35,7 @@ from labelwise.measures import health
 from labelwise.models.encoder import check_backbone
 from labelwise.models.weights import save_encoder, save_module
 from labelwise.rundir import RunDirectory
-from labelwise.stages.monitoring import look, save_mosaic, save_neighbours
+from labelwise.stages.monitoring import look, save_mosaic, save_near_copies, save_neighbours
 from labelwise.stages.planning import (
     Plan,
     Pool,
@@ -79,13 +80,18 @@ def pretrain(settings: PretrainSettings) -> RunDirectory:
     torch.manual_seed(settings.seed)
 
     images = open_images(
-        settings.images, labels=settings.labels, labels_root=settings.labels_root, test=settings.test
+        settings.images,
+        labels=settings.labels,
+        labels_root=settings.labels_root,
+        group_column=settings.group_column,
+        test=settings.test,
     )
     plan = _read_plan(run)
     size, side = (plan.image_size, plan.cache_side) if plan else choose_sizes(settings, images, device)
     with terminal.track("reading images", len(images.names)) as bar:
         cache = build_cache(images, side=side, evaluation_size=size, progress=bar.advance)
-    lock = _test_lock(run, settings, images, cache)
+    groups = group_images(images, cache)
+    lock = _test_lock(run, settings, images, cache, groups)
     pool = keep_on_device(make_pool(images, cache, lock, settings), device)
     spec = specify_encoder(settings, size, pool)
 
@@ -98,8 +104,9 @@ def pretrain(settings: PretrainSettings) -> RunDirectory:
     spec = dataclasses.replace(spec, stem=plan.stem)
     with rundir.hold(run):
         if is_new:
-            _write_start(run, settings, plan, device, images, cache, lock, pool)
-        announce(run, plan, spec, pool, lock, images, is_new)
+            _write_start(run, settings, plan, device, images, cache, groups, lock, pool)
+            save_near_copies(run, images, cache, groups.near, lock)
+        announce(run, plan, spec, pool, lock, images, groups, is_new)
         save_mosaic(run, view_policy(settings, plan, plan.image_size), pool, settings.seed)
 
         precision = Precision(plan.precision, plan.layout, plan.reason)
@@ -261,14 +268,16 @@ def _asked(settings: PretrainSettings) -> dict[str, Any]:
 
 
 def _test_lock(
-    run: RunDirectory, settings: PretrainSettings, images: ImageSet, cache: ImageCache
+    run: RunDirectory, settings: PretrainSettings, images: ImageSet, cache: ImageCache, groups: Groups
 ) -> dict[str, Any]:
     """Lock the test images, or take the lock this run (or the one it goes on from) already has."""
     earlier = run.test_lock
     if not earlier.exists() and is_run(settings.init):
         earlier = rundir.open_run(Path(str(settings.init))).test_lock
     locked = rundir.read_json(earlier) if earlier.exists() else None
-    return lock_test(images, cache.keys, cache.readable, settings.holdout, settings.seed, locked=locked)
+    return lock_test(
+        images, cache.keys, cache.readable, settings.holdout, settings.seed, groups=groups.of, locked=locked
+    )
 
 
 def _read_plan(run: RunDirectory) -> Plan | None:
@@ -282,6 +291,7 @@ def _write_start(
     device: torch.device,
     images: ImageSet,
     cache: ImageCache,
+    groups: Groups,
     lock: dict[str, Any],
     pool: Pool,
 ) -> None:
@@ -299,7 +309,7 @@ def _write_start(
     }
     data = {
         "root": str(settings.images.resolve()),
-        "sources": sources,
+        "sources": {**sources, "group_column": settings.group_column},
         "layout": images.layout,
         "images": len(images.names),
         "readable": int(cache.readable.sum()),
@@ -308,13 +318,15 @@ def _write_start(
         "test": len(lock["names"]),
         "test_method": lock["method"],
         "excluded_duplicates": len(lock["excluded_duplicates"]),
+        "excluded_groups": len(lock["excluded_groups"]),
+        "grouped": groups.counts,
         "quarantined": cache.quarantined,
         "classes": dict(sorted(counts.items())),
         "image_size": plan.image_size,
         "cache_side": plan.cache_side,
         "intensity_range": cache.intensity_range,
         "fingerprint": cache.folder.name,
-        "notes": images.notes,
+        "notes": images.notes + groups.notes,
     }
     rundir.write_json(run.data, data)
     resolved = settings.model_dump(mode="json", exclude={"images", "out", "time_limit"}, exclude_none=True)

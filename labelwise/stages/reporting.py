@@ -423,8 +423,10 @@ def _limits(
         limits.append(
             f"The encoder started from {surroundings['asked']['init']}: how much of the gain is that start's was not measured."
         )
-    if data["excluded_duplicates"]:
-        limits.append(f"{data['excluded_duplicates']} copies of test images were kept out of training.")
+    if column := data["sources"].get("group_column"):
+        limits.append(
+            f"Test images of one {column} resemble each other, and intervals count them as independent: they may be too narrow."
+        )
     return limits
 
 
