@@ -20,6 +20,7 @@ _SCHEMA = pa.schema(
         ("draw", pa.int64()),
         ("name", pa.string()),
         ("label", pa.string()),
+        ("group", pa.int64()),
         ("prediction", pa.string()),
         ("probabilities", pa.list_(pa.float32())),
     ]
@@ -36,6 +37,7 @@ def store_predictions(
     *,
     names: list[str],
     truth: list[str],
+    groups: list[int],
     predicted: list[str],
     probabilities: npt.NDArray[np.float32],
 ) -> None:
@@ -47,6 +49,7 @@ def store_predictions(
         path: predictions.parquet.
         method, draw, labels: Which classifier; `labels` is how many it learned from.
         names, truth, predicted: Of T test images.
+        groups: Number of each one's group; images of one number belong together.
         probabilities: In the order of the classes' names, (T, C).
     """
     count = len(names)
@@ -56,6 +59,7 @@ def store_predictions(
         "draw": [draw] * count,
         "name": names,
         "label": truth,
+        "group": groups,
         "prediction": predicted,
         "probabilities": list(probabilities),
     }

@@ -53,7 +53,7 @@ def test_confidence_is_the_probability_of_the_predicted_class(tmp_path: Path) ->
     for draw in range(2):
         probabilities = np.random.default_rng(draw).dirichlet([1, 1, 1], 7).astype(np.float32)
         store_predictions(
-            file, "pixels", draw, 10, names=list("abcdefg"), truth=["x"] * 7, predicted=["x"] * 7, probabilities=probabilities,
+            file, "pixels", draw, 10, names=list("abcdefg"), truth=["x"] * 7, groups=[0] * 7, predicted=["x"] * 7, probabilities=probabilities,
         )  # fmt: skip
     found = read_predictions(file, ("probabilities", CONFIDENCE, "draw"))
     assert found[CONFIDENCE] == [max(each) for each in found["probabilities"]]

@@ -283,7 +283,8 @@ def test_a_run_keeps_patients_on_one_side_and_shows_near_copies(tmp_path: Path, 
     assert "Kept together, never on both sides of the split: 2 near-copies, 48 group column" in text
     assert "Images that belong together" in page
     assert "a/twin.jpg" in page
-    assert any("Test images of one patient resemble each other" in limit for limit in document["limits"])
+    assert document["test_groups"] == len(tested)
+    assert any(f"belong to {len(tested)} groups" in limit for limit in document["limits"])
     orders = [rundir.read_json(file)["order"] for file in run.splits.glob("draw-*.json")]
     assert all(tested.isdisjoint({patient[name] for name in order}) for order in orders)
     assert verify(run)["classifiers"] == len(document["results"])

@@ -699,6 +699,7 @@ def test_a_report_leaves_out_what_has_no_result_and_what_diverged(
         copy.predictions, "supervised", 0, 20,
         names=[table["name"][row] for row in chosen],
         truth=[table["label"][row] for row in chosen],
+        groups=[table["group"][row] for row in chosen],
         predicted=[table["prediction"][row] for row in chosen],
         probabilities=np.full((len(chosen), 10), np.nan, dtype=np.float32),
     )  # fmt: skip

@@ -12,6 +12,7 @@ from labelwise.measures.linear import macro_accuracy
 from labelwise.measures.statistics import (
     Interval,
     accuracy_interval,
+    by_group,
     interval,
     macro_interval,
     macro_values,
@@ -72,6 +73,35 @@ def test_intervals_hold_the_truth_at_any_number_of_draws(draws: int) -> None:
         found = interval(experiment(rng, draws, images, *variances))
         holding.append(found.low < expected(*variances) < found.high)
     assert 0.93 <= np.mean(holding) <= 0.975
+
+
+@pytest.mark.statistics
+def test_groups_of_test_images_are_drawn_again_together() -> None:
+    rng = np.random.default_rng(5)
+    holding, alone = [], []
+    for _ in range(1000):
+        draws, level = int(rng.integers(3, 11)), rng.uniform(-0.5, 1.0)
+        groups = np.repeat(np.arange(60), rng.integers(3, 15, 60))  # sixty patients
+        ease = rng.normal(size=60)[groups] + rng.normal(size=len(groups))
+        spread = 0.2 * rng.normal(size=(draws, 1))
+        right = (rng.random((draws, len(groups))) < special.expit(LOGISTIC * (level + spread + ease))).astype(
+            float
+        )
+        truth = expected(level, 0.2, np.sqrt(2))
+        found, narrow = accuracy_interval(right, groups), accuracy_interval(right)
+        holding.append(found.low < truth < found.high)
+        alone.append(narrow.low < truth < narrow.high)
+    assert 0.93 <= np.mean(holding) <= 0.975
+    assert np.mean(alone) < 0.9, "images of one patient are not independent"
+
+
+def test_groups_keep_every_mean_and_groups_of_one_change_nothing() -> None:
+    rng = np.random.default_rng(0)
+    values, groups = rng.random((3, 50)), rng.integers(0, 9, 50)
+    np.testing.assert_allclose(by_group(values, groups).mean(axis=1), values.mean(axis=1))
+    assert by_group(values, groups).shape == (3, 9)
+    np.testing.assert_allclose(by_group(values, np.arange(50)), values)
+    assert by_group(values, None) is values
 
 
 @pytest.mark.statistics

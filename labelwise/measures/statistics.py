@@ -19,6 +19,7 @@ _FEWEST_ERRORS = 10  # images; with fewer the normal distribution does not hold
 HELPS, UNCLEAR, HURTS = "helps", "no difference shown", "hurts"
 
 Floats = npt.NDArray[np.float64]
+Groups = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -92,11 +93,34 @@ def interval(values: Floats) -> Interval:
     return Interval(mean, mean - half, mean + half, r)
 
 
-def accuracy_interval(values: Floats) -> Interval:
-    """Mean accuracy with its interval, cut off at 0 and 1, which no accuracy can pass; values as in `interval`.
+def by_group(values: Floats, groups: Groups | None) -> Floats:
+    """One value for each group of test images, so that groups are drawn again and not single images.
+
+    Args:
+        values: (R, T).
+        groups: Number of each image's group, (T,); None where every image stands for itself.
+
+    Returns:
+        (R, G): the mean over groups of each draw is its mean over images, and what differs between groups is what their
+        images add to it together.
+
+    Source: Kish 1965, Survey Sampling, the variance of a mean over clusters of unequal size.
+    """
+    if groups is None:
+        return values
+    _, place = np.unique(groups, return_inverse=True)
+    means = values.mean(axis=1, keepdims=True)
+    sums = np.zeros((len(values), place.max() + 1))
+    np.add.at(sums.T, place, (values - means).T)
+    return np.asarray(means + sums * sums.shape[1] / values.shape[1])
+
+
+def accuracy_interval(values: Floats, groups: Groups | None = None) -> Interval:
+    """Mean accuracy with its interval, cut off at 0 and 1, which no accuracy can pass; values as in `by_group`.
 
     Where fewer than ten images are wrong, or right, it is at least as wide as Wilson's.
     """
+    values = by_group(values, groups)
     found = interval(values)
     if found.low is None or found.high is None:
         return found
@@ -107,29 +131,34 @@ def accuracy_interval(values: Floats) -> Interval:
     return replace(found, low=max(low, 0.0), high=min(high, 1.0))
 
 
-def macro_interval(right: Floats, truth: npt.NDArray[np.int64]) -> Interval:
+def macro_interval(right: Floats, truth: npt.NDArray[np.int64], groups: Groups | None = None) -> Interval:
     """Mean over classes of the accuracy in each, with its interval if each class has five test images or more.
 
     Args:
         right: (R, T), 1 where a draw's classifier was right.
         truth: Class of each image, (T,).
+        groups: As in `by_group`; then each class has to be in five groups or more.
     """
-    found = accuracy_interval(macro_values(right, truth))
-    if np.unique(truth, return_counts=True)[1].min() < FEWEST_PER_CLASS:
+    found = accuracy_interval(macro_values(right, truth), groups)
+    pairs = np.unique(np.stack([truth, np.arange(len(truth)) if groups is None else groups]), axis=1)
+    if np.unique(pairs[0], return_counts=True)[1].min() < FEWEST_PER_CLASS:
         return replace(found, low=None, high=None)
     return found
 
 
-def paired_difference(first: dict[int, Floats], second: dict[int, Floats]) -> Interval | None:
+def paired_difference(
+    first: dict[int, Floats], second: dict[int, Floats], groups: Groups | None = None
+) -> Interval | None:
     """Mean of first minus second over the draws both have, with its interval; None if they share none.
 
     Args:
         first, second: By draw, one value per test image, (T,); the same images in the same order.
+        groups: As in `by_group`.
     """
     shared = sorted(first.keys() & second.keys())
     if not shared:
         return None
-    found = interval(np.stack([first[draw] - second[draw] for draw in shared]))
+    found = interval(by_group(np.stack([first[draw] - second[draw] for draw in shared]), groups))
     if found.low is None or found.high is None:
         return found
     return replace(found, low=max(found.low, -1.0), high=min(found.high, 1.0))  # no accuracies differ by more

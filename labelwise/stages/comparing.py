@@ -424,6 +424,7 @@ def _store(
         len(rows),
         names=[bench.names[row] for row in bench.test],
         truth=[bench.classes[label] for label in truth],
+        groups=bench.groups[bench.test].tolist(),
         predicted=[bench.classes[label] for label in predicted],
         probabilities=probabilities,
     )

@@ -52,7 +52,7 @@ _COMPARED = (
 SUSPECTS = 24  # labels that look wrong which the report names
 FEW_TEST_IMAGES = 100  # an accuracy is known to about ten points then (Wilson 1927)
 
-PREDICTED = ("method", "labels", "draw", "name", "label", "prediction", CONFIDENCE)  # columns
+PREDICTED = ("method", "labels", "draw", "name", "label", "group", "prediction", CONFIDENCE)  # columns
 
 Result = dict[str, Any]
 
@@ -64,10 +64,12 @@ class Scores:
     Attributes:
         right: By labels, method and draw: 1 where right, else 0, (T,).
         truth: Class of each test image, (T,).
+        groups: Group of each test image, (T,); None where each stands for itself.
     """
 
     right: dict[int, dict[str, dict[int, Floats]]]
     truth: npt.NDArray[np.int64]
+    groups: npt.NDArray[np.int64] | None
 
 
 def report(run: RunDirectory, label_cost: float | None = None) -> dict[str, Any]:
@@ -117,6 +119,7 @@ def compute(
         "results": results,
         "confusion": _confusion(summary, predictions),
         "calibration": _calibration(results, predictions),
+        "test_groups": None if scores.groups is None else len(np.unique(scores.groups)),
     }
 
 
@@ -153,6 +156,7 @@ def score(results: list[Result], predictions: dict[str, list[Any]]) -> Scores:
     for row, key in enumerate(keys):
         rows[key].append(row)
     names, label, predicted = (np.array(predictions[key]) for key in ("name", "label", "prediction"))
+    group = dict(zip(predictions["name"], predictions["group"], strict=True))
     right: dict[int, dict[str, dict[int, Floats]]] = defaultdict(lambda: defaultdict(dict))
     tested: list[tuple[str, str]] = []
     for result in results:
@@ -166,7 +170,10 @@ def score(results: list[Result], predictions: dict[str, list[Any]]) -> Scores:
                 "have; run `labelwise finetune` again."
             )
         right[labels][method][draw] = (label[order] == predicted[order]).astype(float)
-    return Scores(right, np.unique([name for _, name in tested], return_inverse=True)[1])
+    truth = np.unique([name for _, name in tested], return_inverse=True)[1]
+    groups = [group[name] for name, _ in tested]
+    tied = len(set(groups)) < len(groups) and None not in groups  # an earlier version wrote none
+    return Scores(right, truth, np.array(groups) if tied else None)
 
 
 def _summarize(results: list[Result], scores: Scores) -> list[dict[str, Any]]:
@@ -178,7 +185,7 @@ def _summarize(results: list[Result], scores: Scores) -> list[dict[str, Any]]:
         comparisons = []
         others = [("simclr", arm) for arm in sorted(arms) if arm not in _OURS]
         for arm, against in (*_COMPARED, *others):
-            difference = paired_difference(arms.get(arm, {}), arms.get(against, {}))
+            difference = paired_difference(arms.get(arm, {}), arms.get(against, {}), scores.groups)
             if difference is not None:
                 comparisons.append(
                     {"arm": arm, "against": against, **difference.to_json(), "verdict": verdict(difference)}
@@ -195,7 +202,7 @@ def _summarize(results: list[Result], scores: Scores) -> list[dict[str, Any]]:
             "fraction": fractions.get(labels),
             "labels": labels,
             "arms": {
-                arm: accuracy_interval(np.stack(list(draws.values()))).to_json()
+                arm: accuracy_interval(np.stack(list(draws.values())), scores.groups).to_json()
                 for arm, draws in arms.items()
             },
             "gain": gain,
@@ -203,7 +210,7 @@ def _summarize(results: list[Result], scores: Scores) -> list[dict[str, Any]]:
         }
         if not is_balanced:
             entry["macro"] = {
-                arm: macro_interval(np.stack(list(draws.values())), scores.truth).to_json()
+                arm: macro_interval(np.stack(list(draws.values())), scores.truth, scores.groups).to_json()
                 for arm, draws in arms.items()
             }
         summary.append(entry)
@@ -390,6 +397,11 @@ def _limits(
             f"\u00b1{100 * test_set_margin(best, tested):.1f} points, with {3 * tested:,} more to half of that. "
             "Intervals in the table count that in."
         )
+        if computed["test_groups"] is not None:
+            limits.append(
+                f"The test images belong to {computed['test_groups']:,} groups (near-copies, bursts, group column); intervals let whole "
+                "groups be drawn again, so few large groups make them wide."
+            )
         single = [entry for entry in summary if 1 in {arm["n"] for arm in entry["arms"].values()}]
         everything = _everything(results)
         if any(entry["labels"] not in everything for entry in single):
@@ -422,10 +434,6 @@ def _limits(
     if surroundings["asked"]["init"]:
         limits.append(
             f"The encoder started from {surroundings['asked']['init']}: how much of the gain is that start's was not measured."
-        )
-    if column := data["sources"].get("group_column"):
-        limits.append(
-            f"Test images of one {column} resemble each other, and intervals count them as independent: they may be too narrow."
         )
     return limits
 
