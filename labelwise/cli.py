@@ -150,6 +150,28 @@ def report(
 
 
 @app.command()
+def predict(
+    images: Annotated[list[Path], typer.Argument(help="folder of images, or image files")],
+    run: Run = Path("runs/latest"),
+    out: Annotated[Path, typer.Option("--out", help=".csv or .parquet file to write")] = Path(
+        "predictions.csv"
+    ),
+    probabilities: Annotated[
+        bool, typer.Option("--probabilities", help="add a column with the probability of each class")
+    ] = False,
+    device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda or mps")] = "auto",
+    json: Json = False,
+) -> None:
+    """Classify new images with the classifier that `finetune` kept."""
+    from labelwise.rundir import open_run
+    from labelwise.stages.predicting import predict as run_predict
+    from labelwise.stages.predicting import show
+
+    document = run_predict(open_run(run), images, out, probabilities=probabilities, device=device)
+    terminal.emit_json(document) if json else show(document)
+
+
+@app.command()
 def verify(
     run: Annotated[Path, typer.Argument(help="run folder")] = Path("runs/latest"), json: Json = False
 ) -> None:

@@ -1,8 +1,10 @@
-"""predictions.parquet: every test prediction behind the report."""
+"""predictions.parquet: every test prediction behind the report; and the tables that `labelwise predict` writes."""
 
-from collections.abc import Sequence
+import csv
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -127,3 +129,54 @@ def _read(path: Path, names: list[str] | None = None) -> pa.Table:
         raise CheckpointError(
             f"{path}: damaged ({error}); delete {path.parent} and run `labelwise finetune` again."
         ) from None
+
+
+class Table(Protocol):
+    """A table that rows are added to."""
+
+    def write(self, columns: dict[str, list[Any]]) -> None:
+        """Add rows, given by column."""
+
+
+@contextmanager
+def open_table(path: Path, suffix: str, names: list[str], words: frozenset[str]) -> Iterator[Table]:
+    """Begin a table.
+
+    Args:
+        path: The file; what is there is replaced.
+        suffix: ".csv" or ".parquet".
+        names: Of the columns.
+        words: Those that hold text; the others hold numbers.
+    """
+    if suffix == ".csv":
+        with path.open("w", encoding="utf-8", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow(names)
+            yield _Csv(writer)
+        return
+    schema = pa.schema([(name, pa.string() if name in words else pa.float32()) for name in names])
+    with pq.ParquetWriter(path, schema) as parquet:
+        yield _Parquet(parquet, schema)
+
+
+class _Csv:
+    """Rows of a CSV file, one after the other."""
+
+    def __init__(self, writer: Any) -> None:
+        self._writer = writer
+
+    def write(self, columns: dict[str, list[Any]]) -> None:
+        """Add rows; numbers with six digits after the point."""
+        cells = [[f"{v:.6f}" if isinstance(v, float) else v for v in column] for column in columns.values()]
+        self._writer.writerows(zip(*cells, strict=True))
+
+
+class _Parquet:
+    """Rows of a Parquet file, a group for every chunk."""
+
+    def __init__(self, writer: pq.ParquetWriter, schema: pa.Schema) -> None:
+        self._writer, self._schema = writer, schema
+
+    def write(self, columns: dict[str, list[Any]]) -> None:
+        """Add rows."""
+        self._writer.write_table(pa.table(columns, schema=self._schema))

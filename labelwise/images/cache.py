@@ -116,35 +116,51 @@ def build_cache(
 
 
 def read_evaluations(
-    images: ImageSet, rows: npt.NDArray[np.int64], size: int, intensity_range: Range | None
+    images: ImageSet,
+    rows: npt.NDArray[np.int64],
+    size: int,
+    intensity_range: Range | None,
+    left_out: list[dict[str, str]] | None = None,
 ) -> Iterator[tuple[npt.NDArray[np.int64], Pixels]]:
     """Decode images some at a time for an evaluation at another size, without keeping them.
 
     Args:
         images: The set.
-        rows: Which of them; all can be read.
+        rows: Which of them.
         size: Side of the evaluation images, E.
         intensity_range: See `ImageCache`.
+        left_out: Takes the file and reason of each image that cannot be read; without it, all must be readable.
 
     Yields:
         Rows, (B,), and their centres, uint8, (B, E, E, 3).
 
     Raises:
-        DataError: An image cannot be read any more.
+        DataError: An image cannot be read.
     """
     shortest = max(decoding.SHORTEST, decoding.evaluation_short_side(size))
 
-    def decode(row: int) -> Pixels:
+    def decode(row: int) -> Pixels | str:
         try:
             image, _ = decoding.decode_image(images.read(row), intensity_range, shortest)
-        except (UnreadableImage, OSError) as error:
-            raise DataError(f"{images.names[row]}: could be read before, and now not: {error}") from None
+        except UnreadableImage as error:
+            return str(error)
+        except OSError as error:
+            return f"cannot be read ({error.strerror or error})"
         return decoding.evaluation_pixels(image, size)
 
     with decoding.without_warnings(), ThreadPoolExecutor(os.cpu_count()) as pool:
         for start in range(0, len(rows), _DECODED):
-            chunk = rows[start : start + _DECODED]
-            yield chunk, np.stack(list(pool.map(decode, chunk.tolist())))
+            chunk, kept, pixels = rows[start : start + _DECODED], [], []
+            for row, found in zip(chunk.tolist(), pool.map(decode, chunk.tolist()), strict=True):
+                if not isinstance(found, str):
+                    kept.append(row)
+                    pixels.append(found)
+                elif left_out is None:
+                    raise DataError(f"{images.names[row]}: could be read before, and now not: {found}")
+                else:
+                    left_out.append({"file": images.names[row], "reason": found})
+            if kept:
+                yield np.array(kept), np.stack(pixels)
 
 
 def sample_sizes(images: ImageSet, count: int = 200) -> npt.NDArray[np.int64]:

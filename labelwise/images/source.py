@@ -124,6 +124,21 @@ def open_images(
     return images
 
 
+def open_files(files: list[Path]) -> ImageSet:
+    """Take single files as images, by the names they were given; whether they can be read shows later.
+
+    Raises:
+        DataError: One is not there, or is a folder.
+    """
+    for file in files:
+        if not file.is_file():
+            kind = "a folder; give one folder, or files" if file.is_dir() else "no such file"
+            raise DataError(f"{file}: {kind}.")
+    names = [str(file) for file in files]
+    none: list[str | None] = [None] * len(names)
+    return ImageSet(Path(), names, none, none, "files", {}, [], _table(names))
+
+
 def _open_folder(root: Path, group_column: str | None = None) -> ImageSet:
     if not root.exists():
         raise DataError(f"{root}: no such folder.")

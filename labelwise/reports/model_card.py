@@ -31,6 +31,7 @@ def render(document: dict[str, Any], classifier: dict[str, Any], short_side: int
         "## Files",
         "",
         "- `classifier.safetensors`: the weights, network and last layer; no pickle.",
+        "- `labelwise predict IMAGES --run THIS_FOLDER` uses it.",
         "- `classifier.json`: the classes, in the order of the outputs, and what it takes to build the network.",
         f"- Input: RGB, short side to {short_side} px, of that the middle {spec['image_size']} "
         f"x {spec['image_size']} px, values 0-1, mean {_rounded(spec['mean'])}, "

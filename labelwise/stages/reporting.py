@@ -485,5 +485,7 @@ def _next_steps(
         fit = f" and {weakest['agreed']:.0%} of them fit" if weakest["agreed"] is not None else ""
         steps.append(f"class {weakest['name']} has {labels}{fit}: label more of it first")
     if has_classifier:
-        steps.append(f"the classifier trained on all labels is {run.classifier}")
+        steps.append(
+            f"labelwise predict NEW_IMAGES {where}: what the classifier trained on all labels says of them"
+        )
     return steps

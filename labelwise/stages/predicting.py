@@ -1,0 +1,151 @@
+"""`labelwise predict`: what the kept classifier says of images, one row each, however many there are."""
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from labelwise import rundir, terminal
+from labelwise.errors import CheckpointError, DataError, UsageError
+from labelwise.images.cache import read_evaluations
+from labelwise.images.source import ImageSet, open_files, open_images
+from labelwise.interruption import stop_between_steps
+from labelwise.learning.precision import choose_device
+from labelwise.models.encoder import EncoderSpec, create_encoder
+from labelwise.models.features import extract_features
+from labelwise.models.heads import keep_first_layer
+from labelwise.models.weights import load_module, read_metadata
+from labelwise.predictions import open_table
+from labelwise.rundir import RunDirectory
+from labelwise.stages.finetuning import Classifier
+
+COLUMNS = ("file", "label", "confidence", "second_label", "second_confidence")
+WORDS = frozenset({"file", "label", "second_label"})
+_LISTED = 5
+
+
+def predict(
+    run: RunDirectory, images: list[Path], out: Path, *, probabilities: bool = False, device: str = "auto"
+) -> dict[str, Any]:
+    """Classify images with the classifier of a run and write a table; images that cannot be read are left out by name.
+
+    Args:
+        run: Compared, so that it holds a classifier.
+        images: A folder, or files.
+        out: A .csv or .parquet file that is not there yet.
+        probabilities: Add a column per class, `p_CLASS`.
+        device: Where.
+
+    Returns:
+        `out`, `images` (rows written), `labels` (how many of each), `left_out` (file and reason).
+
+    Raises:
+        CheckpointError: The run has no classifier, or it is damaged.
+        DataError: There are no images.
+        UsageError: The table cannot be written there.
+    """
+    _check_target(out, images)
+    classifier, spec, classes = load_classifier(run)
+    place = choose_device(device)
+    classifier.to(place)
+    found = open_images(images[0]) if len(images) == 1 and images[0].is_dir() else open_files(images)
+    deep = rundir.read_json(run.data)["intensity_range"]
+    names = [*COLUMNS, *(f"p_{name}" for name in classes if probabilities)]
+    left_out: list[dict[str, str]] = []
+    labels: Counter[str] = Counter()
+    rows = np.arange(len(found.names))
+    fresh = out.with_name(f".{out.name}.part")
+    try:
+        with (
+            stop_between_steps() as stop,
+            open_table(fresh, out.suffix, names, WORDS) as table,
+            terminal.track("predicting", len(rows)) as bar,
+        ):
+            for chunk, pixels in read_evaluations(found, rows, spec.image_size, deep, left_out):
+                stop.check(f"{out} was not written; the same command begins again.")
+                logits = extract_features(
+                    classifier, pixels, np.arange(len(chunk)), spec.normalization, place
+                )
+                chances = torch.softmax(logits, dim=1).numpy()
+                columns = _columns(found, chunk, chances, classes)
+                columns |= {f"p_{name}": chances[:, i].tolist() for i, name in enumerate(classes)}
+                table.write({name: columns[name] for name in names})
+                labels.update(columns["label"])
+                bar.advance(len(chunk))
+        if not labels:
+            first = left_out[0]
+            raise DataError(
+                f"none of the {len(rows)} images can be read, e.g. {first['file']}: {first['reason']}."
+            )
+        fresh.replace(out)
+    finally:
+        fresh.unlink(missing_ok=True)
+    return {
+        "out": str(out),
+        "images": sum(labels.values()),
+        "labels": dict(labels.most_common()),
+        "left_out": left_out,
+    }
+
+
+def show(document: dict[str, Any]) -> None:
+    """Print what was predicted."""
+    shares = ", ".join(f"{label} {count:,}" for label, count in list(document["labels"].items())[:12])
+    more = " ..." if len(document["labels"]) > 12 else ""
+    terminal.emit(f"{document['images']:,} images: {shares}{more}")
+    for entry in document["left_out"][:_LISTED]:
+        terminal.emit(f"left out  {entry['file']}: {entry['reason']}")
+    if len(document["left_out"]) > _LISTED:
+        terminal.emit(f"          and {len(document['left_out']) - _LISTED:,} more; --json lists all")
+    terminal.emit(f"written   {document['out']}")
+
+
+def load_classifier(run: RunDirectory) -> tuple[Classifier, EncoderSpec, list[str]]:
+    """Build the classifier that a run kept, in evaluation mode, with its classes in the order of its outputs.
+
+    Raises:
+        CheckpointError: It is missing or damaged.
+    """
+    facts = rundir.read_derived(run.classifier_json)
+    if facts is None or not run.classifier.exists():
+        raise CheckpointError(
+            f"{run.path}: has no classifier yet; `labelwise finetune --run {run.path}` trains one on your labels."
+        )
+    spec, classes = EncoderSpec.from_metadata(facts["encoder"]), list(facts["classes"])
+    network, width = keep_first_layer(create_encoder(spec), run.head, read_metadata(run.head))
+    classifier = Classifier(network, width, len(classes))
+    load_module(run.classifier, classifier)
+    return classifier.eval(), spec, classes
+
+
+def _columns(
+    images: ImageSet, rows: npt.NDArray[np.int64], chances: npt.NDArray[np.float32], classes: list[str]
+) -> dict[str, list[Any]]:
+    """The first columns of a table: file, and the two classes that are most probable."""
+    first, second = np.argsort(-chances, axis=1, kind="stable")[:, :2].T
+    place = np.arange(len(rows))
+    return {
+        "file": [images.names[row] for row in rows.tolist()],
+        "label": [classes[index] for index in first],
+        "confidence": chances[place, first].tolist(),
+        "second_label": [classes[index] for index in second],
+        "second_confidence": chances[place, second].tolist(),
+    }
+
+
+def _check_target(out: Path, images: list[Path]) -> None:
+    """Refuse to write over anything, or into a folder of images."""
+    if out.suffix not in (".csv", ".parquet"):
+        raise UsageError(f"--out {out}: name a .csv or a .parquet file.")
+    if out.exists():
+        raise UsageError(f"--out {out}: is there already; remove it, or name another file.")
+    if not out.parent.is_dir():
+        raise UsageError(f"--out {out}: there is no folder {out.parent}.")
+    for folder in images:
+        if folder.is_dir() and out.resolve().is_relative_to(folder.resolve()):
+            raise UsageError(
+                f"--out {out}: lies inside the image folder {folder}, which is never written to."
+            )

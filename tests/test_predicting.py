@@ -1,0 +1,208 @@
+"""The kept classifier on new images: the same numbers as in the comparison, bad files left out by name, nothing overwritten."""
+
+import csv
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+from PIL import Image
+
+from labelwise import rundir
+from labelwise.config import FinetuneSettings
+from labelwise.errors import CheckpointError, DataError, UsageError
+from labelwise.images.cache import build_cache
+from labelwise.images.source import open_images
+from labelwise.rundir import RunDirectory
+from labelwise.stages.comparing import finetune
+from labelwise.stages.demo import write_digits
+from labelwise.stages.finetuning import predict as probabilities_of
+from labelwise.stages.predicting import load_classifier, predict
+
+
+@pytest.fixture(scope="module")
+def run(pretrained: RunDirectory, tmp_path_factory: pytest.TempPathFactory) -> RunDirectory:
+    """A run with a classifier of a few steps."""
+    folder = tmp_path_factory.mktemp("predicting")
+    shutil.copytree(pretrained.path, folder / "run")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LABELWISE_CACHE", str(folder / "cache"))
+        return finetune(
+            FinetuneSettings(run=folder / "run", methods=("simclr",), label_counts=("all",), steps=20)
+        )
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Ninety digits in class folders, a ninth of which no training has seen."""
+    folder = tmp_path_factory.mktemp("new") / "digits"
+    write_digits(folder)
+    for number, file in enumerate(sorted(folder.glob("*/*.png"))):
+        if number % 20:
+            file.unlink()
+    return folder
+
+
+def rows_of(file: Path) -> list[dict[str, str]]:
+    with file.open(encoding="utf-8", newline="") as stream:
+        return list(csv.DictReader(stream))
+
+
+def test_every_image_gets_what_the_classifier_says_of_it(
+    run: RunDirectory, digits: Path, tmp_path: Path
+) -> None:
+    document = predict(run, [digits], tmp_path / "out.csv", probabilities=True)
+    images = open_images(digits)
+    classifier, spec, classes = load_classifier(run)
+    cache = build_cache(images, side=16, evaluation_size=spec.image_size)
+    expected = probabilities_of(
+        classifier, cache, np.arange(len(images.names)), spec.normalization, torch.device("cpu")
+    )
+    rows = rows_of(tmp_path / "out.csv")
+    assert [row["file"] for row in rows] == images.names
+    found = np.array([[float(row[f"p_{name}"]) for name in classes] for row in rows])
+    np.testing.assert_allclose(found, expected, atol=2e-6)
+    order = np.argsort(-expected, axis=1)
+    assert [row["label"] for row in rows] == [classes[index] for index in order[:, 0]]
+    assert [row["second_label"] for row in rows] == [classes[index] for index in order[:, 1]]
+    np.testing.assert_allclose([float(row["confidence"]) for row in rows], expected.max(axis=1), atol=2e-6)
+    assert document["images"] == len(rows) == sum(document["labels"].values())
+    assert document["left_out"] == []
+
+
+def test_both_formats_say_the_same(run: RunDirectory, digits: Path, tmp_path: Path) -> None:
+    for name in ("out.csv", "out.parquet"):
+        predict(run, [digits], tmp_path / name)
+    table = pq.read_table(tmp_path / "out.parquet").to_pylist()
+    rows = rows_of(tmp_path / "out.csv")
+    assert [row["label"] for row in table] == [row["label"] for row in rows]
+    assert list(table[0]) == list(rows[0])
+    np.testing.assert_allclose(
+        [row["confidence"] for row in table], [float(row["confidence"]) for row in rows], atol=1e-6
+    )
+
+
+def test_single_files_keep_the_names_they_were_given(
+    run: RunDirectory, digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(digits)
+    files = sorted(Path().glob("3/*.png"))[:2]
+    predict(run, files, tmp_path / "out.csv")
+    assert [row["file"] for row in rows_of(tmp_path / "out.csv")] == [str(file) for file in files]
+
+
+def test_what_cannot_be_read_is_left_out_by_name(run: RunDirectory, digits: Path, tmp_path: Path) -> None:
+    shutil.copytree(digits, tmp_path / "new")
+    (tmp_path / "new/0/broken.png").write_bytes(b"\x89PNG\r\n\x1a\nnothing")
+    (tmp_path / "new/0/empty.png").write_bytes(b"")
+    document = predict(run, [tmp_path / "new"], tmp_path / "out.csv")
+    assert [entry["file"] for entry in document["left_out"]] == ["0/broken.png", "0/empty.png"]
+    assert document["left_out"][1]["reason"] == "empty file"
+    names = {row["file"] for row in rows_of(tmp_path / "out.csv")}
+    assert names == set(open_images(digits).names)
+
+
+def test_nothing_readable_writes_nothing(run: RunDirectory, tmp_path: Path) -> None:
+    (tmp_path / "new").mkdir()
+    (tmp_path / "new/a.png").write_bytes(b"no image")
+    with pytest.raises(DataError, match=r"none of the 1 images can be read, e\.g\. a\.png"):
+        predict(run, [tmp_path / "new"], tmp_path / "out.csv")
+    assert {entry.name for entry in tmp_path.iterdir()} == {"new"}
+
+
+@pytest.mark.parametrize(
+    ("target", "words"),
+    [
+        ("there.csv", "is there already"),
+        ("out.txt", r"name a \.csv or a \.parquet file"),
+        ("nowhere/out.csv", "there is no folder"),
+        ("digits/out.csv", "lies inside the image folder"),
+    ],
+)
+def test_a_table_is_never_written_where_it_would_do_harm(
+    run: RunDirectory, digits: Path, tmp_path: Path, target: str, words: str
+) -> None:
+    (tmp_path / "there.csv").write_text("mine")
+    (tmp_path / "digits").symlink_to(digits)
+    before = sorted(digits.rglob("*"))
+    with pytest.raises(UsageError, match=words):
+        predict(run, [digits], tmp_path / target)
+    assert (tmp_path / "there.csv").read_text() == "mine"
+    assert sorted(digits.rglob("*")) == before
+
+
+def test_files_that_are_not_there_are_named(run: RunDirectory, digits: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    for images, words in (
+        ([tmp_path / "gone.png"], "gone.png: no such file"),
+        ([digits, digits / "0"], "a folder; give one folder, or files"),
+        ([tmp_path / "empty"], "no images found"),
+    ):
+        with pytest.raises(DataError, match=words):
+            predict(run, images, tmp_path / "out.csv")
+
+
+def test_a_run_without_a_classifier_says_what_makes_one(
+    pretrained: RunDirectory, digits: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(CheckpointError, match=r"has no classifier yet; `labelwise finetune --run"):
+        predict(pretrained, [digits], tmp_path / "out.csv")
+
+
+def test_a_damaged_classifier_is_named(run: RunDirectory, digits: Path, tmp_path: Path) -> None:
+    copy = RunDirectory(Path(shutil.copytree(run.path, tmp_path / "copy")))
+    copy.classifier.write_bytes(copy.classifier.read_bytes()[:1000])
+    with pytest.raises(CheckpointError, match=r"classifier\.safetensors: cannot be loaded"):
+        predict(copy, [digits], tmp_path / "out.csv")
+
+
+def test_deep_images_are_scaled_as_the_pretraining_images_were(run: RunDirectory, tmp_path: Path) -> None:
+    copy = RunDirectory(Path(shutil.copytree(run.path, tmp_path / "copy")))
+    facts = rundir.read_json(copy.data)
+    rundir.write_json(copy.data, {**facts, "intensity_range": [0.0, 60000.0]})
+    ramp = np.linspace(0, 30000, 400).reshape(20, 20)
+    (tmp_path / "new").mkdir()
+    Image.fromarray(ramp.astype(np.uint16)).save(tmp_path / "new/deep.png")
+    Image.fromarray((ramp / 60000 * 255).round().astype(np.uint8)).save(tmp_path / "new/shallow.png")
+    predict(copy, [tmp_path / "new"], tmp_path / "out.csv", probabilities=True)
+    deep, shallow = rows_of(tmp_path / "out.csv")
+    for key in deep.keys() - {"file"}:
+        assert deep[key] == shallow[key]
+
+
+@pytest.mark.slow
+def test_an_interrupted_table_is_not_left_half_written(
+    run: RunDirectory, digits: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "new").mkdir()
+    source = next(digits.glob("*/*.png"))
+    for number in range(20_000):
+        (tmp_path / f"new/{number:05}.png").symlink_to(source)
+    command = [sys.executable, "-m", "labelwise", "predict", str(tmp_path / "new"), "--run", str(run.path)]
+    process = subprocess.Popen([*command, "--out", str(tmp_path / "out.csv")], stderr=subprocess.PIPE)
+    deadline = time.monotonic() + 60
+    part = tmp_path / ".out.csv.part"
+    while not (part.exists() and part.stat().st_size > 5000) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    os.kill(process.pid, signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert b"was not written" in errors
+    assert {entry.name for entry in tmp_path.iterdir()} - {"cache"} == {"new"}
+
+
+def test_the_command_prints_one_document(run: RunDirectory, digits: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "labelwise", "predict", str(digits), "--run", str(run.path), "--json"]
+    done = subprocess.run([*command, "--out", str(tmp_path / "o.csv")], capture_output=True, check=True)
+    document: dict[str, Any] = json.loads(done.stdout)
+    assert document["out"] == str(tmp_path / "o.csv")
+    assert document["images"] == len(rows_of(tmp_path / "o.csv"))
