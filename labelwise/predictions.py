@@ -27,6 +27,7 @@ _SCHEMA = pa.schema(
         ("probabilities", pa.list_(pa.float32())),
     ]
 )
+_ROWS = 8192  # of a group in a Parquet file
 COLUMNS = tuple(_SCHEMA.names)
 CONFIDENCE = "confidence"
 
@@ -156,7 +157,9 @@ def open_table(path: Path, suffix: str, names: list[str], words: frozenset[str])
         return
     schema = pa.schema([(name, pa.string() if name in words else pa.float32()) for name in names])
     with pq.ParquetWriter(path, schema) as parquet:
-        yield _Parquet(parquet, schema)
+        table = _Parquet(parquet, schema)
+        yield table
+        table.flush()
 
 
 class _Csv:
@@ -172,11 +175,20 @@ class _Csv:
 
 
 class _Parquet:
-    """Rows of a Parquet file, a group for every chunk."""
+    """Rows of a Parquet file."""
 
     def __init__(self, writer: pq.ParquetWriter, schema: pa.Schema) -> None:
         self._writer, self._schema = writer, schema
+        self._waiting: list[pa.Table] = []
 
     def write(self, columns: dict[str, list[Any]]) -> None:
-        """Add rows."""
-        self._writer.write_table(pa.table(columns, schema=self._schema))
+        """Add rows; some are kept back, so that the file has few groups of many rows."""
+        self._waiting.append(pa.table(columns, schema=self._schema))
+        if sum(map(len, self._waiting)) >= _ROWS:
+            self.flush()
+
+    def flush(self) -> None:
+        """Write what was kept back."""
+        if self._waiting:
+            self._writer.write_table(pa.concat_tables(self._waiting))
+            self._waiting = []

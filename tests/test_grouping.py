@@ -2,10 +2,11 @@
 
 import io
 from collections.abc import Callable
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
 import pytest
 from PIL import ExifTags, Image, ImageOps
@@ -16,7 +17,8 @@ from labelwise.config import FinetuneSettings, PretrainSettings
 from labelwise.errors import DataError, UsageError
 from labelwise.images.cache import build_cache
 from labelwise.images.decoding import shot
-from labelwise.images.grouping import LARGEST_BURST, Groups, connect, group_images
+from labelwise.images.duplicates import connect
+from labelwise.images.grouping import MOST_IN_A_SECOND, Groups, group_images
 from labelwise.images.source import open_images
 from labelwise.images.splits import lock_test, pool_indices
 from labelwise.reports import html, markdown
@@ -26,6 +28,16 @@ from labelwise.stages.reporting import report
 from labelwise.stages.verifying import verify
 
 Photo = Callable[..., Image.Image]
+TINY: dict[str, Any] = {
+    "holdout": 0.25,
+    "backbone": "resnet18",
+    "backbone_args": {"layers": [1, 1, 1, 1], "channels": [8, 8, 16, 16]},
+    "image_size": 16,
+    "cache_side": 32,
+    "batch_size": 8,
+    "epochs": 1,
+    "precision": "fp32",
+}
 NOON = datetime(2024, 5, 1, 12)
 
 
@@ -81,7 +93,7 @@ def test_a_photograph_says_which_camera_took_it_and_when() -> None:
     first, later, other = (shot(photographed(*facts)) for facts in ((0, "A"), (5, "A"), (0, "B")))
     assert first[0] == later[0] != other[0]
     assert later[1] - first[1] == 5
-    assert first[1] == datetime(2024, 5, 1, 12).timestamp() - datetime(1970, 1, 1).timestamp()
+    assert first[1] == datetime(2024, 5, 1, 12, tzinfo=UTC).timestamp()
 
 
 @pytest.mark.parametrize(
@@ -113,7 +125,7 @@ def test_shots_of_one_camera_within_two_seconds_are_one_burst(tmp_path: Path) ->
 
 
 def test_a_clock_that_stands_still_is_not_believed(tmp_path: Path) -> None:
-    for number in range(LARGEST_BURST + 1):
+    for number in range(MOST_IN_A_SECOND + 1):
         (tmp_path / f"{number:02}.jpg").write_bytes(photographed(0, seed=number))
     for number, second in enumerate([50, 51]):
         (tmp_path / f"burst-{number}.jpg").write_bytes(photographed(second, seed=100 + number))
@@ -131,7 +143,7 @@ def test_copies_and_near_copies_are_tied(photographs: Path) -> None:
         {f"a/{first.name}", "a/copy.png"},
         {f"a/{second.name}", "b/mirrored.jpg"},
     ]
-    assert (groups.counts["exact copies"], groups.counts["near-copies"]) == (2, 4)
+    assert (groups.counts["exact copies"], groups.counts["near-copies"]) == (2, 2)
 
 
 def test_near_copies_are_found_once_for_each_cache(
@@ -259,13 +271,7 @@ def test_a_run_keeps_patients_on_one_side_and_shows_near_copies(tmp_path: Path, 
             labels_root=photographs,
             group_column="patient",
             out=tmp_path / "run",
-            holdout=0.25,
-            backbone="resnet18",
-            backbone_args={"layers": [1, 1, 1, 1], "channels": [8, 8, 16, 16]},
-            image_size=16,
-            batch_size=8,
-            epochs=1,
-            precision="fp32",
+            **TINY,
         )
     )
     lock = rundir.read_json(run.test_lock)
@@ -282,7 +288,8 @@ def test_a_run_keeps_patients_on_one_side_and_shows_near_copies(tmp_path: Path, 
     page, text = html.render(document, run), markdown.render(document)
     assert "Kept together, never on both sides of the split: 2 near-copies, 48 group column" in text
     assert "Images that belong together" in page
-    assert "a/twin.jpg" in page
+    assert page.count('<div class="pairs">') == 1
+    assert page.split('<div class="pairs">')[1].split("</div>")[0].count("<img") == 2
     assert document["test_groups"] == len(tested)
     assert any(f"belong to {len(tested)} groups" in limit for limit in document["limits"])
     orders = [rundir.read_json(file)["order"] for file in run.splits.glob("draw-*.json")]
@@ -290,17 +297,99 @@ def test_a_run_keeps_patients_on_one_side_and_shows_near_copies(tmp_path: Path, 
     assert verify(run)["classifiers"] == len(document["results"])
 
 
-def test_patients_known_when_pretraining_are_kept_apart_with_later_labels_too(
+def patients(folder: Path, photographs: Path, *, split: bool = False) -> Path:
+    """A table of patients of four images each; with a split that tears every patient."""
+    names = [file.relative_to(photographs).as_posix() for file in sorted(photographs.glob("*/*.png"))]
+    rows = [f"{n},P{i // 4},{'test' if i % 4 == 0 else 'train'}\n" for i, n in enumerate(names)]
+    table = folder / "patients.csv"
+    table.write_text("path,patient,split\n" + "".join(rows))
+    if not split:
+        table.write_text("path,patient\n" + "".join(row.rsplit(",", 1)[0] + "\n" for row in rows))
+    return table
+
+
+def test_patients_known_when_pretraining_are_kept_apart_without_the_table_too(
     tmp_path: Path, photographs: Path
 ) -> None:
-    names = [file.relative_to(photographs).as_posix() for file in sorted(photographs.glob("*/*.png"))]
-    table = tmp_path / "patients.csv"
-    table.write_text("path,patient\n" + "".join(f"{n},P{i // 4}\n" for i, n in enumerate(names)))
+    table = patients(tmp_path, photographs, split=True)
     images = open_images(photographs, labels=table, labels_root=photographs, group_column="patient")
     cache = build_cache(images, side=32, evaluation_size=32)
-    first = lock_test(images, cache.keys, cache.readable, 0.25, 0, groups=group_images(images, cache).of)
+    first = lock_test(images, cache.keys, cache.readable, None, 0, groups=group_images(images, cache).of)
+    assert len(first["excluded_groups"]) == 36
     later = open_images(photographs)
-    again = lock_test(
-        later, cache.keys, cache.readable, None, 0, groups=group_images(later, cache).of, locked=first
-    )
+    of = group_images(later, cache).of
+    again = lock_test(later, cache.keys, cache.readable, None, 0, groups=of, locked=first)
     assert again["excluded_groups"] == first["excluded_groups"]
+
+
+def test_a_table_of_groups_alone_leaves_the_labels_of_the_folders(tmp_path: Path, photographs: Path) -> None:
+    table = patients(tmp_path, photographs)
+    images = open_images(photographs, labels=table, labels_root=photographs, group_column="patient")
+    assert set(images.labels) == {"a", "b"}
+    assert len(set(images.groups)) == 12
+
+
+def test_one_camera_among_others_unties_only_its_own_pictures(photographs: Path) -> None:
+    first, second, *_ = sorted((photographs / "a").iterdir())
+    ImageOps.mirror(opened(second)).save(photographs / "b/mirrored.jpg", quality=80)
+    for number in range(30):
+        noise = np.random.default_rng(number).normal(0, 3, (70, 100, 3))
+        pixels = np.clip(np.asarray(opened(first)) + noise, 0, 255).astype(np.uint8)
+        Image.fromarray(pixels).save(photographs / f"a/camera-{number:02}.png")
+    found, groups = grouped(photographs)
+    assert found == [{f"a/{second.name}", "b/mirrored.jpg"}]
+    assert groups.notes[0].startswith("31 images look like")
+
+
+def test_a_long_burst_is_one_burst(tmp_path: Path) -> None:
+    for number in range(61):
+        (tmp_path / f"{number:02}.jpg").write_bytes(photographed(2 * number, seed=number))
+    found, _ = grouped(tmp_path)
+    assert [len(names) for names in found] == [61]
+
+
+def test_empty_cells_of_a_table_are_no_group(tmp_path: Path, photo: Photo) -> None:
+    for number in range(4):
+        photo(tmp_path / f"{number}.png", seed=number)
+    table = datasets.Dataset.from_dict(
+        {"image": [str(tmp_path / f"{n}.png") for n in range(4)], "site": ["", "x", "x", ""]}
+    ).cast_column("image", datasets.Image())
+    table.save_to_disk(str(tmp_path / "table"))
+    images = open_images(tmp_path / "table", group_column="site")
+    assert images.groups == [None, "x", "x", None]
+
+
+def test_labels_that_come_later_keep_the_groups_of_pretraining(tmp_path: Path, photographs: Path) -> None:
+    table = patients(tmp_path, photographs)
+    names = [line.split(",")[0] for line in table.read_text().splitlines()[1:]]
+    run = pretrain(
+        PretrainSettings(images=photographs, labels=table, labels_root=photographs, group_column="patient", out=tmp_path / "run", **TINY)
+    )  # fmt: skip
+    later = tmp_path / "later.csv"
+    later.write_text("path,label\n" + "".join(f"{name},{name[0]}\n" for name in names))
+    settings = FinetuneSettings(
+        run=run.path, labels=later, labels_root=photographs, methods=("pixels",), label_counts=("all",)
+    )
+    document = report(finetune(settings))
+    assert document["test_groups"] == len(
+        {place // 4 for place, name in enumerate(names) if name in rundir.read_json(run.test_lock)["names"]}
+    )
+
+
+def test_groups_that_come_after_pretraining_are_told(
+    tmp_path: Path, photographs: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = pretrain(PretrainSettings(images=photographs, out=tmp_path / "run", **TINY))
+    settings = FinetuneSettings(run=run.path, methods=("pixels",), label_counts=(6,), draws=1)
+    before = report(finetune(settings))
+    assert before["test_groups"] is None
+    table = patients(tmp_path, photographs)
+    grouped_settings = settings.model_copy(
+        update={"labels": table, "labels_root": photographs, "group_column": "patient"}
+    )
+    document = report(finetune(grouped_settings))
+    assert "were pretrained on" in document["results"][0]["test_method"]
+    assert "belong with test images were pretrained on" in capsys.readouterr().err
+    assert document["test_groups"] is not None
+    again = report(finetune(settings))  # as in the last comparison
+    assert again["test_groups"] == document["test_groups"]

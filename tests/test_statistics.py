@@ -95,6 +95,29 @@ def test_groups_of_test_images_are_drawn_again_together() -> None:
     assert np.mean(alone) < 0.9, "images of one patient are not independent"
 
 
+@pytest.mark.statistics
+@pytest.mark.parametrize("count", [5, 10, 30])
+def test_equal_methods_on_a_few_unequal_groups_are_seldom_said_to_differ(count: int) -> None:
+    rng = np.random.default_rng(count)
+    verdicts = []
+    for _ in range(1000):
+        groups = np.repeat(np.arange(count), rng.integers(3, 30, count))
+        ease, taste = rng.normal(size=count)[groups], 0.4 * rng.normal(size=count)[groups]
+        first, second = (
+            {
+                draw: (rng.random(len(groups)) < special.expit(LOGISTIC * (ease + sign * taste))).astype(
+                    float
+                )
+                for draw in range(5)
+            }
+            for sign in (1, -1)
+        )
+        difference = paired_difference(first, second, groups)
+        assert difference is not None
+        verdicts.append(verdict(difference))
+    assert np.mean([each != "no difference shown" for each in verdicts]) <= 0.075
+
+
 def test_groups_keep_every_mean_and_groups_of_one_change_nothing() -> None:
     rng = np.random.default_rng(0)
     values, groups = rng.random((3, 50)), rng.integers(0, 9, 50)

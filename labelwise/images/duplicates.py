@@ -1,9 +1,11 @@
-"""Images with the same pixels."""
+"""Images with the same pixels, and groups that pairs tie together."""
 
 from collections import defaultdict
 
 import numpy as np
 import numpy.typing as npt
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
 
 from labelwise import seeding
 
@@ -33,3 +35,10 @@ def unique_keys(keys: Keys) -> Keys:
             result[place] = seeding.combine(key, seen[key])
         seen[key] += 1
     return result
+
+
+def connect(count: int, pairs: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """Number the groups that pairs tie together, directly or over others, (count,)."""
+    ones = np.ones(len(pairs), dtype=np.int32)
+    graph = coo_array((ones, (pairs[:, 0], pairs[:, 1])), shape=(count, count))
+    return np.asarray(connected_components(graph, directed=False)[1], dtype=np.int64)

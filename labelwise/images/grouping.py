@@ -1,17 +1,16 @@
 """Images that may not be torn apart: one on the test side and one on the training side would be a leak."""
 
 from collections import defaultdict
-from collections.abc import Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-from scipy.sparse import coo_array
-from scipy.sparse.csgraph import connected_components
 
 from labelwise.images.cache import ImageCache
+from labelwise.images.duplicates import connect
 from labelwise.images.near_copies import NearCopies, find_near_copies
 from labelwise.images.source import ImageSet
 from labelwise.rundir import write_atomically
@@ -20,7 +19,8 @@ Rows = npt.NDArray[np.int64]
 
 SMALLEST = 24  # pixels of the short side; below, different images of one kind agree as well as copies do
 BURST_SECONDS = 2  # between two shots of one camera; EXIF times have whole seconds
-LARGEST_BURST = 50  # more at one time is a clock that stands still, or a scanner
+MOST_IN_A_SECOND = 50  # shots of one camera; more is a clock that stands still, or a scanner
+MOST_COMPARED = 200_000  # images; the search takes a minute for 60,000 and grows faster than they do
 LARGEST_SHARE = 0.1  # of the images in one group of near-copies; beyond, all images look alike
 FEWEST_IN_LARGEST = 20
 
@@ -44,22 +44,21 @@ class Groups:
     notes: list[str]
 
 
-def group_images(images: ImageSet, cache: ImageCache) -> Groups:
+def group_images(
+    images: ImageSet, cache: ImageCache, progress: Callable[[int], None] = lambda count: None
+) -> Groups:
     """Put together exact copies, near-copies, shots of one burst, and what the group column says.
 
-    Near-copies are left out where one group of them would hold a tenth of the images: a fixed camera makes all
-    its pictures alike, and only a person knows what belongs together there.
+    A group of near-copies that holds a tenth of the images is none: a fixed camera makes all its pictures alike, and
+    only a person knows what belongs together there.
+
+    Args:
+        images: The set.
+        cache: Its decoded images.
+        progress: Called with the number of images just compared.
     """
-    notes = []
-    near = _near_copies(cache)
-    largest = int(np.bincount(connect(len(images.names), near.pairs)).max(initial=0))
-    if largest >= FEWEST_IN_LARGEST and largest > LARGEST_SHARE * len(images.names):
-        notes.append(
-            f"{largest:,} images look like near-copies of each other; they are not taken for copies. "
-            "If some belong together (one patient, one video), say so with --labels FILE --group-column NAME"
-        )
-        near = NearCopies.none()
     readable = np.flatnonzero(cache.readable)
+    near, notes = _near_copies(cache, readable, progress)
     bursts, standing = _bursts(cache.shots, readable)
     if standing:
         notes.append(f"{standing:,} images carry the same time of shooting as many others; it is not used")
@@ -72,13 +71,6 @@ def group_images(images: ImageSet, cache: ImageCache) -> Groups:
     of = connect(len(images.names), np.concatenate(list(ties.values())))
     counts = {name: len(np.unique(pairs)) for name, pairs in ties.items()}
     return Groups(of, near, counts, notes)
-
-
-def connect(count: int, pairs: Rows) -> Rows:
-    """Number the groups that pairs tie together, directly or over others, (count,)."""
-    ones = np.ones(len(pairs), dtype=np.int8)
-    graph = coo_array((ones, (pairs[:, 0], pairs[:, 1])), shape=(count, count))
-    return np.asarray(connected_components(graph, directed=False)[1], dtype=np.int64)
 
 
 def _chain(members: Iterable[tuple[int, Hashable]]) -> Rows:
@@ -98,23 +90,43 @@ def _bursts(shots: Rows, readable: Rows) -> tuple[Rows, int]:
         readable: Rows to look at.
     """
     rows = readable[shots[readable, 1] != 0]
+    if not len(rows):
+        return np.empty((0, 2), np.int64), 0
+    _, moment, sizes = np.unique(shots[rows], axis=0, return_inverse=True, return_counts=True)
+    standing = sizes[moment.reshape(-1)] > MOST_IN_A_SECOND
+    rows = rows[~standing]
     rows = rows[np.lexsort((rows, shots[rows, 1], shots[rows, 0]))]
     camera, second = shots[rows, 0], shots[rows, 1]
     follows = (np.diff(camera) == 0) & (np.diff(second) <= BURST_SECONDS)
-    burst = np.concatenate([[0], np.cumsum(~follows)]) if len(rows) else np.empty(0, np.int64)
-    sizes = np.bincount(burst)
-    trusted = sizes[burst[1:]] <= LARGEST_BURST if len(rows) else np.empty(0, bool)
-    pairs = np.stack([rows[:-1], rows[1:]], axis=1)[follows & trusted] if len(rows) else np.empty((0, 2))
-    return pairs.astype(np.int64), int(sizes[sizes > LARGEST_BURST].sum())
+    return np.stack([rows[:-1], rows[1:]], axis=1)[follows], int(standing.sum())
 
 
-def _near_copies(cache: ImageCache) -> NearCopies:
-    """Near-copies among the readable images, found once for each cache."""
+def _near_copies(
+    cache: ImageCache, readable: Rows, progress: Callable[[int], None]
+) -> tuple[NearCopies, list[str]]:
+    """Near-copies, searched for once in each cache, without those of a group that is too large; and what to say of it."""
+    _, first = np.unique(cache.keys[readable], return_index=True)  # exact copies are tied without looking
+    rows = readable[np.sort(first)]
+    rows = rows[cache.sizes[rows].min(axis=1) >= SMALLEST]
+    if cache.squares.shape[1] < SMALLEST:
+        return NearCopies.none(), []
+    if len(rows) > MOST_COMPARED:
+        return NearCopies.none(), [f"more than {MOST_COMPARED:,} images: near-copies are not looked for"]
     file: Path = cache.folder / _FILE
     if file.exists():
-        return NearCopies.load(file)
-    found = find_near_copies(
-        cache.squares, np.flatnonzero(cache.readable & (cache.sizes.min(axis=1) >= SMALLEST))
+        near = NearCopies.load(file)
+        progress(len(rows))
+    else:
+        near = find_near_copies(cache.squares, rows, progress)
+        write_atomically(file, near.save)
+    group = connect(len(cache.keys), near.pairs)
+    sizes = np.bincount(group)
+    is_large = (sizes >= FEWEST_IN_LARGEST) & (sizes > LARGEST_SHARE * len(rows))
+    if not is_large.any():
+        return near, []
+    kept = ~is_large[group[near.pairs[:, 0]]]
+    note = (
+        f"{sizes[is_large].sum():,} images look like near-copies of each other; they are not taken for copies. "
+        "If some belong together (one patient, one video), say so with --labels FILE --group-column NAME"
     )
-    write_atomically(file, found.save)
-    return found
+    return NearCopies(near.pairs[kept], near.agreement[kept]), [note]

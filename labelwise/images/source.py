@@ -111,7 +111,7 @@ def open_images(
         images = replace(
             images,
             labels=[
-                found.labels.get(name, label if name.startswith(OUTSIDE[0]) else None)
+                found.labels.get(name, label if name.startswith(OUTSIDE[0]) or not found.labels else None)
                 for name, label in zip(images.names, images.labels, strict=True)
             ],
             splits=[
@@ -273,7 +273,8 @@ def _from_datasets(
         names += [f"{split or 'row'}/{row:0{width}d}" for row in range(len(piece))]
         splits += [SPLITS.get(str(split).lower())] * len(piece)
         labels += _label_texts(piece, label) if label else [None] * len(piece)
-        groups += _label_texts(piece, group_column) if group_column else [None] * len(piece)
+        values = _label_texts(piece, group_column) if group_column else [None] * len(piece)
+        groups += [value.strip() or None if value else None for value in values]
         tables.append(
             piece.select_columns(image)
             .rename_columns({} if image == "image" else {image: "image"})

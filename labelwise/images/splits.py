@@ -62,7 +62,8 @@ def lock_test(
     rows = sorted(rows, key=images.names.__getitem__)
     test_keys = {int(keys[row]) for row in rows} | (set(locked["keys"]) if locked else set())
     test_groups = {int(groups[row]) for row in rows}
-    others = [row for row in np.flatnonzero(readable).tolist() if row not in set(rows)]
+    chosen = set(rows)
+    others = [row for row in np.flatnonzero(readable).tolist() if row not in chosen]
     duplicates = [images.names[row] for row in others if int(keys[row]) in test_keys]
     earlier = (
         set(locked.get("excluded_groups", ())) if locked else set()
@@ -183,8 +184,9 @@ def _hold_out(
         most = min(MOST_HELD_OUT_UNLABELED, round(share * len(rows)))
         words = f"{share:.0%} held out at random, to be labeled later"
     chosen: list[int] = []
-    quotas = _quotas(Counter(labels.values()), most)
-    for label, class_groups in sorted(_groups_by_class(images.names, groups, labels).items()):
+    quotas = asked = _quotas(Counter(labels.values()), most)
+    by_class = _groups_by_class(images.names, groups, labels)
+    for label, class_groups in sorted(by_class.items()):
         for place in seeding.generator(seed, "holdout", label).permutation(len(class_groups)):
             if quotas[label] <= 0:
                 break
@@ -192,6 +194,14 @@ def _hold_out(
             if all(size <= quotas[each] for each, size in sizes.items()):
                 chosen += class_groups[place]
                 quotas = {each: quota - sizes[each] for each, quota in quotas.items()}
+    tested = {labels[row] for row in chosen}
+    for label, class_groups in sorted(by_class.items()):
+        if (
+            asked[label] and label not in tested and len(class_groups) > 1
+        ):  # all are larger than what was asked for
+            chosen += sorted(class_groups, key=len)[0]
+    if chosen and not most / 2 <= len(chosen) <= 2 * most:
+        words += f"; {len(chosen):,} images, because groups stay whole"
     return sorted(chosen), words
 
 

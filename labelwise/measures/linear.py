@@ -111,9 +111,9 @@ def one_of_each(groups: Indices, labels: Indices) -> tuple[Indices, Indices]:
     _, first, inverse = np.unique(groups, return_index=True, return_inverse=True)
     order = np.argsort(first)
     members = np.argsort(order)[inverse]
-    counts = np.zeros((len(order), labels.max(initial=0) + 1), dtype=np.int64)
-    np.add.at(counts, (members, labels), 1)
-    return members, counts.argmax(axis=1)
+    pairs, sizes = np.unique(np.stack([members, labels]), axis=1, return_counts=True)
+    largest_first = np.lexsort((pairs[1], -sizes, pairs[0]))
+    return members, pairs[1, largest_first[np.unique(pairs[0, largest_first], return_index=True)[1]]]
 
 
 def accuracy(predicted: Indices, truth: Indices) -> float:

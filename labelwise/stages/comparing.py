@@ -28,7 +28,7 @@ from labelwise.interruption import stop_between_steps
 from labelwise.learning.memory import keep_freed_memory
 from labelwise.learning.precision import Precision, choose_device, has_fast_bf16
 from labelwise.learning.workers import side_by_side
-from labelwise.measures.linear import accuracy, macro_accuracy
+from labelwise.measures.linear import accuracy, macro_accuracy, one_of_each
 from labelwise.measures.statistics import FEWEST_DRAWS
 from labelwise.models.weights import load_encoder, save_module
 from labelwise.predictions import keep_predictions, read_predictions, store_predictions
@@ -171,7 +171,8 @@ def _set_up(run: RunDirectory, settings: FinetuneSettings) -> Bench:
         cache = build_cache(
             images, side=data["cache_side"], evaluation_size=spec.image_size, progress=bar.advance
         )
-    groups = group_images(images, cache)
+    with terminal.track("comparing images", len(images.names)) as bar:
+        groups = group_images(images, cache, bar.advance)
     lock, test_method = _test_lock(run, settings, images, cache, groups)
     classes = sorted({label for label in images.labels if label is not None})
     if len(classes) < 2:
@@ -225,8 +226,15 @@ def _remember(run: RunDirectory, settings: FinetuneSettings) -> FinetuneSettings
         elif name in before:
             known[name] = Path(before[name])
             terminal.say(f"{name:<10} {before[name]}, as in the last comparison")
-    if settings.group_column is None and settings.labels is None:
-        known["group_column"] = before.get("group_column")
+    column = before.get("group_column")
+    if column and settings.group_column is None:
+        if settings.labels is None:
+            known["group_column"] = column
+            terminal.say(f"groups     by {column}, as in the last comparison")
+        else:
+            terminal.warn(
+                f"--group-column {column} of the last comparison is not used with other labels; give it again."
+            )
     return settings.model_copy(update=known)
 
 
@@ -252,8 +260,13 @@ def _test_lock(
                 "the test split of the labels came after pretraining and is not used; the images locked then are. "
                 "To use it, pretrain with the same --labels."
             )
-        lock = lock_test(images, cache.keys, cache.readable, None, 0, groups=groups.of, locked=lock)
-        return lock, f"{lock['method']}, never trained on"
+        now = lock_test(images, cache.keys, cache.readable, None, 0, groups=groups.of, locked=lock)
+        seen = len(set(now["excluded_groups"]) - set(lock.get("excluded_groups", ())))
+        if not seen:
+            return now, f"{now['method']}, never trained on"
+        words = f"{seen:,} images that belong with test images were pretrained on, without labels"
+        terminal.warn(f"{words}; they get none. To keep them out, pretrain again.")
+        return now, f"{now['method']}, never trained on; {words}"
     if "test" in images.splits:
         lock = lock_test(images, cache.keys, cache.readable, None, 0, groups=groups.of)
         terminal.warn(
@@ -265,11 +278,21 @@ def _test_lock(
 def _open_images(sources: dict[str, str | None], settings: FinetuneSettings) -> ImageSet:
     """Open the images pretraining saw, with the labels given now or then."""
     given = {"labels": settings.labels, "labels_root": settings.labels_root, "test": settings.test}
-    paths = {
-        name: path or (Path(known) if (known := sources[name]) else None) for name, path in given.items()
-    }
-    group_column = settings.group_column or (sources.get("group_column") if settings.labels is None else None)
-    return open_images(Path(str(sources["images"])), group_column=group_column, **paths)
+    first = {name: Path(str(sources[name])) if sources[name] else None for name in given}
+    paths = {name: path or first[name] for name, path in given.items()}
+    root, column = Path(str(sources["images"])), sources.get("group_column")
+    images = open_images(root, group_column=settings.group_column, **paths)
+    if settings.group_column is not None or column is None:
+        return images
+    try:
+        earlier = open_images(root, group_column=column, **first)
+    except DataError as error:
+        terminal.warn(
+            f"groups by {column}, as in pretraining, cannot be read any more ({error}); intervals do without."
+        )
+        return images
+    by_name = dict(zip(earlier.names, earlier.groups, strict=True))
+    return dataclasses.replace(images, groups=[by_name.get(name) for name in images.names])
 
 
 def _view_policy(config: dict[str, Any], plan: dict[str, Any]) -> Policy:
@@ -365,7 +388,11 @@ def _signature(bench: Bench) -> str:
     known = [
         f"{bench.names[row]}={bench.classes[bench.labels[row]]}" for row in (*bench.labeled, *bench.test)
     ]
-    return hash_names([*(f"{key}={value}" for key, value in sorted(settings.items())), *known])[:16]
+    group, _ = one_of_each(
+        bench.groups[(rows := np.concatenate([bench.labeled, bench.test]))], bench.labels[rows]
+    )
+    tied = [] if len(np.unique(group)) == len(group) else [f"groups={group.tolist()}"]
+    return hash_names([*(f"{key}={value}" for key, value in sorted(settings.items())), *known, *tied])[:16]
 
 
 def _finished(bench: Bench, alternatives: dict[str, Alternative]) -> set[Job]:

@@ -20,6 +20,7 @@ from labelwise.views.draws import Policy
 from labelwise.views.mosaic import draw_mosaic, encode_thumbnail
 from labelwise.views.pipeline import Normalization, make_views
 
+_LISTED = 1000  # near-copies that are named
 MONITORED = 2000  # images whose features are looked at while training
 
 
@@ -45,7 +46,7 @@ def save_near_copies(
     """Write the near-copies for a person to look at: those of test images first, the least certain first."""
     test = set(lock["names"])
     found: list[dict[str, Any]] = []
-    for pair, agreement in zip(near.pairs.tolist(), near.edge_agreement.tolist(), strict=True):
+    for pair, agreement in zip(near.pairs.tolist(), near.agreement.tolist(), strict=True):
         names = [images.names[row] for row in pair]
         is_test = [name in test for name in names]
         found.append({"rows": pair, "names": names, "is_test": is_test, "agreement": round(agreement, 3)})
@@ -54,7 +55,7 @@ def save_near_copies(
         rows = each.pop("rows")
         if place < shown:
             each["thumbnails"] = [encode_thumbnail(cache.evaluations[row]) for row in rows]
-    rundir.write_json(run.near_copies, {"pairs": found})
+    rundir.write_json(run.near_copies, {"pairs": found[:_LISTED], "found": len(found)})
 
 
 def look(

@@ -1,5 +1,6 @@
 """`labelwise predict`: what the kept classifier says of images, one row each, however many there are."""
 
+import os
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from labelwise.models.weights import load_module, read_metadata
 from labelwise.predictions import open_table
 from labelwise.rundir import RunDirectory
 from labelwise.stages.finetuning import Classifier
+from labelwise.stages.reporting import kept_classifier
 
 COLUMNS = ("file", "label", "confidence", "second_label", "second_confidence")
 WORDS = frozenset({"file", "label", "second_label"})
@@ -49,6 +51,10 @@ def predict(
     """
     _check_target(out, images)
     classifier, spec, classes = load_classifier(run)
+    if kept_classifier(run, rundir.read_jsonl(run.results)) is None:
+        terminal.warn(
+            f"the classifier of {run.path} was trained before its last comparison; `labelwise finetune` trains it anew."
+        )
     place = choose_device(device)
     classifier.to(place)
     found = open_images(images[0]) if len(images) == 1 and images[0].is_dir() else open_files(images)
@@ -56,7 +62,7 @@ def predict(
     names = [*COLUMNS, *(f"p_{name}" for name in classes if probabilities)]
     left_out: list[dict[str, str]] = []
     labels: Counter[str] = Counter()
-    rows = np.arange(len(found.names))
+    rows, unread = np.arange(len(found.names)), 0
     fresh = out.with_name(f".{out.name}.part")
     try:
         with (
@@ -74,7 +80,8 @@ def predict(
                 columns |= {f"p_{name}": chances[:, i].tolist() for i, name in enumerate(classes)}
                 table.write({name: columns[name] for name in names})
                 labels.update(columns["label"])
-                bar.advance(len(chunk))
+                bar.advance(len(chunk) + len(left_out) - unread)
+                unread = len(left_out)
         if not labels:
             first = left_out[0]
             raise DataError(
@@ -144,6 +151,8 @@ def _check_target(out: Path, images: list[Path]) -> None:
         raise UsageError(f"--out {out}: is there already; remove it, or name another file.")
     if not out.parent.is_dir():
         raise UsageError(f"--out {out}: there is no folder {out.parent}.")
+    if not os.access(out.parent, os.W_OK | os.X_OK):
+        raise UsageError(f"--out {out}: {out.parent} cannot be written to.")
     for folder in images:
         if folder.is_dir() and out.resolve().is_relative_to(folder.resolve()):
             raise UsageError(

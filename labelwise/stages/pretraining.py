@@ -90,7 +90,8 @@ def pretrain(settings: PretrainSettings) -> RunDirectory:
     size, side = (plan.image_size, plan.cache_side) if plan else choose_sizes(settings, images, device)
     with terminal.track("reading images", len(images.names)) as bar:
         cache = build_cache(images, side=side, evaluation_size=size, progress=bar.advance)
-    groups = group_images(images, cache)
+    with terminal.track("comparing images", len(images.names)) as bar:
+        groups = group_images(images, cache, bar.advance)
     lock = _test_lock(run, settings, images, cache, groups)
     pool = keep_on_device(make_pool(images, cache, lock, settings), device)
     spec = specify_encoder(settings, size, pool)
@@ -105,6 +106,7 @@ def pretrain(settings: PretrainSettings) -> RunDirectory:
     with rundir.hold(run):
         if is_new:
             _write_start(run, settings, plan, device, images, cache, groups, lock, pool)
+        if not run.near_copies.exists():
             save_near_copies(run, images, cache, groups.near, lock)
         announce(run, plan, spec, pool, lock, images, groups, is_new)
         save_mosaic(run, view_policy(settings, plan, plan.image_size), pool, settings.seed)
@@ -256,7 +258,8 @@ def _open_run(settings: PretrainSettings) -> tuple[RunDirectory, bool]:
         rundir.check_output_folder(run.path, *inputs)
         if not run.environment.exists():
             return run, True
-        if rundir.read_json(run.environment)["asked"] == asked:
+        before = rundir.read_json(run.environment)["asked"]
+        if all(asked[key] == before.get(key) for key in asked):
             return run, False
         number += 1
 
@@ -271,10 +274,11 @@ def _test_lock(
     run: RunDirectory, settings: PretrainSettings, images: ImageSet, cache: ImageCache, groups: Groups
 ) -> dict[str, Any]:
     """Lock the test images, or take the lock this run (or the one it goes on from) already has."""
-    earlier = run.test_lock
-    if not earlier.exists() and is_run(settings.init):
-        earlier = rundir.open_run(Path(str(settings.init))).test_lock
-    locked = rundir.read_json(earlier) if earlier.exists() else None
+    if run.test_lock.exists():
+        lock: dict[str, Any] = rundir.read_json(run.test_lock)
+        return {"excluded_groups": [], **lock}  # earlier versions knew no groups
+    earlier = rundir.open_run(Path(str(settings.init))).test_lock if is_run(settings.init) else None
+    locked = rundir.read_json(earlier) if earlier is not None and earlier.exists() else None
     return lock_test(
         images, cache.keys, cache.readable, settings.holdout, settings.seed, groups=groups.of, locked=locked
     )

@@ -21,6 +21,7 @@ from labelwise.measures.statistics import (
     UNCLEAR,
     Floats,
     accuracy_interval,
+    by_group,
     macro_interval,
     paired_difference,
     test_set_margin,
@@ -86,7 +87,7 @@ def report(run: RunDirectory, label_cost: float | None = None) -> dict[str, Any]
     results, predictions = rundir.read_jsonl(run.results), read_predictions(run.predictions, PREDICTED)
     computed = compute(results, predictions, score(results, predictions), data["pool"])
     summary, test_uses, check = computed["summary"], _test_uses(run), _label_check(run)
-    classifier = _classifier(run, results)
+    classifier = kept_classifier(run, results)
     document = {
         **computed,
         "data": data,
@@ -112,14 +113,15 @@ def compute(
     """The part of report.json that rests on results and predictions alone, and on the size of the pool."""
     summary = _summarize(results, scores)
     tested = results[0]["n_test"] if results else 0
+    groups = None if scores.groups is None else len(np.unique(scores.groups))
     return {
-        "verdict": _verdict(summary, pool, tested),
+        "verdict": _verdict(summary, pool, tested if groups is None else groups),
         "summary": summary,
         "labels_saved": _labels_saved(results, scores),
         "results": results,
         "confusion": _confusion(summary, predictions),
         "calibration": _calibration(results, predictions),
-        "test_groups": None if scores.groups is None else len(np.unique(scores.groups)),
+        "test_groups": groups,
     }
 
 
@@ -221,13 +223,21 @@ def _labels_saved(results: list[Result], scores: Scores) -> list[dict[str, Any]]
     """How many labels training from scratch needs for what fine-tuned SimCLR reaches, at each number of labels."""
     arm, against = "simclr", "supervised"
     everything = _everything(results)
-    curves = {labels: arms[against] for labels, arms in scores.right.items() if against in arms}
+
+    def drawn_again(draws: dict[int, Floats]) -> dict[int, Floats]:
+        return {draw: by_group(right[None], scores.groups)[0] for draw, right in draws.items()}
+
+    curves = {labels: drawn_again(arms[against]) for labels, arms in scores.right.items() if against in arms}
     draws = set().union(*curves.values())
     for labels in everything & curves.keys():  # all labels are the same in every draw
         curves[labels] = dict.fromkeys(draws, curves[labels][0])
     saved = []
     for labels, arms in sorted(scores.right.items()):
-        found = labels_saved(curves, labels, arms[arm]) if arm in arms and labels not in everything else None
+        found = (
+            labels_saved(curves, labels, drawn_again(arms[arm]))
+            if arm in arms and labels not in everything
+            else None
+        )
         if found is not None:
             saved.append({"arm": arm, "against": against, **found.to_json()})
     return saved
@@ -257,7 +267,7 @@ def _verdict(summary: list[dict[str, Any]], pool: int, tested: int) -> str:
         said[best["verdict"]].append(f"{text.gain_in_words(best)} with {entry['labels']:,} labels{share}")
     if few and not any(said.values()):
         most = max(best["n"] for best, _ in few)
-        one = "One test image, no interval" if tested == 1 else "One label draw, no interval"
+        one = "One test image or group, no interval" if tested == 1 else "One label draw, no interval"
         why = one if tested == 1 or most == 1 else f"{most} label draws where {FEWEST_DRAWS} are needed"
         return f"{why}, so nothing is claimed: {', '.join(words for _, words in few)}."
     if not any(said.values()):
@@ -285,7 +295,7 @@ def _verdict(summary: list[dict[str, Any]], pool: int, tested: int) -> str:
             sentences.append(f"{words} with {', '.join(found)} labels.")
     sentences += _against_others(summary)
     if tested < FEW_TEST_IMAGES:
-        sentences.append(f"Only {tested} test images: they alone may decide this.")
+        sentences.append(f"Only {tested} independent test images: they alone may decide this.")
     return " ".join(sentences)
 
 
@@ -392,15 +402,17 @@ def _limits(
     if results:
         tested = results[0]["n_test"]
         best = max(arm["mean"] for entry in summary for arm in entry["arms"].values())
-        limits.append(
-            f"{tested:,} test images: from the images alone, an accuracy of {best:.0%} is known to "
-            f"\u00b1{100 * test_set_margin(best, tested):.1f} points, with {3 * tested:,} more to half of that. "
-            "Intervals in the table count that in."
-        )
-        if computed["test_groups"] is not None:
+        groups = computed["test_groups"]
+        if groups is None:
             limits.append(
-                f"The test images belong to {computed['test_groups']:,} groups (near-copies, bursts, group column); intervals let whole "
-                "groups be drawn again, so few large groups make them wide."
+                f"{tested:,} test images: from the images alone, an accuracy of {best:.0%} is known to "
+                f"\u00b1{100 * test_set_margin(best, tested):.1f} points, with {3 * tested:,} more to half of that. "
+                "Intervals in the table count that in."
+            )
+        else:
+            limits.append(
+                f"{tested:,} test images belong to {groups:,} groups (copies, bursts, group column); intervals let whole groups "
+                "be drawn again, so a few large groups make them wide, and more groups make them narrower, not more images of these."
             )
         single = [entry for entry in summary if 1 in {arm["n"] for arm in entry["arms"].values()}]
         everything = _everything(results)
@@ -420,7 +432,7 @@ def _limits(
         macros = [arm for entry in summary for arm in entry.get("macro", {}).values()]
         if any(arm["n"] > 1 and arm["low"] is None for arm in macros):
             limits.append(
-                f"A class has fewer than {FEWEST_PER_CLASS} test images: too few for an interval of the mean over classes."
+                f"A class has fewer than {FEWEST_PER_CLASS} independent test images: too few for an interval of the mean over classes."
             )
         limits.append(
             f"The test set was used {test_uses:,} times, once per trained classifier; Labelwise chose nothing on it."
@@ -447,7 +459,7 @@ def _label_check(run: RunDirectory) -> dict[str, Any] | None:
     return {**found, "suspects": suspects[:SUSPECTS]}
 
 
-def _classifier(run: RunDirectory, results: list[Result]) -> dict[str, Any] | None:
+def kept_classifier(run: RunDirectory, results: list[Result]) -> dict[str, Any] | None:
     """What is known of the kept classifier, if it was trained as those that were compared."""
     facts = rundir.read_derived(run.classifier_json)
     compared = {row["signature"] for row in results if row["method"] == "simclr"}
