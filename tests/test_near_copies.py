@@ -12,7 +12,7 @@ from sklearn.datasets import load_sample_images
 
 from labelwise.images.decoding import square_pixels
 from labelwise.images.duplicates import connect
-from labelwise.images.near_copies import NearCopies, find_near_copies, lay_on
+from labelwise.images.near_copies import NearCopies, agreement, find_near_copies, lay_on
 
 Change = Callable[[Image.Image], Image.Image]
 
@@ -57,6 +57,12 @@ def squares(images: list[Image.Image], side: int = 40) -> npt.NDArray[np.uint8]:
     return np.stack([square_pixels(image, side) for image in images])
 
 
+def search(
+    pictures: npt.NDArray[np.uint8], rows: npt.NDArray[np.int64], sides: npt.NDArray[np.int64] | None = None
+) -> NearCopies:
+    return find_near_copies(pictures, np.full(len(pictures), 70) if sides is None else sides, rows)
+
+
 def pairs(found: NearCopies) -> set[tuple[int, int]]:
     return {(int(one), int(other)) for one, other in found.pairs}
 
@@ -72,38 +78,38 @@ def test_copies_are_found_whatever_was_done_to_them(
 ) -> None:
     copied = photographs[::3]
     count = len(photographs)
-    found = find_near_copies(
-        squares(photographs + [change(image) for image in copied], side), np.arange(count + len(copied))
-    )
+    images = photographs + [change(image) for image in copied]
+    sides = np.array([min(image.size) for image in images])
+    found = search(squares(images, side), np.arange(len(images)), sides)
     wanted = {(3 * place, count + place) for place in range(len(copied))}
     assert len(wanted & pairs(found)) >= 0.8 * len(wanted)
     assert pairs(found) <= wanted
 
 
 def test_different_photographs_are_no_copies(photographs: list[Image.Image]) -> None:
-    found = find_near_copies(squares(photographs), np.arange(len(photographs)))
+    found = search(squares(photographs), np.arange(len(photographs)))
     assert pairs(found) == set()
 
 
 def test_only_the_rows_asked_for_are_compared(photographs: list[Image.Image]) -> None:
     both = squares([photographs[0], photographs[1], photographs[0], photographs[0]])
-    assert pairs(find_near_copies(both, np.array([1, 2, 3]))) == {(2, 3)}
+    assert pairs(search(both, np.array([1, 2, 3]))) == {(2, 3)}
 
 
 def test_flat_images_are_compared_with_nothing() -> None:
     flat = np.full((5, 32, 32, 3), 128, np.uint8)
-    assert pairs(find_near_copies(flat, np.arange(5))) == set()
+    assert pairs(search(flat, np.arange(5))) == set()
 
 
 @pytest.mark.parametrize("count", [0, 1, 2])
 def test_few_images_are_no_error(photographs: list[Image.Image], count: int) -> None:
-    assert pairs(find_near_copies(squares(photographs[:2]), np.arange(count))) == set()
+    assert pairs(search(squares(photographs[:2]), np.arange(count))) == set()
 
 
 def test_more_copies_than_are_looked_at_still_hang_together(photographs: list[Image.Image]) -> None:
     noise = np.random.default_rng(0).normal(0, 2, (40, 40, 40, 3))
     copies = np.clip(squares([photographs[0]]) + noise, 0, 255).astype(np.uint8)
-    found = find_near_copies(np.concatenate([copies, squares(photographs[1:10])]), np.arange(49))
+    found = search(np.concatenate([copies, squares(photographs[1:10])]), np.arange(49))
     reached = {0}
     for _ in range(40):
         reached |= {row for pair in pairs(found) if set(pair) & reached for row in pair}
@@ -117,7 +123,7 @@ def test_agreement_falls_with_the_crop(photographs: list[Image.Image]) -> None:
             for image in photographs
         ]
         gray = [squares(each, 32).mean(axis=3).astype(np.float32) for each in (photographs, smaller)]
-        return float(np.median(lay_on(*gray)[1]))
+        return float(np.median(agreement(*gray, lay_on(*gray))[1]))
 
     assert 1.0 >= edges(0.0) > 0.999
     assert edges(0.0) > edges(0.05) > edges(0.3)
@@ -130,14 +136,12 @@ def test_many_copies_of_several_kinds_hang_together(photographs: list[Image.Imag
     def many(image: Image.Image) -> npt.NDArray[np.uint8]:
         return np.clip(squares([image]) + rng.normal(0, 1, (20, 40, 40, 3)), 0, 255).astype(np.uint8)
 
-    found = find_near_copies(
-        np.concatenate([many(photographs[10]), many(cropped(photographs[10]))]), np.arange(40)
-    )
+    found = search(np.concatenate([many(photographs[10]), many(cropped(photographs[10]))]), np.arange(40))
     assert len(set(connect(40, found.pairs).tolist())) == 1
 
 
 def test_what_was_found_survives_a_file(photographs: list[Image.Image], tmp_path: Path) -> None:
-    found = find_near_copies(squares([*photographs[:4], recompressed(photographs[2])]), np.arange(5))
+    found = search(squares([*photographs[:4], recompressed(photographs[2])]), np.arange(5))
     found.save(tmp_path / "found.npz")
     again = NearCopies.load(tmp_path / "found.npz")
     assert pairs(again) == pairs(found) == {(2, 4)}

@@ -117,7 +117,7 @@ def _near_copies(
         near = NearCopies.load(file)
         progress(len(rows))
     else:
-        near = find_near_copies(cache.squares, rows, progress)
+        near = find_near_copies(cache.squares, cache.sizes.min(axis=1), rows, progress)
         write_atomically(file, near.save)
     group = connect(len(cache.keys), near.pairs)
     sizes = np.bincount(group)

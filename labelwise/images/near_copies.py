@@ -20,19 +20,20 @@ Pixels = npt.NDArray[np.uint8]
 Floats = npt.NDArray[np.float32]
 Rows = npt.NDArray[np.int64]
 
+# Measured on CIFAR-10 and photographs of clothes, 2026-11-26: recipes/LOG.md.
 SIDE = 32  # of the gray pictures that are compared
 FLAT = 4.0  # standard deviation of 8-bit gray; below, there are no edges to compare
 LEAST_AGREEMENT = 0.9  # correlation of the gray pictures
-LEAST_EDGE_AGREEMENT = (
-    0.75  # of their edges; of CIFAR-10, 8 of 1,670 pairs above it show different things (LOG.md)
-)
+LEAST_EDGE_AGREEMENT = 0.75  # of their edges
+LEAST_FINE_AGREEMENT = 0.8  # of their edges at more pixels
 
 _FREQUENCIES = 8
 _LEAST_ALIKE = 0.92  # of what mirroring and turning do not change
 _LEAST_LIKELY = 0.85  # agreement of low frequencies, before the pictures are laid on each other
-_ALIGNED = 16  # side of the pictures by which scale and shift are found
 _BLURS = (1.5, 1.5, 1.0, 1.0, 0.5, 0.0, 0.0)  # pixels, of each step of that
 _MOST_SCALING, _MOST_SHIFT = 0.12, 0.08  # of the side
+_FINE = (48, 64, 96)  # sides of the pictures that are looked at closer: the largest that both have
+_FINE_BLURS = (1.0, 0.5, 0.0, 0.0)
 _NOISE = 3.0  # gray levels a pixel: gradients that compression makes
 _RIDGE = 1e-3
 _BLOCK = 2048
@@ -74,7 +75,7 @@ class NearCopies:
 
 
 def find_near_copies(
-    squares: Pixels, rows: Rows, progress: Callable[[int], None] = lambda count: None
+    squares: Pixels, sides: Rows, rows: Rows, progress: Callable[[int], None] = lambda count: None
 ) -> NearCopies:
     """Find which images show the same; images already tied over others are not compared again.
 
@@ -82,14 +83,17 @@ def find_near_copies(
 
     Args:
         squares: Whole images squeezed to squares, (N, S, S, 3).
+        sides: How many pixels the shorter side of each image really has, (N,).
         rows: Which to compare, (M,).
         progress: Called with the number of images just done.
     """
     if not len(rows):
         return NearCopies.none()
     gray, low = _describe(squares, rows)
-    pairs, agreement = _compare(gray, _candidates(low, progress))
-    return NearCopies(rows[pairs], agreement)
+
+    sides = np.minimum(sides, squares.shape[1])
+    pairs, found = _compare(rows, gray, _candidates(low, progress), squares, sides)
+    return NearCopies(rows[pairs], found)
 
 
 def _candidates(low: Floats, progress: Callable[[int], None]) -> Rows:
@@ -115,31 +119,62 @@ def _candidates(low: Floats, progress: Callable[[int], None]) -> Rows:
     return np.concatenate(found)[order]
 
 
-def _compare(gray: Pixels, candidates: Rows) -> tuple[Rows, Floats]:
+def _compare(rows: Rows, gray: Pixels, candidates: Rows, squares: Pixels, sides: Rows) -> tuple[Rows, Floats]:
     """Lay candidates on each other, of each image those it is most like; pairs that agree, (P, 2), and how well, (P,).
 
     Pairs that are tied over others by then are left out, and what is left is gone over again until it ties nothing more.
     """
     group = np.arange(len(gray))
-    pairs, agreement = [np.empty((0, 2), np.int64)], [np.empty(0, np.float32)]
+    pairs, agreements = [np.empty((0, 2), np.int64)], [np.empty(0, np.float32)]
     while len(candidates):
         chosen = (_rank(candidates[:, 0]) < _NEAREST) | (_rank(candidates[:, 1]) < _NEAREST)
-        tied = len(pairs)
-        for start in range(0, int(chosen.sum()), _CHUNK):
-            chunk = candidates[chosen][start : start + _CHUNK]
+        nearest, tied = candidates[chosen], len(pairs)
+        for start in range(0, len(nearest), _CHUNK):
+            chunk = nearest[start : start + _CHUNK]
             chunk = chunk[group[chunk[:, 0]] != group[chunk[:, 1]]]
-            turned = _turn(gray[chunk[:, 1]].astype(np.float32), chunk[:, 2])
-            found, edges = lay_on(gray[chunk[:, 0]].astype(np.float32), turned)
+            one = gray[chunk[:, 0]].astype(np.float32)
+            other = _turn(gray[chunk[:, 1]].astype(np.float32), chunk[:, 2])
+            change = lay_on(one, other)
+            found, edges = agreement(one, other, change)
             same = (found >= LEAST_AGREEMENT) & (edges >= LEAST_EDGE_AGREEMENT)
+            fine = np.flatnonzero(same & (sides[rows[chunk[:, :2]]].min(axis=1) >= _FINE[0]))
+            if len(fine):
+                pair, turns = rows[chunk[fine, :2]], chunk[fine, 2]
+                same[fine], edges[fine] = _look_closer(squares, sides, pair, turns, change[fine])
             if same.any():
                 pairs.append(chunk[same, :2])
-                agreement.append(edges[same])
+                agreements.append(edges[same])
                 group = connect(len(gray), np.concatenate(pairs))
         if len(pairs) == tied:
             break
         candidates = candidates[~chosen]
         candidates = candidates[group[candidates[:, 0]] != group[candidates[:, 1]]]
-    return np.concatenate(pairs), np.concatenate(agreement)
+    return np.concatenate(pairs), np.concatenate(agreements)
+
+
+def _look_closer(
+    squares: Pixels, sides: Rows, pairs: Rows, turns: Rows, change: Floats
+) -> tuple[npt.NDArray[np.bool_], Floats]:
+    """Whether pairs agree at more pixels too, and how well: photographs of like things on one table differ there.
+
+    Args:
+        squares, sides: Of all images; how many pixels a side each really has.
+        pairs: Rows of the two, (P, 2); all have pixels enough.
+        turns, change: How the other is turned, and laid on the one.
+    """
+    same, agreements = np.zeros(len(pairs), bool), np.zeros(len(pairs), np.float32)
+    side = np.array(_FINE)[np.searchsorted(_FINE, sides[pairs].min(axis=1), side="right") - 1]
+    some = max(1, _DESCRIBED_BYTES // (squares.shape[1] ** 2 * 4 * 4))
+    for size in np.unique(side).tolist():
+        places = np.flatnonzero(side == size)
+        for start in range(0, len(places), some):
+            part = places[start : start + some]
+            one, other = (_shrink(squares[rows] @ _LUMA, size) for rows in pairs[part].T)
+            other = _turn(other, turns[part])
+            found, edges = agreement(one, other, lay_on(one, other, change[part], _FINE_BLURS))
+            same[part] = (found >= LEAST_AGREEMENT) & (edges >= LEAST_FINE_AGREEMENT)
+            agreements[part] = edges
+    return same, agreements
 
 
 def _rank(values: Rows) -> Rows:
@@ -223,46 +258,52 @@ def _correlation(one: Floats, other: Floats, weight: Floats | None = None) -> Fl
     return np.asarray(both / np.maximum(spread, 1e-6), dtype=np.float32)
 
 
-def lay_on(one: Floats, other: Floats) -> tuple[Floats, Floats]:
-    """Scale and shift the second pictures onto the first, and say how well they agree.
+def lay_on(
+    one: Floats, other: Floats, start: Floats | None = None, blurs: tuple[float, ...] = _BLURS
+) -> Floats:
+    """Find the scale and shift that lays the second pictures on the first, at half their size.
 
     Args:
         one, other: Gray pictures, (P, T, T).
+        start: Where to begin.
+        blurs: Of each step, pixels.
 
     Returns:
-        Correlation of the pictures, and of their edges, (P,) each.
+        Scaling of rows and columns, shift of rows and columns as shares of the side, (P, 4).
 
     Gauss-Newton over scale and shift along each axis, contrast and brightness, first on blurred pictures.
 
     Source: Lucas and Kanade 1981, An Iterative Image Registration Technique.
     """
     count = len(one)
-    target, moving = _shrink(one, _ALIGNED), _shrink(other, _ALIGNED)
+    target, moving = _shrink(one, one.shape[1] // 2), _shrink(other, one.shape[1] // 2)
     places = _places(target.shape[1])
-    scaling, shift = (
-        np.zeros((count, 2), np.float32),
-        np.zeros((count, 2), np.float32),
-    )  # of the side; rows, columns
-    for sigma in _BLURS:
+    change = np.zeros((count, 4), np.float32) if start is None else start
+    limits = np.array([_MOST_SCALING] * 2 + [_MOST_SHIFT] * 2, np.float32)
+    units = np.array([1, 1, len(places), len(places)], np.float32)
+    for sigma in blurs:
         blur = np.exp(-((places[:, None] - places) ** 2) / (2 * sigma**2)) if sigma else np.eye(len(places))
         blur = (blur / blur.sum(axis=1, keepdims=True)).astype(np.float32)
-        moved, inside = _resample(blur @ moving @ blur.T, scaling, shift)
+        moved, inside = _resample(blur @ moving @ blur.T, change)
         down, across = np.gradient(moved, axis=(1, 2))
         level = moved - moved.mean(axis=(1, 2), keepdims=True)
         columns = np.stack(
             [down * places[:, None], across * places, down, across, level, np.ones_like(moved)], axis=1
-        )
-        columns = columns.reshape(count, 6, -1)
+        ).reshape(count, 6, -1)
         weighed = columns * inside.reshape(count, 1, -1)
         size = np.sqrt((weighed * columns).sum(axis=2)) + 1e-6  # (P, 6)
         normal = (weighed @ columns.transpose(0, 2, 1)) / (size[:, :, None] * size[:, None, :])
         residual = (blur @ target @ blur.T - moved).reshape(count, -1, 1)
         wanted = (weighed @ residual)[..., 0] / size
         ridge = _RIDGE * np.eye(6, dtype=np.float32)
-        change = np.linalg.solve(normal + ridge, wanted[..., None])[..., 0] / size
-        scaling = np.clip(scaling + change[:, :2], -_MOST_SCALING, _MOST_SCALING)
-        shift = np.clip(shift + change[:, 2:4] / len(places), -_MOST_SHIFT, _MOST_SHIFT)
-    moved, inside = _resample(other, scaling, shift)
+        step = np.linalg.solve(normal + ridge, wanted[..., None])[..., 0] / size
+        change = np.clip(change + step[:, :4] / units, -limits, limits)
+    return change
+
+
+def agreement(one: Floats, other: Floats, change: Floats) -> tuple[Floats, Floats]:
+    """Correlation of pictures laid on each other, and of their edges, (P,) each."""
+    moved, inside = _resample(other, change)
     both = np.stack([inside, inside], axis=1)
     return _correlation(one, moved, inside), _correlation(_edges(one), _edges(moved), both)
 
@@ -280,17 +321,16 @@ def _places(side: int) -> Floats:
     return (np.arange(side) - (side - 1) / 2).astype(np.float32)
 
 
-def _resample(pictures: Floats, scaling: Floats, shift: Floats) -> tuple[Floats, Floats]:
+def _resample(pictures: Floats, change: Floats) -> tuple[Floats, Floats]:
     """Pictures scaled about their centre and shifted, bilinear, (P, T, T), and 1 where that lies inside them.
 
     Args:
         pictures: (P, T, T).
-        scaling, shift: Of rows and columns, as shares of the side, (P, 2).
+        change: See `lay_on`, (P, 4).
     """
     side = pictures.shape[1]
-    wanted = (
-        (1 + scaling)[:, :, None] * _places(side) + (shift * side)[:, :, None] + (side - 1) / 2
-    )  # (P, 2, T)
+    scaling, shift = change[:, :2, None], side * change[:, 2:, None]
+    wanted = (1 + scaling) * _places(side) + shift + (side - 1) / 2  # (P, 2, T)
     inside = ((wanted >= 0) & (wanted <= side - 1)).astype(np.float32)
     clipped = np.clip(wanted, 0, side - 1)
     weights = np.maximum(
