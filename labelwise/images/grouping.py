@@ -20,7 +20,7 @@ Rows = npt.NDArray[np.int64]
 SMALLEST = 24  # pixels of the short side; below, different images of one kind agree as well as copies do
 BURST_SECONDS = 2  # between two shots of one camera; EXIF times have whole seconds
 MOST_IN_A_SECOND = 50  # shots of one camera; more is a clock that stands still, or a scanner
-MOST_COMPARED = 200_000  # images; the search takes a minute for 60,000 and grows faster than they do
+MOST_COMPARED = 200_000  # images; the search takes 90 s for 60,000 and grows faster than they do
 LARGEST_SHARE = 0.1  # of the images in one group of near-copies; beyond, all images look alike
 FEWEST_IN_LARGEST = 20
 
