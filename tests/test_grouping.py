@@ -182,7 +182,7 @@ def test_a_group_column_ties_images_with_and_without_a_label(tmp_path: Path, pho
         tmp_path / "photos", labels=table, labels_root=tmp_path / "photos", group_column="patient"
     )
     assert found == [{"0.png", "1.png"}, {"2.png", "4.png"}]
-    assert groups.counts["group column"] == 4
+    assert groups.counts["tied by the group column"] == 4
 
 
 def test_a_group_column_without_labels_is_enough(tmp_path: Path, photo: Photo) -> None:
@@ -286,7 +286,9 @@ def test_a_run_keeps_patients_on_one_side_and_shows_near_copies(tmp_path: Path, 
         finetune(FinetuneSettings(run=run.path, label_counts=(6,), draws=3, steps=2, scratch_steps=2))
     )
     page, text = html.render(document, run), markdown.render(document)
-    assert "Kept together, never on both sides of the split: 2 near-copies, 48 group column" in text
+    assert (
+        "Kept together, never on both sides of the split: 2 near-copies, 48 tied by the group column" in text
+    )
     assert "Images that belong together" in page
     assert page.count('<div class="pairs">') == 1
     assert page.split('<div class="pairs">')[1].split("</div>")[0].count("<img") == 2

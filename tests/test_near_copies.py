@@ -146,3 +146,15 @@ def test_what_was_found_survives_a_file(photographs: list[Image.Image], tmp_path
     again = NearCopies.load(tmp_path / "found.npz")
     assert pairs(again) == pairs(found) == {(2, 4)}
     np.testing.assert_array_equal(again.agreement, found.agreement)
+
+
+def test_a_search_that_is_ended_early_says_so(
+    photographs: list[Image.Image], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    noise = np.random.default_rng(0).normal(0, 2, (40, 40, 40, 3))
+    alike = np.clip(squares([photographs[10]]) + noise, 0, 255).astype(np.uint8)
+    assert search(alike, np.arange(40)).is_whole
+    monkeypatch.setattr("labelwise.images.near_copies._BLOCK", 8)
+    monkeypatch.setattr("labelwise.images.near_copies._FEW_IMAGES", 0)
+    monkeypatch.setattr("labelwise.images.near_copies._MOST_CANDIDATES", 5)
+    assert not search(alike, np.arange(40)).is_whole

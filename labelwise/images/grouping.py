@@ -24,6 +24,7 @@ MOST_COMPARED = 200_000  # images; the search takes 90 s for 60,000 and grows fa
 LARGEST_SHARE = 0.1  # of the images in one group of near-copies; beyond, all images look alike
 FEWEST_IN_LARGEST = 20
 
+_SAY_SO = "If some belong together (one patient, one video), say so with --labels FILE --group-column NAME"
 _FILE = "near-copies-1.npz"  # in the cache; the number is that of the rule
 
 
@@ -66,7 +67,9 @@ def group_images(
         "exact copies": _chain((row, int(cache.keys[row])) for row in readable.tolist()),
         "near-copies": near.pairs,
         "shots of one burst": bursts,
-        "group column": _chain((row, group) for row, group in enumerate(images.groups) if group is not None),
+        "tied by the group column": _chain(
+            (row, group) for row, group in enumerate(images.groups) if group is not None
+        ),
     }
     of = connect(len(images.names), np.concatenate(list(ties.values())))
     counts = {name: len(np.unique(pairs)) for name, pairs in ties.items()}
@@ -119,14 +122,18 @@ def _near_copies(
     else:
         near = find_near_copies(cache.squares, cache.sizes.min(axis=1), rows, progress)
         write_atomically(file, near.save)
+    notes = []
+    if not near.is_whole:
+        notes.append(
+            "so many images look alike that not all could be compared; near-copies may be left. " + _SAY_SO
+        )
     group = connect(len(cache.keys), near.pairs)
     sizes = np.bincount(group)
     is_large = (sizes >= FEWEST_IN_LARGEST) & (sizes > LARGEST_SHARE * len(rows))
     if not is_large.any():
-        return near, []
+        return near, notes
     kept = ~is_large[group[near.pairs[:, 0]]]
-    note = (
-        f"{sizes[is_large].sum():,} images look like near-copies of each other; they are not taken for copies. "
-        "If some belong together (one patient, one video), say so with --labels FILE --group-column NAME"
+    notes.append(
+        f"{sizes[is_large].sum():,} images look like near-copies of each other; they are not taken for copies. {_SAY_SO}"
     )
-    return NearCopies(near.pairs[kept], near.agreement[kept]), [note]
+    return NearCopies(near.pairs[kept], near.agreement[kept], near.is_whole), notes

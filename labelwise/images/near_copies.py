@@ -41,7 +41,7 @@ _LOOKED_AT = 1 << 16
 _CHUNK = 1024
 _DESCRIBED_BYTES = 1 << 26
 _NEAREST = 8  # candidates of an image that are compared at once
-_FEW_IMAGES, _MOST_CANDIDATES = 1000, 100  # candidates per image; where there are more, all images look alike
+_FEW_IMAGES, _MOST_CANDIDATES = 1000, 50  # candidates per image; where there are more, all images look alike
 _LUMA = np.array([0.299, 0.587, 0.114], dtype=np.float32)  # ITU-R BT.601
 
 
@@ -52,10 +52,12 @@ class NearCopies:
     Attributes:
         pairs: Rows of the two, as many as it takes to tie all copies of a picture together, (P, 2).
         agreement: Correlation of their edges, (P,).
+        is_whole: False where so many images look alike that the search was ended before it had seen all.
     """
 
     pairs: Rows
     agreement: Floats
+    is_whole: bool = True
 
     @classmethod
     def none(cls) -> "NearCopies":
@@ -66,12 +68,12 @@ class NearCopies:
     def load(cls, file: Path) -> "NearCopies":
         """Read what `save` wrote."""
         with np.load(file) as stored:
-            return cls(stored["pairs"], stored["agreement"])
+            return cls(stored["pairs"], stored["agreement"], bool(stored["is_whole"]))
 
     def save(self, file: Path) -> None:
         """Write to a file."""
         with file.open("wb") as stream:
-            np.savez(stream, pairs=self.pairs, agreement=self.agreement)
+            np.savez(stream, pairs=self.pairs, agreement=self.agreement, is_whole=np.array(self.is_whole))
 
 
 def find_near_copies(
@@ -90,33 +92,35 @@ def find_near_copies(
     if not len(rows):
         return NearCopies.none()
     gray, low = _describe(squares, rows)
-
+    candidates, is_whole = _candidates(low, progress)
     sides = np.minimum(sides, squares.shape[1])
-    pairs, found = _compare(rows, gray, _candidates(low, progress), squares, sides)
-    return NearCopies(rows[pairs], found)
+    pairs, found = _compare(rows, gray, candidates, squares, sides)
+    return NearCopies(rows[pairs], found, is_whole)
 
 
-def _candidates(low: Floats, progress: Callable[[int], None]) -> Rows:
-    """Pairs whose low frequencies agree, most alike first: one, other, and how to turn the other, (P, 3)."""
+def _candidates(low: Floats, progress: Callable[[int], None]) -> tuple[Rows, bool]:
+    """Pairs whose low frequencies agree, most alike first: one, other, how to turn the other, (P, 3); and whether these are all."""
     even = _even(low)
-    found, likeness = [np.empty((0, 3), np.int64)], [np.empty(0, np.float32)]
+    found, likeness = [np.empty((0, 3), np.int32)], [np.empty(0, np.float32)]
+    is_whole = True
     for first in range(0, len(low), _BLOCK):
         for second in range(first, len(low), _BLOCK):
             alike = even[first : first + _BLOCK] @ even[second : second + _BLOCK].T >= _LEAST_ALIKE
             ones, others = np.nonzero(np.triu(alike, 1) if first == second else alike)
             for start in range(0, len(ones), _LOOKED_AT):
                 one, other = (each[start : start + _LOOKED_AT] for each in (ones + first, others + second))
-                agreement = _likeness(low[one], low[other])  # (P, 8)
-                best = agreement.argmax(axis=1)
-                most = agreement[np.arange(len(one)), best]
+                ways = _likeness(low[one], low[other])  # (P, 8)
+                best = ways.argmax(axis=1)
+                most = ways[np.arange(len(one)), best]
                 likely = most >= _LEAST_LIKELY
-                found.append(np.stack([one, other, best], axis=1)[likely])
+                found.append(np.stack([one, other, best], axis=1)[likely].astype(np.int32))
                 likeness.append(most[likely])
         progress(len(low[first : first + _BLOCK]))
         if sum(map(len, found)) > _MOST_CANDIDATES * (_FEW_IMAGES + len(low)):
-            break  # so many are alike that those of the first rows say enough
+            is_whole = first + _BLOCK >= len(low)
+            break
     order = np.argsort(-np.concatenate(likeness), kind="stable")
-    return np.concatenate(found)[order]
+    return np.concatenate(found)[order].astype(np.int64), is_whole
 
 
 def _compare(rows: Rows, gray: Pixels, candidates: Rows, squares: Pixels, sides: Rows) -> tuple[Rows, Floats]:
