@@ -395,3 +395,21 @@ def test_groups_that_come_after_pretraining_are_told(
     assert document["test_groups"] is not None
     again = report(finetune(settings))  # as in the last comparison
     assert again["test_groups"] == document["test_groups"]
+
+
+def test_a_table_of_groups_alone_serves_a_comparison_too(tmp_path: Path, photographs: Path) -> None:
+    table = patients(tmp_path, photographs)
+    run = pretrain(
+        PretrainSettings(images=photographs, labels=table, labels_root=photographs, group_column="patient", out=tmp_path / "run", **TINY)
+    )  # fmt: skip
+    document = report(finetune(FinetuneSettings(run=run.path, methods=("pixels",), label_counts=("all",))))
+    assert document["test_groups"] == len(rundir.read_json(run.test_lock)["names"]) // 4
+
+
+def test_a_damaged_search_is_made_again(photographs: Path) -> None:
+    before = grouped(photographs)[0]
+    images = open_images(photographs)
+    folder = build_cache(images, side=32, evaluation_size=32).folder
+    for file in folder.glob("near-copies-*"):
+        file.write_bytes(file.read_bytes()[:40])
+    assert grouped(photographs)[0] == before

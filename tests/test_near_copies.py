@@ -82,7 +82,8 @@ def test_copies_are_found_whatever_was_done_to_them(
     sides = np.array([min(image.size) for image in images])
     found = search(squares(images, side), np.arange(len(images)), sides)
     wanted = {(3 * place, count + place) for place in range(len(copied))}
-    assert len(wanted & pairs(found)) >= 0.8 * len(wanted)
+    least = 0.8 if change in (cropped, everything) else 1.0  # fine texture, cut off and made smaller
+    assert len(wanted & pairs(found)) >= least * len(wanted)
     assert pairs(found) <= wanted
 
 
@@ -127,6 +128,12 @@ def test_agreement_falls_with_the_crop(photographs: list[Image.Image]) -> None:
 
     assert 1.0 >= edges(0.0) > 0.999
     assert edges(0.0) > edges(0.05) > edges(0.3)
+
+
+def test_hundreds_of_pictures_of_one_thing_are_one_group(photographs: list[Image.Image]) -> None:
+    noise = np.random.default_rng(0).normal(0, 2, (300, 40, 40, 3))
+    found = search(np.clip(squares([photographs[10]]) + noise, 0, 255).astype(np.uint8), np.arange(300))
+    assert len(set(connect(300, found.pairs).tolist())) == 1
 
 
 def test_many_copies_of_several_kinds_hang_together(photographs: list[Image.Image]) -> None:

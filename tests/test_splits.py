@@ -196,6 +196,31 @@ def test_a_group_larger_than_the_test_set_stays_in_training() -> None:
     assert {f"cat/{number:05d}.png" for number in range(40)}.isdisjoint(found["names"])
 
 
+def test_a_class_whose_groups_are_all_large_is_tested_all_the_same() -> None:
+    images = classes(cat=40, dog=40)
+    groups = np.arange(80)
+    groups[:40] = np.arange(40) // 20  # two patients of twenty cats each
+    found = lock_test(images, *different(images), 0.2, 0, groups=groups)
+    assert per_class(found["names"]) == {"cat": 20, "dog": 8}
+
+
+def test_a_class_that_is_one_group_is_named_and_stays_in_training() -> None:
+    images = classes(cat=40, dog=40)
+    groups = np.arange(80)
+    groups[:40] = 0
+    found = lock_test(images, *different(images), 0.2, 0, groups=groups)
+    assert per_class(found["names"]) == {"dog": 8}
+    assert found["method"].endswith("none of cat, where one group holds too much")
+
+
+def test_the_last_images_of_another_class_are_not_held_out() -> None:
+    images = listed([f"{n:02}.png" for n in range(51)], ["a"] * 6 + ["b"] * 5 + ["a"] * 40)
+    groups = np.array([0] * 11 + [1] * 20 + [2] * 20)
+    found = lock_test(images, *different(images), 0.2, 0, groups=groups)
+    left = {images.labels[row] for row in range(51) if images.names[row] not in found["names"]}
+    assert left == {"a", "b"}
+
+
 @pytest.mark.parametrize("labeled", [True, False])
 def test_the_holdout_depends_on_the_seed_and_not_on_the_listing(labeled: bool) -> None:
     images = classes(cat=60, dog=40) if labeled else listed([f"{number:03d}.png" for number in range(100)])
@@ -276,7 +301,7 @@ def test_a_name_that_now_shows_another_image_does_not_unlock_the_first() -> None
 
 def test_a_holdout_too_small_for_one_image_is_refused() -> None:
     with pytest.raises(
-        UsageError, match=r"^--holdout 0.001: leaves photos without a test image; hold out more"
+        UsageError, match=r"^--holdout 0.001: leaves photos without a test image: too few images"
     ):
         lock(classes(cat=20, dog=20), holdout=0.001)
 

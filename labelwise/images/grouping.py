@@ -5,6 +5,7 @@ from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from zipfile import BadZipFile
 
 import numpy as np
 import numpy.typing as npt
@@ -25,7 +26,7 @@ LARGEST_SHARE = 0.1  # of the images in one group of near-copies; beyond, all im
 FEWEST_IN_LARGEST = 20
 
 _SAY_SO = "If some belong together (one patient, one video), say so with --labels FILE --group-column NAME"
-_FILE = "near-copies-1.npz"  # in the cache; the number is that of the rule
+_FILE = "near-copies-3.npz"  # in the cache; the number is that of the rule
 
 
 @dataclass(frozen=True)
@@ -116,10 +117,10 @@ def _near_copies(
     if len(rows) > MOST_COMPARED:
         return NearCopies.none(), [f"more than {MOST_COMPARED:,} images: near-copies are not looked for"]
     file: Path = cache.folder / _FILE
-    if file.exists():
+    try:
         near = NearCopies.load(file)
         progress(len(rows))
-    else:
+    except (OSError, ValueError, KeyError, EOFError, BadZipFile):  # not there, or damaged; the images are
         near = find_near_copies(cache.squares, cache.sizes.min(axis=1), rows, progress)
         write_atomically(file, near.save)
     notes = []

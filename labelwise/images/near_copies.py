@@ -6,7 +6,7 @@ on each other as well as a small shift and scaling allow. The same picture then 
 pictures of the same kind of thing do not.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -67,7 +67,7 @@ class NearCopies:
     @classmethod
     def load(cls, file: Path) -> "NearCopies":
         """Read what `save` wrote."""
-        with np.load(file) as stored:
+        with file.open("rb") as stream, np.load(stream) as stored:
             return cls(stored["pairs"], stored["agreement"], bool(stored["is_whole"]))
 
     def save(self, file: Path) -> None:
@@ -101,34 +101,48 @@ def find_near_copies(
 def _candidates(low: Floats, progress: Callable[[int], None]) -> tuple[Rows, bool]:
     """Pairs whose low frequencies agree, most alike first: one, other, how to turn the other, (P, 3); and whether these are all."""
     even = _even(low)
-    found, likeness = [np.empty((0, 3), np.int32)], [np.empty(0, np.float32)]
-    is_whole = True
-    for first in range(0, len(low), _BLOCK):
-        for second in range(first, len(low), _BLOCK):
-            alike = even[first : first + _BLOCK] @ even[second : second + _BLOCK].T >= _LEAST_ALIKE
-            ones, others = np.nonzero(np.triu(alike, 1) if first == second else alike)
-            for start in range(0, len(ones), _LOOKED_AT):
-                one, other = (each[start : start + _LOOKED_AT] for each in (ones + first, others + second))
-                ways = _likeness(low[one], low[other])  # (P, 8)
-                best = ways.argmax(axis=1)
-                most = ways[np.arange(len(one)), best]
-                likely = most >= _LEAST_LIKELY
-                found.append(np.stack([one, other, best], axis=1)[likely].astype(np.int32))
-                likeness.append(most[likely])
-        progress(len(low[first : first + _BLOCK]))
-        if sum(map(len, found)) > _MOST_CANDIDATES * (_FEW_IMAGES + len(low)):
-            is_whole = first + _BLOCK >= len(low)
-            break
+    found: list[npt.NDArray[np.int32]] = [np.empty((0, 3), np.int32)]
+    likeness = [np.empty(0, np.float32)]
+    most_pairs = _MOST_CANDIDATES * (_FEW_IMAGES + len(low))
+    for first, second in _blocks(len(low)):
+        alike = even[first : first + _BLOCK] @ even[second : second + _BLOCK].T >= _LEAST_ALIKE
+        ones, others = np.nonzero(np.triu(alike, 1) if first == second else alike)
+        for start in range(0, len(ones), _LOOKED_AT):
+            one, other = (each[start : start + _LOOKED_AT] for each in (ones + first, others + second))
+            ways = _likeness(low[one], low[other])  # (P, 8)
+            best = ways.argmax(axis=1)
+            most = ways[np.arange(len(one)), best]
+            likely = most >= _LEAST_LIKELY
+            found.append(np.stack([one, other, best], axis=1)[likely].astype(np.int32))
+            likeness.append(most[likely])
+        if first == second:
+            progress(len(low[first : first + _BLOCK]))
+        is_last = first == second and second + _BLOCK >= len(low)
+        if sum(map(len, found)) > most_pairs and not is_last:
+            return _most_alike(found, likeness), False
+    return _most_alike(found, likeness), True
+
+
+def _blocks(count: int) -> Iterator[tuple[int, int]]:
+    """Starts of all pairs of blocks of images, the later one of a pair first."""
+    for first in range(0, count, _BLOCK):
+        for second in range(0, first + 1, _BLOCK):
+            yield first, second
+
+
+def _most_alike(found: list[npt.NDArray[np.int32]], likeness: list[Floats]) -> Rows:
+    """Pairs in one array, most alike first."""
     order = np.argsort(-np.concatenate(likeness), kind="stable")
-    return np.concatenate(found)[order].astype(np.int64), is_whole
+    return np.concatenate(found)[order].astype(np.int64)
 
 
 def _compare(rows: Rows, gray: Pixels, candidates: Rows, squares: Pixels, sides: Rows) -> tuple[Rows, Floats]:
     """Lay candidates on each other, of each image those it is most like; pairs that agree, (P, 2), and how well, (P,).
 
-    Pairs that are tied over others by then are left out, and what is left is gone over again until it ties nothing more.
+    Pairs that are tied over others by then are left out; what is left is gone over again while that ties more, and
+    once at least: where a picture has many like it, its copy need not be among the first.
     """
-    group = np.arange(len(gray))
+    group, passes = np.arange(len(gray)), 0
     pairs, agreements = [np.empty((0, 2), np.int64)], [np.empty(0, np.float32)]
     while len(candidates):
         chosen = (_rank(candidates[:, 0]) < _NEAREST) | (_rank(candidates[:, 1]) < _NEAREST)
@@ -136,6 +150,8 @@ def _compare(rows: Rows, gray: Pixels, candidates: Rows, squares: Pixels, sides:
         for start in range(0, len(nearest), _CHUNK):
             chunk = nearest[start : start + _CHUNK]
             chunk = chunk[group[chunk[:, 0]] != group[chunk[:, 1]]]
+            if not len(chunk):
+                continue
             one = gray[chunk[:, 0]].astype(np.float32)
             other = _turn(gray[chunk[:, 1]].astype(np.float32), chunk[:, 2])
             change = lay_on(one, other)
@@ -149,8 +165,9 @@ def _compare(rows: Rows, gray: Pixels, candidates: Rows, squares: Pixels, sides:
                 pairs.append(chunk[same, :2])
                 agreements.append(edges[same])
                 group = connect(len(gray), np.concatenate(pairs))
-        if len(pairs) == tied:
+        if len(pairs) == tied and passes:
             break
+        passes += 1
         candidates = candidates[~chosen]
         candidates = candidates[group[candidates[:, 0]] != group[candidates[:, 1]]]
     return np.concatenate(pairs), np.concatenate(agreements)

@@ -43,7 +43,7 @@ def lock_test(
 
     Returns:
         `method` in words, `names`, their content `keys`, `excluded_duplicates` (same pixels as a test image),
-        `excluded_groups` (others of its group), `seed`, `sha256` of the names.
+        `excluded_groups` (others of its group) and their content keys, `seed`, `sha256` of the names.
     """
     groups = np.unique(keys, return_inverse=True)[1] if groups is None else groups
     if locked is not None:
@@ -57,7 +57,8 @@ def lock_test(
         rows, method = _hold_out(images, groups, readable, share, seed)
         if share and not rows:
             raise UsageError(
-                f"--holdout {share:g}: leaves {images.root} without a test image; hold out more, or 0 for none."
+                f"--holdout {share:g}: leaves {images.root} without a test image: too few images, or one group of what belongs "
+                "together holds too many; hold out more, or 0 for none."
             )
     rows = sorted(rows, key=images.names.__getitem__)
     test_keys = {int(keys[row]) for row in rows} | (set(locked["keys"]) if locked else set())
@@ -65,19 +66,24 @@ def lock_test(
     chosen = set(rows)
     others = [row for row in np.flatnonzero(readable).tolist() if row not in chosen]
     duplicates = [images.names[row] for row in others if int(keys[row]) in test_keys]
-    earlier = (
-        set(locked.get("excluded_groups", ())) if locked else set()
-    )  # by groups not known any more, it may be
+    earlier: set[str | int] = set()  # tied by groups that are not known any more, it may be
+    if locked is not None:
+        earlier = {*locked.get("excluded_groups", ()), *locked.get("excluded_groups_keys", ())}
     tied = [
-        images.names[row] for row in others if int(groups[row]) in test_groups or images.names[row] in earlier
+        row
+        for row in others
+        if int(keys[row]) not in test_keys
+        and (int(groups[row]) in test_groups or images.names[row] in earlier or int(keys[row]) in earlier)
     ]
+    tied.sort(key=images.names.__getitem__)
     names = [images.names[row] for row in rows]
     return {
         "method": method,
         "names": names,
         "keys": [int(keys[row]) for row in rows],
         "excluded_duplicates": duplicates,
-        "excluded_groups": sorted(set(tied) - set(duplicates)),
+        "excluded_groups": [images.names[row] for row in tied],
+        "excluded_groups_keys": [int(keys[row]) for row in tied],
         "seed": seed,
         "sha256": hash_names(names),
     }
@@ -194,14 +200,23 @@ def _hold_out(
             if all(size <= quotas[each] for each, size in sizes.items()):
                 chosen += class_groups[place]
                 quotas = {each: quota - sizes[each] for each, quota in quotas.items()}
-    tested = {labels[row] for row in chosen}
+    left = Counter(labels.values())
+    left.subtract(labels[row] for row in chosen)
     for label, class_groups in sorted(by_class.items()):
-        if (
-            asked[label] and label not in tested and len(class_groups) > 1
-        ):  # all are larger than what was asked for
-            chosen += sorted(class_groups, key=len)[0]
+        if asked[label] and label not in {
+            labels[row] for row in chosen
+        }:  # all are larger than what was asked for
+            for rows in sorted(class_groups, key=len):
+                sizes = Counter(labels[row] for row in rows)
+                if all(size < left[each] for each, size in sizes.items()):
+                    chosen += rows
+                    left.subtract(sizes)
+                    break
+    without = sorted({label for label in labels.values() if asked[label]} - {labels[row] for row in chosen})
     if chosen and not most / 2 <= len(chosen) <= 2 * most:
         words += f"; {len(chosen):,} images, because groups stay whole"
+    if chosen and without:
+        words += f"; none of {', '.join(without)}, where one group holds too much"
     return sorted(chosen), words
 
 

@@ -117,7 +117,7 @@ def _suspects(run: RunDirectory) -> list[dict[str, Any]]:
 
 def _pairs(run: RunDirectory) -> list[dict[str, Any]]:
     """The near-copies that have pictures."""
-    found = rundir.read_json(run.near_copies) if run.near_copies.exists() else {"pairs": []}
+    found = rundir.read_derived(run.near_copies) or {"pairs": []}
     return [each for each in found["pairs"] if "thumbnails" in each]
 
 

@@ -22,6 +22,7 @@ from labelwise.config import FinetuneSettings, parse_duration, read_run_config, 
 from labelwise.errors import DataError, UsageError
 from labelwise.images.cache import ImageCache, build_cache
 from labelwise.images.grouping import Groups, group_images
+from labelwise.images.labels import OUTSIDE
 from labelwise.images.source import ImageSet, open_images
 from labelwise.images.splits import draw_labels, hash_names, lock_test, pool_indices
 from labelwise.interruption import stop_between_steps
@@ -173,6 +174,8 @@ def _set_up(run: RunDirectory, settings: FinetuneSettings) -> Bench:
         )
     with terminal.track("comparing images", len(images.names)) as bar:
         groups = group_images(images, cache, bar.advance)
+    for note in groups.notes:
+        terminal.say(f"note       {note}")
     lock, test_method = _test_lock(run, settings, images, cache, groups)
     classes = sorted({label for label in images.labels if label is not None})
     if len(classes) < 2:
@@ -228,7 +231,7 @@ def _remember(run: RunDirectory, settings: FinetuneSettings) -> FinetuneSettings
             terminal.say(f"{name:<10} {before[name]}, as in the last comparison")
     column = before.get("group_column")
     if column and settings.group_column is None:
-        if settings.labels is None:
+        if settings.labels is None or str(settings.labels.absolute()) == before.get("labels"):
             known["group_column"] = column
             terminal.say(f"groups     by {column}, as in the last comparison")
         else:
@@ -261,7 +264,11 @@ def _test_lock(
                 "To use it, pretrain with the same --labels."
             )
         now = lock_test(images, cache.keys, cache.readable, None, 0, groups=groups.of, locked=lock)
-        seen = len(set(now["excluded_groups"]) - set(lock.get("excluded_groups", ())))
+        known = {*lock.get("excluded_groups", ()), *lock.get("excluded_groups_keys", ())}
+        seen = sum(
+            not name.startswith(OUTSIDE) and name not in known and key not in known
+            for name, key in zip(now["excluded_groups"], now["excluded_groups_keys"], strict=True)
+        )
         if not seen:
             return now, f"{now['method']}, never trained on"
         words = f"{seen:,} images that belong with test images were pretrained on, without labels"
@@ -281,9 +288,9 @@ def _open_images(sources: dict[str, str | None], settings: FinetuneSettings) -> 
     first = {name: Path(str(sources[name])) if sources[name] else None for name in given}
     paths = {name: path or first[name] for name, path in given.items()}
     root, column = Path(str(sources["images"])), sources.get("group_column")
-    images = open_images(root, group_column=settings.group_column, **paths)
-    if settings.group_column is not None or column is None:
-        return images
+    if settings.group_column is not None or column is None or settings.labels is None:
+        return open_images(root, group_column=settings.group_column or column, **paths)
+    images = open_images(root, group_column=None, **paths)
     try:
         earlier = open_images(root, group_column=column, **first)
     except DataError as error:
@@ -505,9 +512,11 @@ def _announce(bench: Bench, counts: Sequence[int], jobs: int, done: int) -> None
     )
     if len(bench.labeled) in counts:
         terminal.say(f"           all {len(bench.labeled):,} labels are one draw: no interval there")
-    share = 1.96 * math.sqrt(0.25 / len(bench.test))
+    tested, independent = len(bench.test), len(np.unique(bench.groups[bench.test]))
+    share = 1.96 * math.sqrt(0.25 / independent)
+    grouped = f" in {independent:,} groups" if independent < tested else ""
     terminal.say(
-        f"test       {len(bench.test):,} images; they alone leave up to \u00b1{100 * share:.1f} points"
+        f"test       {tested:,} images{grouped}; they alone leave up to \u00b1{100 * share:.1f} points"
     )
     if bench.settings.draws < FEWEST_DRAWS:
         terminal.say(f"           fewer than {FEWEST_DRAWS} draws: nothing will be claimed (--draws 5)")

@@ -55,7 +55,9 @@ def save_near_copies(
         rows = each.pop("rows")
         if place < shown:
             each["thumbnails"] = [encode_thumbnail(cache.evaluations[row]) for row in rows]
-    rundir.write_json(run.near_copies, {"pairs": found[:_LISTED], "found": len(found)})
+    rundir.write_json(
+        run.near_copies, {"signature": lock["sha256"], "pairs": found[:_LISTED], "found": len(found)}
+    )
 
 
 def look(

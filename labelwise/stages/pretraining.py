@@ -274,11 +274,13 @@ def _test_lock(
     run: RunDirectory, settings: PretrainSettings, images: ImageSet, cache: ImageCache, groups: Groups
 ) -> dict[str, Any]:
     """Lock the test images, or take the lock this run (or the one it goes on from) already has."""
-    if run.test_lock.exists():
+    if run.environment.exists():  # what was trained on by this lock goes on so
         lock: dict[str, Any] = rundir.read_json(run.test_lock)
         return {"excluded_groups": [], **lock}  # earlier versions knew no groups
-    earlier = rundir.open_run(Path(str(settings.init))).test_lock if is_run(settings.init) else None
-    locked = rundir.read_json(earlier) if earlier is not None and earlier.exists() else None
+    earlier = run.test_lock
+    if not earlier.exists() and is_run(settings.init):
+        earlier = rundir.open_run(Path(str(settings.init))).test_lock
+    locked = rundir.read_json(earlier) if earlier.exists() else None
     return lock_test(
         images, cache.keys, cache.readable, settings.holdout, settings.seed, groups=groups.of, locked=locked
     )
