@@ -99,7 +99,8 @@ def test_the_quick_demo_runs_from_nothing_to_a_page(tmp_path: Path) -> None:
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_the_demo_and_not_only_its_command(tmp_path: Path, number: signal.Signals) -> None:
     script = (  # imports of large libraries swallow a signal: done before
-        "import sys, labelwise.stages.scanning\n"
+        "import signal, sys, labelwise.stages.scanning\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a shell's background jobs are deaf to it
         "from labelwise.__main__ import run\n"
         "sys.argv = ['labelwise', 'demo', '--quick']\n"
         "run()\n"
