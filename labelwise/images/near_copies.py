@@ -25,7 +25,7 @@ SIDE = 32  # of the gray pictures that are compared
 FLAT = 4.0  # standard deviation of 8-bit gray; below, there are no edges to compare
 LEAST_AGREEMENT = 0.9  # correlation of the gray pictures
 LEAST_EDGE_AGREEMENT = 0.75  # of their edges
-LEAST_FINE_AGREEMENT = 0.8  # of their edges at more pixels
+LEAST_FINE_AGREEMENT = 0.82  # of their edges at more pixels
 
 _FREQUENCIES = 8
 _LEAST_ALIKE = 0.92  # of what mirroring and turning do not change

@@ -139,9 +139,10 @@ def grouped_in_words(data: dict[str, Any]) -> str:
     if not tied:
         return ""
     left_out = data["excluded_duplicates"] + data["excluded_groups"]
+    words = f"{left_out:,} {'image was' if left_out == 1 else 'images were'} left out of training because a test image belongs with them."
     return (
         f"Kept together, never on both sides of the split: {', '.join(tied)}. "
-        f"{left_out:,} {'image was' if left_out == 1 else 'images were'} left out of training because a test image belongs with them."
+        f"{words if left_out else 'No image had to leave training for that.'}"
     )
 
 
