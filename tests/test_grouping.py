@@ -173,27 +173,29 @@ def test_tiny_images_are_not_compared(tmp_path: Path, photo: Photo) -> None:
     assert grouped(tmp_path)[0] == []
 
 
-def test_a_group_column_ties_images_with_and_without_a_label(tmp_path: Path, photo: Photo) -> None:
+@pytest.mark.parametrize(
+    ("rows", "expected"),
+    [
+        (
+            "path,label,patient\n0.png,x,P1\n1.png,,P1\n2.png,y,P2\n3.png,y,\n4.png,,P2\n",
+            [{"0.png", "1.png"}, {"2.png", "4.png"}],
+        ),
+        ("path,patient\n0.png,here\n1.png,there\n2.png,here\n", [{"0.png", "2.png"}]),
+    ],
+    ids=["with and without a label", "no label column"],
+)
+def test_a_group_column_ties_images(
+    tmp_path: Path, photo: Photo, rows: str, expected: list[set[str]]
+) -> None:
     for number in range(5):
         photo(tmp_path / f"photos/{number}.png", seed=number)
     table = tmp_path / "labels.csv"
-    table.write_text("path,label,patient\n0.png,x,P1\n1.png,,P1\n2.png,y,P2\n3.png,y,\n4.png,,P2\n")
+    table.write_text(rows)
     found, groups = grouped(
         tmp_path / "photos", labels=table, labels_root=tmp_path / "photos", group_column="patient"
     )
-    assert found == [{"0.png", "1.png"}, {"2.png", "4.png"}]
-    assert groups.counts["tied by the group column"] == 4
-
-
-def test_a_group_column_without_labels_is_enough(tmp_path: Path, photo: Photo) -> None:
-    for number in range(3):
-        photo(tmp_path / f"photos/{number}.png", seed=number)
-    table = tmp_path / "sites.csv"
-    table.write_text("path,site\n0.png,here\n1.png,there\n2.png,here\n")
-    found, _ = grouped(
-        tmp_path / "photos", labels=table, labels_root=tmp_path / "photos", group_column="site"
-    )
-    assert found == [{"0.png", "2.png"}]
+    assert found == expected
+    assert groups.counts["tied by the group column"] == sum(map(len, expected))
 
 
 def test_a_group_column_that_is_not_there_is_refused_in_words(tmp_path: Path, photo: Photo) -> None:

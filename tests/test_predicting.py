@@ -191,8 +191,10 @@ def test_an_interrupted_table_is_not_left_half_written(
     command = [sys.executable, "-m", "labelwise", "predict", str(tmp_path / "new"), "--run", str(run.path)]
     process = subprocess.Popen([*command, "--out", str(tmp_path / "out.csv")], stderr=subprocess.PIPE)
     deadline = time.monotonic() + 60
-    part = tmp_path / ".out.csv.part"
-    while not (part.exists() and part.stat().st_size > 5000) and time.monotonic() < deadline:
+    while (
+        not any(part.stat().st_size > 5000 for part in tmp_path.glob(".out.csv-*"))
+        and time.monotonic() < deadline
+    ):
         time.sleep(0.02)
     os.kill(process.pid, signal.SIGINT)
     _, errors = process.communicate(timeout=60)

@@ -185,7 +185,7 @@ def _look_closer(
     """
     same, agreements = np.zeros(len(pairs), bool), np.zeros(len(pairs), np.float32)
     side = np.array(_FINE)[np.searchsorted(_FINE, sides[pairs].min(axis=1), side="right") - 1]
-    some = max(1, _DESCRIBED_BYTES // (squares.shape[1] ** 2 * 4 * 4))
+    some = _at_once(squares)
     for size in np.unique(side).tolist():
         places = np.flatnonzero(side == size)
         for start in range(0, len(places), some):
@@ -196,6 +196,11 @@ def _look_closer(
             same[part] = (found >= LEAST_AGREEMENT) & (edges >= LEAST_FINE_AGREEMENT)
             agreements[part] = edges
     return same, agreements
+
+
+def _at_once(squares: Pixels) -> int:
+    """How many squares to turn gray at once, so that memory stays bounded."""
+    return max(1, _DESCRIBED_BYTES // int(16 * squares.shape[1] ** 2))
 
 
 def _rank(values: Rows) -> Rows:
@@ -212,7 +217,7 @@ def _describe(squares: Pixels, rows: Rows) -> tuple[Pixels, Floats]:
     side = min(squares.shape[1], SIDE)
     gray = np.empty((len(rows), side, side), np.uint8)
     low = np.empty((len(rows), _FREQUENCIES, _FREQUENCIES), np.float32)
-    some = max(1, _DESCRIBED_BYTES // (squares.shape[1] ** 2 * 4 * 4))
+    some = _at_once(squares)
     for start in range(0, len(rows), some):
         pictures = _shrink(squares[rows[start : start + some]] @ _LUMA, SIDE)
         gray[start : start + some] = pictures.round()
@@ -240,7 +245,7 @@ def _likeness(one: Floats, other: Floats) -> Floats:
     """Agreement of low frequencies for each of the eight ways to mirror and turn the other, (P, 8)."""
     index = np.arange(_FREQUENCIES)
     rows, columns = ((-1.0) ** index)[:, None], ((-1.0) ** index)[None, :]
-    signs = np.stack([rows**0 * columns**0, rows * columns**0, rows**0 * columns, rows * columns])
+    signs = np.stack([rows**down * columns**across for across in (0, 1) for down in (0, 1)])
     signs = signs.reshape(4, -1).T.astype(np.float32)
     plain, swapped = one * other, one * other.transpose(0, 2, 1)
     return np.concatenate([each.reshape(len(one), -1) @ signs for each in (plain, swapped)], axis=1)
@@ -267,10 +272,10 @@ def _shrink(pictures: Floats, most: int) -> Floats:
     return np.asarray(share @ pictures @ share.T, dtype=np.float32)
 
 
-def _correlation(one: Floats, other: Floats, weight: Floats | None = None) -> Floats:
-    """Correlation of pictures, (P, ...) each, pixel by pixel or weighed, (P,)."""
+def _correlation(one: Floats, other: Floats, weight: Floats) -> Floats:
+    """Weighed correlation of pictures, (P, ...) each, (P,)."""
     one, other = one.reshape(len(one), -1), other.reshape(len(other), -1)
-    weight = np.ones_like(one) if weight is None else weight.reshape(len(one), -1)
+    weight = weight.reshape(len(one), -1)
     total = weight.sum(axis=1, keepdims=True)
     one = one - (weight * one).sum(axis=1, keepdims=True) / total
     other = other - (weight * other).sum(axis=1, keepdims=True) / total

@@ -62,9 +62,10 @@ def predict(
     names = [*COLUMNS, *(f"p_{name}" for name in classes if probabilities)]
     left_out: list[dict[str, str]] = []
     labels: Counter[str] = Counter()
-    rows, unread = np.arange(len(found.names)), 0
-    fresh = out.with_name(f".{out.name}.part")
-    try:
+    rows = np.arange(len(found.names))
+
+    def write(fresh: Path) -> None:
+        unread = 0
         with (
             stop_between_steps() as stop,
             open_table(fresh, out.suffix, names, WORDS) as table,
@@ -87,9 +88,8 @@ def predict(
             raise DataError(
                 f"none of the {len(rows)} images can be read, e.g. {first['file']}: {first['reason']}."
             )
-        fresh.replace(out)
-    finally:
-        fresh.unlink(missing_ok=True)
+
+    rundir.write_atomically(out, write)
     return {
         "out": str(out),
         "images": sum(labels.values()),
