@@ -17,7 +17,7 @@ from labelwise.errors import CheckpointError, UsageError
 
 METHODS = ("simclr_probe", "simclr", "supervised", "random_probe", "pixels")
 _FEATURES = ("encoder", "network", "random")  # what the run's own features are called
-ALTERNATIVES = ("imagenet_probe", "dinov2_probe")  # weights that timm fetches
+ALTERNATIVES = ("imagenet", "imagenet_probe", "dinov2_probe")  # weights that timm fetches
 
 
 class Settings(BaseModel):
@@ -121,7 +121,7 @@ class PretrainSettings(Settings):
         None,
         ge=0,
         lt=1,
-        description="share held out as test images when none are given; default 0.2",
+        description="share held out as test images when none are given; default 0.2; 0: the labels are tested in turn",
         json_schema_extra={"panel": "Data"},
     )
 
@@ -355,13 +355,14 @@ class FinetuneSettings(Settings):
 
 
 class OwnWeights(BaseModel):
-    """Weights of the user's own, to be compared frozen, with a linear probe."""
+    """Weights of the user's own, to be compared: frozen with a linear probe, or fine-tuned whole."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     backbone: str
     weights: Path
     backbone_args: dict[str, Any] = {}
+    finetune: bool = False
     image_size: int | None = Field(None, ge=8, le=1024)
     mean: tuple[float, float, float] | None = None
     std: tuple[Ratio, Ratio, Ratio] | None = None

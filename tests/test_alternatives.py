@@ -20,8 +20,9 @@ from labelwise.config import FinetuneSettings, read_own_weights
 from labelwise.errors import DataError, UsageError
 from labelwise.images.cache import build_cache, read_evaluations
 from labelwise.images.source import open_images
-from labelwise.models.encoder import EncoderSpec, create_encoder, pretrained_spec
-from labelwise.models.weights import load_backbone
+from labelwise.models.encoder import EncoderSpec, create_encoder, keep_resolution, pretrained_spec
+from labelwise.models.weights import load_backbone, load_encoder
+from labelwise.predictions import read_predictions
 from labelwise.rundir import RunDirectory
 from labelwise.stages.comparing import finetune
 from labelwise.stages.reporting import report
@@ -39,6 +40,7 @@ image_size = 32
 mean = [0.5, 0.5, 0.5]
 std = [0.25, 0.25, 0.25]
 """
+WHOLE = TABLE.replace("image_size = 32", "image_size = 16\nfinetune = true")
 
 
 @pytest.fixture
@@ -241,6 +243,66 @@ def test_weights_that_cannot_be_loaded_are_left_out_with_the_reason(
     assert "other is left out: " in words
 
 
+def test_own_weights_are_fine_tuned_where_their_file_says_so(
+    run: RunDirectory, own: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own.write_text(TABLE + "finetune = true\n")
+    asked: dict[str, Any] = {"methods": ("supervised", "simclr", "pixels", str(own)), **FEW}
+    finetune(FinetuneSettings(run=run.path, **asked))
+    assert "image_size = 32: with finetune = true it takes the images of this run, 16 px" in " ".join(
+        capsys.readouterr().err.split()
+    )
+    own.write_text(WHOLE)
+    again = shutil.copytree(run.path, run.path.parent / "again")
+    document = report(finetune(FinetuneSettings(run=run.path, **asked)))
+    assert document["arm_names"]["mine"] == "mine, fine-tuned"
+    assert "Against mine: " in document["verdict"]
+    mine = [row for row in rundir.read_jsonl(run.results) if row["method"] == "mine"]
+    assert len(mine) == 3
+    for row in mine:
+        assert row["chosen"].startswith("trunk rate")
+        assert not row["frozen"]
+    finetune(FinetuneSettings(run=again, **{**asked, "draws": 1}))
+    finetune(FinetuneSettings(run=again, **asked))
+    assert read_predictions(RunDirectory(again).predictions) == read_predictions(run.predictions), (
+        "each training begins with the weights as they were given"
+    )
+
+
+def test_our_own_weights_in_a_file_are_fine_tuned_as_simclr_is(run: RunDirectory, own: Path) -> None:
+    encoder, spec = load_encoder(run.path)
+    state = {key: value.contiguous() for key, value in encoder.backbone.state_dict().items()}
+    save_file(state, own.parent / "mine.safetensors")
+    mean, std = (f"{name} = {list(getattr(spec, name))}" for name in ("mean", "std"))
+    own.write_text(WHOLE.replace("mean = [0.5, 0.5, 0.5]", mean).replace("std = [0.25, 0.25, 0.25]", std))
+    finetune(FinetuneSettings(run=run.path, **{**FEW, "methods": ("simclr", str(own)), "steps": 20}))
+    found = read_predictions(run.predictions)
+    by_method = {
+        name: [
+            each
+            for each, method in zip(found["probabilities"], found["method"], strict=True)
+            if method == name
+        ]
+        for name in ("simclr", "mine")
+    }
+    assert len(by_method["mine"]) == 3 * 60
+    np.testing.assert_allclose(by_method["mine"], by_method["simclr"], atol=1e-6)
+
+
+def test_small_images_keep_their_resolution_where_that_changes_no_weights() -> None:
+    for backbone, size, stem in (
+        ("resnet18", 32, "half"),
+        ("resnet18", 96, "stock"),
+        ("vit_tiny_patch16_224", 32, "stock"),
+    ):
+        spec = EncoderSpec(backbone, {}, "stock", size, (0.5,) * 3, (0.25,) * 3)
+        assert keep_resolution(spec).stem == stem
+        usual, kept = create_encoder(spec), create_encoder(keep_resolution(spec))
+        assert {key: value.shape for key, value in usual.state_dict().items()} == {
+            key: value.shape for key, value in kept.state_dict().items()
+        }
+
+
 def test_an_unknown_method_is_refused_and_the_known_are_named() -> None:
     with pytest.raises(
         UsageError, match=r"'dino' is no method; known: simclr_probe, .*dinov2_probe, or a \.toml"
@@ -263,6 +325,7 @@ def offline(folder: Path, model: str, state: dict[str, torch.Tensor]) -> dict[st
     ("method", "network", "model"),
     [
         ("imagenet_probe", "resnet18", "resnet18.a1_in1k"),
+        ("imagenet", "resnet18", "resnet18.a1_in1k"),
         ("dinov2_probe", "vit_small_patch14_dinov2", "vit_small_patch14_dinov2.lvd142m"),
     ],
 )
@@ -273,7 +336,7 @@ def test_timms_weights_are_taken_from_where_they_lie_and_missed_where_not(
     state = {key: value.contiguous() for key, value in timm.create_model(network).state_dict().items()}
     environment = offline(tmp_path / "hub", model, state)
     command = [sys.executable, "-m", "labelwise", "finetune", "--run", str(run.path), "--json"]
-    command += ["--label-counts", "20", "--draws", "2", "--methods", f"pixels,{method}"]
+    command += ["--label-counts", "20", "--draws", "2", "--steps", "2", "--methods", f"pixels,{method}"]
     nowhere = {**environment, "HF_HOME": str(tmp_path / "empty")}
     without = subprocess.run(command, env=nowhere, capture_output=True, text=True)
     assert without.returncode == 0, without.stderr

@@ -10,7 +10,7 @@ from sklearn.datasets import load_digits
 
 from labelwise.measures import label_check
 from labelwise.measures.knn import neighbour_votes
-from labelwise.measures.label_check import class_support, doubt
+from labelwise.measures.label_check import class_support, doubt, judged_classes
 
 Indices = npt.NDArray[np.int64]
 
@@ -33,9 +33,13 @@ def plant(labels: Indices, count: int, seed: int) -> tuple[Indices, set[int]]:
 
 
 def support_of(
-    features: npt.NDArray[np.float32], labels: Indices, reference: npt.NDArray[np.float32]
+    features: npt.NDArray[np.float32],
+    labels: Indices,
+    reference: npt.NDArray[np.float32],
+    groups: Indices | None = None,
 ) -> npt.NDArray[np.float32]:
-    return class_support(features, labels, 10, balanced=False, reference=reference, seed=0)
+    groups = np.arange(len(labels)) if groups is None else groups
+    return class_support(features, labels, 10, groups=groups, balanced=False, reference=reference, seed=0)
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -102,3 +106,37 @@ def test_of_many_labels_a_part_is_fitted_with_every_class_in_it(monkeypatch: pyt
     assert [len(each) for each in fitted] == [100] * 5
     assert all(set(each.tolist()) == set(range(10)) for each in fitted)
     assert len(wrong & set(np.argsort(-margin)[:30].tolist())) >= 8
+
+
+def test_a_wrong_label_and_its_copies_do_not_vouch_for_each_other() -> None:
+    """Five images, each six times and all six wrong: among strangers they would be each other's neighbours."""
+    features, truth, everything = digits(100, 5)
+    labels, wrong = plant(truth, 5, 5)
+    copied = sorted(wrong)
+    rows = np.concatenate([np.arange(100), np.repeat(copied, 5)])
+    shifted = features[rows] + np.random.default_rng(0).normal(0, 1e-3, (len(rows), 64)).astype(np.float32)
+    places = [np.flatnonzero(rows == row) for row in copied]
+    apart, _ = doubt(support_of(shifted, labels[rows], everything), labels[rows])
+    together, _ = doubt(support_of(shifted, labels[rows], everything, rows), labels[rows])
+    assert sum(bool((apart[each] > 0).any()) for each in places) <= 1
+    assert sum(bool((together[each] > 0).all()) for each in places) >= 4
+
+
+def test_classes_are_judged_that_lead_in_two_groups_or_more() -> None:
+    labels = np.array([0, 0, 1, 1, 2, 2, 3])
+    assert judged_classes(labels, np.arange(7)).tolist() == [0, 1, 2]
+    assert judged_classes(labels, np.array([0, 1, 2, 2, 3, 4, 5])).tolist() == [0, 2]
+    # 0 leads in two groups only while class 1, which falls out itself, is counted
+    assert judged_classes(np.array([0, 0, 1, 2, 2]), np.array([0, 0, 0, 1, 2])).tolist() == [2]
+    assert judged_classes(np.array([0, 1]), np.array([0, 0])).tolist() == []
+
+
+def test_images_of_one_group_do_not_vote_for_each_other() -> None:
+    bank = torch.tensor([[1.0, 0.0], [0.9, 0.1], [0.0, 1.0]])
+    groups = torch.tensor([0, 0, 1])
+    asked = {"classes": 2, "neighbours": 2}
+    votes = neighbour_votes(bank, torch.tensor([0, 0, 1]), bank, groups=(groups, groups), **asked)
+    assert votes[:2].tolist() == [[0.0, 1.0], [0.0, 1.0]]
+    assert votes[2].tolist() == pytest.approx([1.0, 0.0])
+    nobody = neighbour_votes(bank, torch.tensor([0, 0, 1]), bank, groups=(groups * 0, groups * 0), **asked)
+    assert nobody.tolist() == [[0.0, 0.0]] * 3

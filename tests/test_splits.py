@@ -321,7 +321,8 @@ def test_a_later_test_split_does_not_leak_into_the_pool() -> None:
 
 
 def draw(images: ImageSet, draws: int = 1, seed: int = 0) -> list[list[int]]:
-    return draw_labels(images.names, [str(label) for label in images.labels], draws, seed)
+    labels = [str(label) for label in images.labels]
+    return [draw_labels(images.names, labels, draw, seed) for draw in range(draws)]
 
 
 @pytest.mark.parametrize("sizes", [{"a": 50, "b": 30, "c": 20}, {"a": 80, "b": 60, "c": 40, "d": 20}])

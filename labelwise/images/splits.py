@@ -122,21 +122,21 @@ def pool_indices(images: ImageSet, readable: npt.NDArray[np.bool_], lock: dict[s
     return np.array(kept, dtype=np.int64)
 
 
-def draw_labels(names: list[str], labels: list[str], draws: int, seed: int) -> list[list[int]]:
-    """Order the labeled images once per draw, so that the first n are the draw's label set of size n.
+def draw_labels(names: list[str], labels: list[str], draw: int, seed: int) -> list[int]:
+    """Order the labeled images anew for a draw, so that the first n are its label set of size n.
 
-    Each order starts with one image of every class, largest class first, and then follows the class
+    The order starts with one image of every class, largest class first, and then follows the class
     sizes (Sainte-Lague), so every prefix is stratified and smaller sets lie within larger ones. The
     order does not depend on how files are listed.
 
     Args:
         names: Of the images that have labels, (n,).
         labels: Their labels, (n,).
-        draws: How many orders.
+        draw: Which; each is drawn by itself.
         seed: Of all of them.
 
     Returns:
-        One list of n indices per draw.
+        All n indices.
     """
     by_class: dict[str, list[int]] = defaultdict(list)
     for index in sorted(range(len(names)), key=names.__getitem__):
@@ -147,14 +147,10 @@ def draw_labels(names: list[str], labels: list[str], draws: int, seed: int) -> l
         size = len(by_class[label])
         turns += [((2 * taken + 1) / size, place, taken) for taken in range(1, size)]
     turns.sort()
-    orders = []
-    for draw in range(draws):
-        shuffled = {
-            label: seeding.generator(seed, "labels", draw, label).permutation(by_class[label])
-            for label in classes
-        }
-        orders.append([int(shuffled[classes[place]][taken]) for _, place, taken in turns])
-    return orders
+    shuffled = [
+        seeding.generator(seed, "labels", draw, label).permutation(by_class[label]) for label in classes
+    ]
+    return [int(shuffled[place][taken]) for _, place, taken in turns]
 
 
 def hash_names(names: list[str]) -> str:

@@ -35,6 +35,7 @@ def neighbour_votes(
     *,
     classes: int,
     neighbours: int = NEIGHBOURS,
+    groups: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """Votes for each class of the nearest neighbours by cosine similarity, (M, C), rows adding up to one.
 
@@ -42,19 +43,19 @@ def neighbour_votes(
         bank, bank_labels, queries: See `knn_accuracy`.
         classes: Number of classes, C.
         neighbours: How many vote.
+        groups: Of bank, (N,), and queries, (M,): images of one group do not vote for each other. A row where nobody may
+            vote is zero.
     """
-    leave_one_out = queries is None
-    asked = bank if queries is None else queries
-    bank, asked = F.normalize(bank, dim=1), F.normalize(asked, dim=1)
-    neighbours = min(neighbours, len(bank) - leave_one_out)
-    votes = torch.zeros(len(asked), classes)
-    for start in range(0, len(asked), _CHUNK):
-        similarity = asked[start : start + _CHUNK] @ bank.T  # (chunk, N)
-        if leave_one_out:
-            rows = torch.arange(len(similarity))
-            similarity[rows, start + rows] = -torch.inf
-        near = similarity.topk(neighbours, dim=1)
-        weights = (near.values / _TEMPERATURE).softmax(dim=1)
+    if queries is None:
+        queries, groups = bank, (torch.arange(len(bank)),) * 2
+    bank, queries = F.normalize(bank, dim=1), F.normalize(queries, dim=1)
+    votes = torch.zeros(len(queries), classes)
+    for start in range(0, len(queries), _CHUNK):
+        similarity = queries[start : start + _CHUNK] @ bank.T  # (chunk, N)
+        if groups is not None:
+            similarity.masked_fill_(groups[1][start : start + _CHUNK, None] == groups[0], -torch.inf)
+        near = similarity.topk(min(neighbours, len(bank)), dim=1)
+        weights = (near.values / _TEMPERATURE).softmax(dim=1).masked_fill(near.values.isneginf(), 0)
         votes[start : start + _CHUNK].scatter_add_(1, bank_labels[near.indices], weights)
     return votes
 

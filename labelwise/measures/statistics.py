@@ -2,10 +2,12 @@
 
 Labels are drawn several times, and every draw's classifier sees the same test images. Both are samples: other
 labels could have been drawn, and other images could have been tested. So an interval comes from the crossed
-variance of draws x images; one over the draws alone is too narrow (measured: recipes/LOG.md).
+variance of draws x images; one over the draws alone is too narrow (measured: recipes/LOG.md). Where there is no test set, the
+labels are tested in folds, and the interval is that of a resampled training set.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 
 import numpy as np
@@ -121,10 +123,14 @@ def accuracy_interval(values: Floats, groups: Groups | None = None) -> Interval:
     Where fewer than ten images are wrong, or right, it is at least as wide as Wilson's.
     """
     values = by_group(values, groups)
-    found = interval(values)
+    return _of_an_accuracy(interval(values), values.shape[1])
+
+
+def _of_an_accuracy(found: Interval, images: int) -> Interval:
+    """An interval of an accuracy: at least Wilson's where nearly all images are right or wrong, and never past 0 or 1."""
     if found.low is None or found.high is None:
         return found
-    low, high, images = found.low, found.high, values.shape[1]
+    low, high = found.low, found.high
     if min(found.mean, 1 - found.mean) * images < _FEWEST_ERRORS:
         centre, half = _wilson(found.mean, images)
         low, high = min(low, centre - half), max(high, centre + half)
@@ -140,7 +146,12 @@ def macro_interval(right: Floats, truth: npt.NDArray[np.int64], groups: Groups |
         groups: As in `by_group`; then each class has to be in five groups or more.
     """
     found = accuracy_interval(macro_values(right, truth), groups)
-    pairs = np.unique(np.stack([truth, np.arange(len(truth)) if groups is None else groups]), axis=1)
+    return _if_enough_of_each(found, truth, np.arange(len(truth)) if groups is None else groups)
+
+
+def _if_enough_of_each(found: Interval, truth: npt.NDArray[np.int64], groups: Groups) -> Interval:
+    """A mean over classes, without its interval where a class is in fewer than five groups."""
+    pairs = np.unique(np.stack([truth, groups]), axis=1)
     if np.unique(pairs[0], return_counts=True)[1].min() < FEWEST_PER_CLASS:
         return replace(found, low=None, high=None)
     return found
@@ -158,10 +169,16 @@ def paired_difference(
     shared = sorted(first.keys() & second.keys())
     if not shared:
         return None
-    found = interval(by_group(np.stack([first[draw] - second[draw] for draw in shared]), groups))
+    return _of_a_difference(
+        interval(by_group(np.stack([first[draw] - second[draw] for draw in shared]), groups))
+    )
+
+
+def _of_a_difference(found: Interval) -> Interval:
+    """An interval of a difference, which no two accuracies can have beyond -1 and 1."""
     if found.low is None or found.high is None:
         return found
-    return replace(found, low=max(found.low, -1.0), high=min(found.high, 1.0))  # no accuracies differ by more
+    return replace(found, low=max(found.low, -1.0), high=min(found.high, 1.0))
 
 
 def macro_values(right: Floats, truth: npt.NDArray[np.int64]) -> Floats:
@@ -180,6 +197,99 @@ def macro_values(right: Floats, truth: npt.NDArray[np.int64]) -> Floats:
         len(present) * sizes[place]
     )
     return values
+
+
+def resampled_interval(splits: Sequence[Floats], share: float) -> Interval:
+    """Mean over splits of one set of labels, each trained on one part and tested on the rest, with its t interval.
+
+    Splits have most of their labels in common, so that their spread tells too little: the variance of the mean is taken
+    as 1 / J + `share` times that over the J splits, which is never less than what the images of a split leave open.
+
+    Args:
+        splits: Of each, one value per image it tested, (T,), as 1 where it was right.
+        share: Images that a split tests over images that it can be trained on.
+
+    Source: Nadeau and Bengio 2003 (Machine Learning 52), the corrected resampled t-test.
+    """
+    means, count = np.array([values.mean() for values in splits]), len(splits)
+    mean = float(means.mean())
+    if count == 1:
+        return Interval(mean, None, None, 1)
+    by_images = np.mean([values.var(ddof=1) / len(values) if len(values) > 1 else 0.0 for values in splits])
+    square = (1 / count + share) * max(float(means.var(ddof=1)), float(by_images))
+    half = float(stats.t.ppf((1 + CONFIDENCE) / 2, count - 1)) * math.sqrt(square)
+    return Interval(mean, mean - half, mean + half, count)
+
+
+@dataclass(frozen=True)
+class TestSet:
+    """The same test images for all draws, and what their answers say.
+
+    Attributes:
+        truth: Class of each image, (T,).
+        groups: Number of each image's group, (T,); None where each stands for itself.
+    """
+
+    __test__ = False  # not a test, pytest
+    truth: npt.NDArray[np.int64]
+    groups: Groups | None
+
+    def truth_of(self, draw: int) -> npt.NDArray[np.int64]:
+        """Class of each image that a draw is tested on."""
+        return self.truth
+
+    def accuracy(self, draws: dict[int, Floats]) -> Interval:
+        """Mean accuracy; `draws` as in `paired_difference`."""
+        return accuracy_interval(np.stack(list(draws.values())), self.groups)
+
+    def macro(self, draws: dict[int, Floats]) -> Interval:
+        """Mean over classes of the accuracy in each."""
+        return macro_interval(np.stack(list(draws.values())), self.truth, self.groups)
+
+    def difference(self, first: dict[int, Floats], second: dict[int, Floats]) -> Interval | None:
+        """First minus second, see `paired_difference`."""
+        return paired_difference(first, second, self.groups)
+
+
+@dataclass(frozen=True)
+class Folds:
+    """No test set: every draw is tested on one fold of the labels, and trained on others.
+
+    Attributes:
+        truth: By draw, class of each image it is tested on, (T,).
+        groups: By draw, number of each one's group, (T,).
+        share: As in `resampled_interval`.
+    """
+
+    truth: dict[int, npt.NDArray[np.int64]]
+    groups: dict[int, Groups]
+    share: float
+
+    def truth_of(self, draw: int) -> npt.NDArray[np.int64]:
+        """Class of each image that a draw is tested on."""
+        return self.truth[draw]
+
+    def accuracy(self, draws: dict[int, Floats]) -> Interval:
+        """Mean accuracy; `draws` as in `paired_difference`, each with its own images."""
+        tested = np.unique(np.concatenate([self.groups[draw] for draw in draws]))
+        return _of_an_accuracy(self._interval(draws), len(tested))
+
+    def macro(self, draws: dict[int, Floats]) -> Interval:
+        """Mean over classes of the accuracy in each."""
+        values = {draw: macro_values(right[None], self.truth[draw])[0] for draw, right in draws.items()}
+        truth, groups = (np.concatenate([of[draw] for draw in draws]) for of in (self.truth, self.groups))
+        return _if_enough_of_each(self.accuracy(values), truth, groups)
+
+    def difference(self, first: dict[int, Floats], second: dict[int, Floats]) -> Interval | None:
+        """First minus second over the draws both have; None if they share none."""
+        shared = sorted(first.keys() & second.keys())
+        if not shared:
+            return None
+        return _of_a_difference(self._interval({draw: first[draw] - second[draw] for draw in shared}))
+
+    def _interval(self, draws: dict[int, Floats]) -> Interval:
+        splits = [by_group(values[None], self.groups[draw])[0] for draw, values in draws.items()]
+        return resampled_interval(splits, self.share)
 
 
 def verdict(difference: Interval) -> str:

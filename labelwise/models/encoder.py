@@ -2,7 +2,7 @@
 
 import difflib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import timm
@@ -131,6 +131,12 @@ def choose_stem(backbone: str, backbone_args: dict[str, Any], image_size: int, w
         f"no small-image stem is known for {backbone}: at {image_size} px it may learn little; "
         f"a resnet, efficientnet, regnet, convnext or vit has one, or use a larger --image-size"
     )
+
+
+def keep_resolution(spec: EncoderSpec) -> EncoderSpec:
+    """The same encoder without the pooling of its stem where images are small and it has one; that changes no weights."""
+    small = spec.image_size < SMALL_IMAGE and _has_pooling(spec.backbone, spec.backbone_args)
+    return replace(spec, stem="half") if small else spec
 
 
 def _has_known_stem(backbone: str, backbone_args: dict[str, Any]) -> bool:

@@ -15,6 +15,7 @@ COLORS = {
     "supervised": "#D55E00",
     "random_probe": "#8C8C8C",
     "pixels": "#CC79A7",
+    "imagenet": "#6B4A00",
     "imagenet_probe": "#B07A00",
     "dinov2_probe": "#009E73",
 }

@@ -11,7 +11,8 @@ TABLE_NOTE = "Accuracy in %, mean over random label draws [95 % interval over dr
 
 CHECK_NOTE = (
     "Each label outside the test set is compared with what the ten most similar images, and a linear probe that was not "
-    "told this label, say of it; a class with one label cannot be judged. The weaker the encoder, the more of these labels "
+    "told this label, say of it; images that belong together (copies, bursts, group column) are not asked about each other, and "
+    "a class whose labels are one image or group cannot be judged. The weaker the encoder, the more of these labels "
     "are right after all. Test labels are left alone: to mend only those that a model doubts would favour that model."
 )
 
@@ -150,8 +151,9 @@ def test_line(document: dict[str, Any]) -> str:
     """What was tested on."""
     data, results = document["data"], document["results"]
     if not results:
-        return f"{data['test']:,} images ({data['test_method']}), never trained on"
-    return f"{results[0]['n_test']:,} images ({results[0]['test_method']})"
+        held_out = f"{data['test']:,} images ({data['test_method']}), never trained on"
+        return held_out if data["test"] else "none held out: the labels are tested in turn"
+    return f"{document['tested']:,} images ({results[0]['test_method']})"
 
 
 def table(document: dict[str, Any]) -> tuple[list[str], list[list[str]]]:

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from labelwise import rundir, terminal
-from labelwise.measures.label_check import FEWEST_LABELS, class_support, doubt
+from labelwise.measures.label_check import class_support, doubt, judged_classes
 from labelwise.stages.methods import Bench, frozen_features
 from labelwise.stages.reporting import SUSPECTS
 from labelwise.views.mosaic import encode_thumbnail
@@ -15,7 +15,7 @@ from labelwise.views.mosaic import encode_thumbnail
 def check_labels(bench: Bench, signature: str) -> None:
     """Write how well each label outside the test set fits its image, least fitting first, the first ones with pictures.
 
-    Exact copies count once; those with different labels come before all others. Test labels are not judged: to mend only
+    What belongs together is not heard about each other. Exact copies count once; those with different labels come before all others. Test labels are not judged: to mend only
     those that a model doubts would favour that model.
 
     Args:
@@ -24,14 +24,13 @@ def check_labels(bench: Bench, signature: str) -> None:
     """
     file = bench.run.label_check
     before = rundir.read_derived(file)
-    if before is not None and before["signature"] == signature and "unlabeled" in before:
+    if before is not None and before["signature"] == signature and "groups" in before:
         return
     file.unlink(missing_ok=True)
     suspects = _contradicting_copies(bench)
     _, first = np.unique(bench.cache.keys[bench.labeled], return_index=True)
     rows = bench.labeled[np.sort(first)]
-    sizes = np.bincount(bench.labels[rows], minlength=len(bench.classes))
-    judged = np.flatnonzero(sizes >= FEWEST_LABELS)
+    judged = judged_classes(bench.labels[rows], bench.groups[rows])
     rows = rows[np.isin(bench.labels[rows], judged)]
     agreed: dict[int, float] = {}
     if len(judged) > 1:
@@ -42,6 +41,7 @@ def check_labels(bench: Bench, signature: str) -> None:
             features[rows],
             labels,
             len(judged),
+            groups=bench.groups[rows],
             balanced=bench.unbalanced,
             reference=features[bench.pool],
             seed=bench.settings.seed,
@@ -62,6 +62,7 @@ def check_labels(bench: Bench, signature: str) -> None:
     found = {
         "signature": signature,
         "checked": len(rows) if agreed else 0,
+        "groups": len(np.unique(bench.groups[rows])) if agreed else 0,
         "unlabeled": len(bench.pool) - len(bench.labeled),
         "doubted": len(suspects),
         "suspects": suspects,

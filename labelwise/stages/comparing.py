@@ -34,23 +34,25 @@ from labelwise.measures.statistics import FEWEST_DRAWS
 from labelwise.models.weights import load_encoder, save_module
 from labelwise.predictions import keep_predictions, read_predictions, store_predictions
 from labelwise.rundir import RunDirectory
-from labelwise.stages.alternatives import Alternative, add_features, find_alternatives
+from labelwise.stages.alternatives import Alternative, add_alternative, find_alternatives
 from labelwise.stages.checking import check_labels
 from labelwise.stages.finetuning import Floats, Rows
 from labelwise.stages.methods import (
     STOPPED,
-    TRAINED,
     Bench,
+    is_trained,
     is_unbalanced,
     refit,
     run_method,
     steps_of,
+    tested_in,
     workers_for,
 )
 from labelwise.views.draws import Policy
 
 Job = tuple[str, int, int]  # method, number of labels, draw
 LADDER = (2, 5, 10, 25, 50, 100)  # labels per class when nothing is asked
+FEWEST_FOLDS, MOST_FOLDS = 2, 5  # where no test images are there
 
 
 def finetune(settings: FinetuneSettings) -> RunDirectory:
@@ -75,7 +77,7 @@ def _compare(run: RunDirectory, settings: FinetuneSettings) -> None:
     pace = _Pace(settings.time_limit)
     bench = _set_up(run, settings)
     counts = _label_counts(settings, bench)
-    alternatives = find_alternatives(settings.methods, bench.spec.backbone)
+    alternatives = find_alternatives(settings.methods, bench.spec)
     finished = _finished(bench, alternatives)
     orders = _draw(bench, counts.keys(), finished)
     jobs = [
@@ -98,7 +100,7 @@ def _compare(run: RunDirectory, settings: FinetuneSettings) -> None:
         clock = time.monotonic()
         probabilities, chosen, tries = run_method(method, bench, bench.labeled[orders[draw][:count]], draw)
         seconds = time.monotonic() - clock
-        if method in TRAINED:  # the first probe also computes features
+        if is_trained(method, bench):  # the first probe also computes features
             pace.note(method, costs[job], seconds)
         source = alternatives[method].source if method in alternatives else None
         return probabilities, {
@@ -106,6 +108,7 @@ def _compare(run: RunDirectory, settings: FinetuneSettings) -> None:
             "chosen": chosen,
             "tries": tries,
             "weights": source,
+            "frozen": not is_trained(method, bench),
         }
 
     already, late = sum(costs[job] for job in done), 0
@@ -113,7 +116,7 @@ def _compare(run: RunDirectory, settings: FinetuneSettings) -> None:
         stop_between_steps() as bench.stop,
         terminal.track("comparing", sum(costs.values()), done=already, unit="steps") as bar,
     ):
-        for part in _in_turn(jobs):
+        for part in _in_turn(bench, jobs):
             waiting = [job for job in part if job not in finished]
             methods = {method for method, _, _ in waiting}
             workers = min([len(part), *(workers_for(method, bench) for method in methods)])
@@ -189,7 +192,7 @@ def _set_up(run: RunDirectory, settings: FinetuneSettings) -> Bench:
         [place[name] for name in lock["names"] if labels[place[name]] >= 0 and cache.readable[place[name]]],
         dtype=np.int64,
     )
-    if not len(test):
+    if lock["names"] and not len(test):
         raise DataError(
             f"{run.path}: none of its {len(lock['names'])} test images has a label; label them, or give --test FOLDER."
         )
@@ -207,15 +210,35 @@ def _set_up(run: RunDirectory, settings: FinetuneSettings) -> Bench:
         raise DataError(
             f"{data['root']}: class {classes[missing[0]]!r} has no labeled image outside the test set; label one, or leave the class out."
         )
+    folds = 0
+    if not lock["names"]:
+        test, folds = labeled, _count_folds(data["root"], labels[labeled], groups.of[labeled], classes)
+        test_method = f"no test set: {folds}-fold cross-validation; the encoder saw them, without labels"
     keep_freed_memory()
     plan = rundir.read_json(run.environment)["plan"]
     policy = _view_policy(read_run_config(run.config), plan)
     device = choose_device(settings.device)
     return Bench(
-        run=run, settings=settings, images=images, cache=cache, groups=groups.of, names=images.names, labels=labels, classes=classes, labeled=labeled, test=test, test_method=test_method, pool=pool,
+        run=run, settings=settings, images=images, cache=cache, groups=groups.of, names=images.names, labels=labels, classes=classes, labeled=labeled, test=test, folds=folds, test_method=test_method, pool=pool,
         spec=spec, policy=policy, precision=_precision(plan, device), device=device,
         unbalanced=is_unbalanced(labels[labeled], len(classes)),
     )  # fmt: skip
+
+
+def _count_folds(root: str, labels: Rows, groups: Rows, classes: list[str]) -> int:
+    """Into how many folds labels can be cut so that each class is in all of them.
+
+    Raises:
+        DataError: A class is in one group only.
+    """
+    sizes = np.bincount(one_of_each(groups, labels)[1], minlength=len(classes))
+    smallest = int(sizes.argmin())
+    if sizes[smallest] < FEWEST_FOLDS:
+        raise DataError(
+            f"{root}: no test images were held out, and to test on the labels in turn each class needs two labeled images or groups; "
+            f"{classes[smallest]!r} has {sizes[smallest]}. Label more of it, or give --test FOLDER."
+        )
+    return min(MOST_FOLDS, int(sizes[smallest]))
 
 
 def _remember(run: RunDirectory, settings: FinetuneSettings) -> FinetuneSettings:
@@ -317,7 +340,8 @@ def _label_counts(settings: FinetuneSettings, bench: Bench) -> dict[int, float |
 
     Each is at least one per class, and at most all there are.
     """
-    there, classes, pool = len(bench.labeled), len(bench.classes), len(bench.pool)
+    tested = [len(tested_in(bench, draw)) for draw in range(bench.settings.draws)] if bench.folds else [0]
+    there, classes, pool = len(bench.labeled) - max(tested), len(bench.classes), len(bench.pool)
     if settings.fraction and settings.label_counts:
         raise UsageError("--fraction and --label-counts say the same thing twice; give one.")
     asked: list[tuple[str, int, float | None]]
@@ -337,7 +361,7 @@ def _label_counts(settings: FinetuneSettings, bench: Bench) -> dict[int, float |
         if count < classes:
             terminal.warn(f"{words} is {count} labels for {classes} classes; using {classes}, one per class.")
         elif count > there:
-            terminal.warn(f"{words} is {count:,} labels and {there:,} are there; using all of them.")
+            terminal.warn(f"{words} is {count:,} labels and {there:,} can be had; using all of them.")
         used = max(classes, min(there, count))
         counts[used] = used / pool if share is not None and used != count else share
     return dict(sorted(counts.items()))
@@ -349,8 +373,14 @@ def _draw(bench: Bench, asked: Collection[int], finished: Collection[Job]) -> li
     draws = max([bench.settings.draws, *(draw + 1 for _, _, draw in finished)])
     names = [bench.names[row] for row in bench.labeled]
     labels = [bench.classes[bench.labels[row]] for row in bench.labeled]
-    orders = draw_labels(names, labels, draws, bench.settings.seed)
-    for draw, order in enumerate(orders):
+    orders = []
+    for draw in range(draws):
+        free = np.flatnonzero(~np.isin(bench.labeled, tested_in(bench, draw))).tolist()
+        drawn = draw_labels(
+            [names[each] for each in free], [labels[each] for each in free], draw, bench.settings.seed
+        )
+        order = [free[each] for each in drawn]
+        orders.append(order)
         file = bench.run.splits / f"draw-{bench.settings.seed}-{draw}.json"
         ordered = [names[index] for index in order]
         before = rundir.read_json(file) if file.exists() else {"order": [], "sha256": {}}
@@ -366,10 +396,11 @@ def _methods_in_order(methods: Sequence[str], alternatives: Collection[str]) -> 
     return [method for method in order if method in methods or method in alternatives]
 
 
-def _in_turn(jobs: list[Job]) -> list[list[Job]]:
+def _in_turn(bench: Bench, jobs: list[Job]) -> list[list[Job]]:
     """Probes, then what is trained, all of one draw before the next: whenever it is stopped, methods can be compared."""
-    trained = sorted((job for job in jobs if job[0] in TRAINED), key=lambda job: (job[2], job[1]))
-    return [part for part in ([job for job in jobs if job[0] not in TRAINED], trained) if part]
+    probes = [job for job in jobs if not is_trained(job[0], bench)]
+    trained = sorted((job for job in jobs if is_trained(job[0], bench)), key=lambda job: (job[2], job[1]))
+    return [part for part in (probes, trained) if part]
 
 
 def _with_weights(
@@ -379,7 +410,7 @@ def _with_weights(
     for method, alternative in alternatives.items():
         if any(job[0] == method and job not in finished for job in jobs):
             try:
-                add_features(bench, method, alternative)
+                add_alternative(bench, method, alternative)
             except (DataError, UsageError) as error:
                 terminal.warn(f"{method} is left out: {error}")
                 jobs = [job for job in jobs if job[0] != method]
@@ -450,15 +481,16 @@ def _store(
     facts: dict[str, Any],
 ) -> None:
     """Keep predictions first, then the result: a result on disk always has its predictions."""
-    truth, predicted = bench.labels[bench.test], probabilities.argmax(axis=1)
+    test = tested_in(bench, draw)
+    truth, predicted = bench.labels[test], probabilities.argmax(axis=1)
     store_predictions(
         bench.run.predictions,
         method,
         draw,
         len(rows),
-        names=[bench.names[row] for row in bench.test],
+        names=[bench.names[row] for row in test],
         truth=[bench.classes[label] for label in truth],
-        groups=bench.groups[bench.test].tolist(),
+        groups=bench.groups[test].tolist(),
         predicted=[bench.classes[label] for label in predicted],
         probabilities=probabilities,
     )
@@ -471,6 +503,7 @@ def _store(
         "n_test": len(truth),
         "labels_there": len(bench.labeled),
         "test_method": bench.test_method,
+        "folds": bench.folds,
         "accuracy": accuracy(predicted, truth),
         "macro_accuracy": macro_accuracy(predicted, truth),
         "per_class": {
@@ -515,8 +548,9 @@ def _announce(bench: Bench, counts: Sequence[int], jobs: int, done: int) -> None
     tested, independent = len(bench.test), len(np.unique(bench.groups[bench.test]))
     share = 1.96 * math.sqrt(0.25 / independent)
     grouped = f" in {independent:,} groups" if independent < tested else ""
+    turn = f", the labeled ones in turn: no test set, {bench.folds} folds" if bench.folds else ""
     terminal.say(
-        f"test       {tested:,} images{grouped}; they alone leave up to \u00b1{100 * share:.1f} points"
+        f"test       {tested:,} images{grouped}{turn}; they alone leave up to \u00b1{100 * share:.1f} points"
     )
     if bench.settings.draws < FEWEST_DRAWS:
         terminal.say(f"           fewer than {FEWEST_DRAWS} draws: nothing will be claimed (--draws 5)")

@@ -4,6 +4,7 @@ Every method has two tries. At five labels a class or fewer it takes the first; 
 between them by the same folds inside the labels. Nothing here ever sees a test label.
 """
 
+import copy
 import dataclasses
 import threading
 from collections.abc import Callable
@@ -28,7 +29,7 @@ from labelwise.measures.linear import (
     one_of_each,
     stratified_folds,
 )
-from labelwise.models.encoder import EncoderSpec, create_encoder
+from labelwise.models.encoder import Encoder, EncoderSpec, create_encoder
 from labelwise.models.features import extract_features
 from labelwise.models.heads import has_kept_layer, keep_first_layer
 from labelwise.models.weights import load_encoder, read_metadata
@@ -48,7 +49,6 @@ from labelwise.views.draws import Policy
 FEW_PER_CLASS = 5  # up to here folds are so small that they choose by chance
 FOLDS = 2
 UNBALANCED = 1.5
-TRAINED = ("simclr", "supervised")  # the others only fit a probe
 
 # The first of each pair is the default at few labels. Measured on CIFAR-10 and digits, recipes/LOG.md.
 PROBE_STRENGTHS = (3.0, 30.0)
@@ -74,12 +74,14 @@ class Bench:
         names, labels: Of every image of the set, (N,); label -1 where unknown.
         classes: Their names; a label is a place in this list.
         labeled, test, pool: Rows that may be drawn as labels, that are tested, that were pretrained on.
+        folds: Into so many the labeled images are cut, where no others are there to test on; else 0.
         test_method: In words, where the test images come from.
         policy: Views of pretraining.
         unbalanced: The classes of the whole set differ in size; macro accuracy is what is chosen by.
         images: The set itself.
         features: Frozen features by kind, filled on first use; of other networks, before the methods start.
         references: Rows whose features set the scale for a probe, by kind; the pool where nothing is said.
+        starts: Networks that are fine-tuned, by method, besides our own.
         stop: Whether somebody asked to stop.
         building: Held while weights are drawn, from a generator that all threads share.
     """
@@ -94,6 +96,7 @@ class Bench:
     classes: list[str]
     labeled: Rows
     test: Rows
+    folds: int
     test_method: str
     pool: Rows
     spec: EncoderSpec
@@ -103,8 +106,17 @@ class Bench:
     unbalanced: bool
     features: dict[str, Floats] = dataclasses.field(default_factory=dict)
     references: dict[str, Rows] = dataclasses.field(default_factory=dict)
+    starts: dict[str, "Start"] = dataclasses.field(default_factory=dict)
     stop: StopRequest = dataclasses.field(default_factory=StopRequest)
     building: threading.Lock = dataclasses.field(default_factory=threading.Lock)
+
+
+@dataclasses.dataclass(frozen=True)
+class Start:
+    """A network that others trained, on the CPU: every training begins with a copy of it."""
+
+    network: Encoder
+    spec: EncoderSpec
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,19 +134,34 @@ def run_method(method: str, bench: Bench, rows: Rows, draw: int) -> tuple[Floats
     """Choose a way inside the labels if there are enough, train on all of them, predict the test images.
 
     Returns:
-        Class probabilities, (T, C); the way that was chosen; how many were tried.
+        Class probabilities of the rows of `tested_in`, (T, C); the way that was chosen; how many were tried.
     """
     seed = int(seeding.combine(bench.settings.seed, draw, len(rows))) % 2**31
-    ways = _ways(method, bench, len(rows))
+    ways, asked = _ways(method, bench, len(rows)), tested_in(bench, draw)
     if is_few(bench, rows):
-        return ways[0].fit(rows, bench.test, seed, 1.0), ways[0].name, 1
+        return ways[0].fit(rows, asked, seed, 1.0), ways[0].name, 1
     best = _choose(bench, rows, seed, ways)
-    return best.fit(rows, bench.test, seed, 1.0), best.name, len(ways)
+    return best.fit(rows, asked, seed, 1.0), best.name, len(ways)
+
+
+def tested_in(bench: Bench, draw: int) -> Rows:
+    """Rows that the classifiers of a draw are tested on: the test images, or without any a fold of the labeled ones in turn."""
+    if not bench.folds:
+        return bench.test
+    repeat, fold = divmod(draw, bench.folds)
+    seed = int(seeding.combine(bench.settings.seed, repeat)) % 2**31
+    rows = bench.labeled
+    return rows[stratified_folds(bench.labels[rows], bench.folds, seed, bench.groups[rows])[fold][1]]
+
+
+def is_trained(method: str, bench: Bench) -> bool:
+    """Whether a method trains a network; the others only fit a probe."""
+    return method in ("simclr", "supervised", *bench.starts)
 
 
 def steps_of(method: str, bench: Bench, rows: Rows) -> int:
     """Optimizer steps that `run_method` takes, folds included; 1 for a probe."""
-    if method not in TRAINED:
+    if not is_trained(method, bench):
         return 1
     trials = (_scratch_trials if method == "supervised" else _finetuning_trials)(bench, len(rows))
     folds = 0 if is_few(bench, rows) else len(trials) * (FOLDS - 1)  # each takes its share of the steps
@@ -143,11 +170,11 @@ def steps_of(method: str, bench: Bench, rows: Rows) -> int:
 
 def workers_for(method: str, bench: Bench) -> int:
     """How many classifiers of this method to train side by side."""
-    if method not in TRAINED:
+    if not is_trained(method, bench):
         return 1
     if method == "simclr":
         frozen_features(bench, "network")  # filled once, before threads ask for it
-    network = create_encoder(bench.spec)
+    network = create_encoder(_spec(method, bench))
     return count_workers(network, bench.spec.image_size, bench.settings.batch_size, bench.device)
 
 
@@ -157,10 +184,12 @@ def refit(bench: Bench) -> tuple[Classifier, Trial]:
     trials = _finetuning_trials(bench, len(rows))
     trial = trials[0]
     if not is_few(bench, rows):
-        best = _choose(bench, rows, bench.settings.seed, [_finetune(bench, each) for each in trials])
+        best = _choose(
+            bench, rows, bench.settings.seed, [_finetune("simclr", bench, each) for each in trials]
+        )
         trial = next(each for each in trials if each.name == best.name)
-    classifier = _pretrained_classifier(bench, rows)
-    _train(bench, classifier, trial, rows, bench.settings.seed)
+    classifier = _pretrained_classifier("simclr", bench, rows)
+    _train(bench, classifier, trial, rows, bench.settings.seed, bench.spec)
     return classifier, trial
 
 
@@ -193,8 +222,8 @@ def _choose(bench: Bench, rows: Rows, seed: int, ways: list[Way]) -> Way:
 def _ways(method: str, bench: Bench, count: int) -> list[Way]:
     if method == "supervised":
         return [_train_from_scratch(bench, trial) for trial in _scratch_trials(bench, count)]
-    if method == "simclr":
-        return [_finetune(bench, trial) for trial in _finetuning_trials(bench, count)]
+    if is_trained(method, bench):
+        return [_finetune(method, bench, trial) for trial in _finetuning_trials(bench, count)]
     kind = {"simclr_probe": "encoder", "random_probe": "random"}.get(method, method)
     return [_probe(bench, kind, strength) for strength in PROBE_STRENGTHS]
 
@@ -209,13 +238,14 @@ def _probe(bench: Bench, kind: str, strength: float) -> Way:
     return Way(f"C = {strength:g}", fit)
 
 
-def _finetune(bench: Bench, trial: Trial) -> Way:
+def _finetune(method: str, bench: Bench, trial: Trial) -> Way:
     """Linear probe first, then the whole network from there."""
+    spec = _spec(method, bench)
 
     def fit(rows: Rows, asked: Rows, seed: int, share: float) -> Floats:
-        classifier = _pretrained_classifier(bench, rows)
-        _train(bench, classifier, trial, rows, seed, share)
-        return predict(classifier, bench.cache, asked, bench.spec.normalization, bench.device)
+        classifier = _pretrained_classifier(method, bench, rows)
+        _train(bench, classifier, trial, rows, seed, spec, share)
+        return predict(classifier, bench.cache, asked, spec.normalization, bench.device)
 
     return Way(trial.name, fit)
 
@@ -228,7 +258,7 @@ def _train_from_scratch(bench: Bench, trial: Trial) -> Way:
             torch.manual_seed(seed)
             encoder = create_encoder(bench.spec)
             classifier = Classifier(encoder, encoder.features, len(bench.classes)).to(bench.device)
-        _train(bench, classifier, trial, rows, seed, share)
+        _train(bench, classifier, trial, rows, seed, bench.spec, share)
         return predict(classifier, bench.cache, asked, bench.spec.normalization, bench.device)
 
     return Way(trial.name, fit)
@@ -273,7 +303,13 @@ def _steps(bench: Bench, count: int) -> int:
 
 
 def _train(
-    bench: Bench, classifier: Classifier, trial: Trial, rows: Rows, seed: int, share: float = 1.0
+    bench: Bench,
+    classifier: Classifier,
+    trial: Trial,
+    rows: Rows,
+    seed: int,
+    spec: EncoderSpec,
+    share: float = 1.0,
 ) -> None:
     labels = bench.labels[rows]
     with bench.building:
@@ -287,7 +323,7 @@ def _train(
         class_weights(labels, len(bench.classes), balanced=is_unbalanced(labels, len(bench.classes))).to(
             bench.device
         ),
-        bench.spec.normalization,
+        spec.normalization,
         bench.precision,
         bench.device,
         seed,
@@ -295,17 +331,26 @@ def _train(
     )
 
 
-def _pretrained_classifier(bench: Bench, rows: Rows) -> Classifier:
+def _spec(method: str, bench: Bench) -> EncoderSpec:
+    """Of the network that a method trains."""
+    return bench.starts[method].spec if method in bench.starts else bench.spec
+
+
+def _pretrained_classifier(method: str, bench: Bench, rows: Rows) -> Classifier:
     """The pretrained network with a last layer that starts where a linear probe on these labels ended."""
+    start = bench.starts.get(method)
     with bench.building:
-        network, width = _pretrained_network(bench)
+        network, width = _pretrained_network(bench, start)
         classifier = Classifier(network, width, len(bench.classes)).to(bench.device)
-    classifier.start_from(_fit_probe(bench, "network", rows, PROBE_STRENGTHS[0]))
+    kind = "network" if start is None else method
+    classifier.start_from(_fit_probe(bench, kind, rows, PROBE_STRENGTHS[0]))
     return classifier
 
 
-def _pretrained_network(bench: Bench) -> tuple[nn.Module, int]:
-    """The encoder, with the first layer of its projection head when that has three (SimCLRv2)."""
+def _pretrained_network(bench: Bench, start: Start | None = None) -> tuple[nn.Module, int]:
+    """Our encoder, with the first layer of its projection head when that has three (SimCLRv2); or one of others."""
+    if start is not None:
+        return copy.deepcopy(start.network), start.network.features
     encoder, _ = load_encoder(bench.run.path)
     return keep_first_layer(encoder, bench.run.head, read_metadata(bench.run.head))
 

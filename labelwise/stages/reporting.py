@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from labelwise import rundir, terminal
 from labelwise.errors import CheckpointError
@@ -20,10 +19,9 @@ from labelwise.measures.statistics import (
     HURTS,
     UNCLEAR,
     Floats,
-    accuracy_interval,
+    Folds,
+    TestSet,
     by_group,
-    macro_interval,
-    paired_difference,
     test_set_margin,
     verdict,
 )
@@ -38,6 +36,7 @@ ARMS = {
     "supervised": "From scratch",
     "random_probe": "Random features, probe",
     "pixels": "Pixels, logistic regression",
+    "imagenet": "ImageNet weights, fine-tuned",
     "imagenet_probe": "ImageNet weights, linear probe",
     "dinov2_probe": "DINOv2, linear probe",
 }
@@ -64,13 +63,15 @@ class Scores:
 
     Attributes:
         right: By labels, method and draw: 1 where right, else 0, (T,).
-        truth: Class of each test image, (T,).
-        groups: Group of each test image, (T,); None where each stands for itself.
+        test: What was tested, the same images for all or folds of the labels in turn.
+        tested: How many images in all.
+        groups: How many groups they are in; None where each stands for itself.
     """
 
     right: dict[int, dict[str, dict[int, Floats]]]
-    truth: npt.NDArray[np.int64]
-    groups: npt.NDArray[np.int64] | None
+    test: TestSet | Folds
+    tested: int
+    groups: int | None
 
 
 def report(run: RunDirectory, label_cost: float | None = None) -> dict[str, Any]:
@@ -94,7 +95,7 @@ def report(run: RunDirectory, label_cost: float | None = None) -> dict[str, Any]
         "environment": surroundings,
         "label_cost": label_cost,
         "label_check": check,
-        "arm_names": {arm: ARMS.get(arm, f"{arm}, linear probe") for arm in _arms(summary)},
+        "arm_names": _arm_names(summary, results),
         "test_uses": test_uses,
         "limits": _limits(computed, data, surroundings, test_uses),
         "next": _next_steps(run, summary, check, has_classifier=classifier is not None),
@@ -112,16 +113,15 @@ def compute(
 ) -> dict[str, Any]:
     """The part of report.json that rests on results and predictions alone, and on the size of the pool."""
     summary = _summarize(results, scores)
-    tested = results[0]["n_test"] if results else 0
-    groups = None if scores.groups is None else len(np.unique(scores.groups))
     return {
-        "verdict": _verdict(summary, pool, tested if groups is None else groups),
+        "verdict": _verdict(summary, pool, scores.tested if scores.groups is None else scores.groups),
         "summary": summary,
         "labels_saved": _labels_saved(results, scores),
         "results": results,
         "confusion": _confusion(summary, predictions),
         "calibration": _calibration(results, predictions),
-        "test_groups": groups,
+        "tested": scores.tested,
+        "test_groups": scores.groups,
     }
 
 
@@ -160,22 +160,32 @@ def score(results: list[Result], predictions: dict[str, list[Any]]) -> Scores:
     names, label, predicted = (np.array(predictions[key]) for key in ("name", "label", "prediction"))
     group = dict(zip(predictions["name"], predictions["group"], strict=True))
     right: dict[int, dict[str, dict[int, Floats]]] = defaultdict(lambda: defaultdict(dict))
-    tested: list[tuple[str, str]] = []
+    folds = results[0].get("folds", 0) if results else 0
+    tested: dict[int, list[tuple[str, str]]] = {}  # by draw; a test set is the same for all
     for result in results:
         labels, method, draw = result["labels"], result["method"], result["draw"]
         order = sorted(rows[labels, method, draw], key=names.__getitem__)
         images = list(zip(names[order].tolist(), label[order].tolist(), strict=True)) if order else []
-        tested = tested or images
-        if not images or images != tested:
+        if not images or images != tested.setdefault(draw if folds else 0, images):
             raise CheckpointError(
                 f"{method}, {labels:,} labels, draw {draw}: has no predictions of the test images that the others "
                 "have; run `labelwise finetune` again."
             )
         right[labels][method][draw] = (label[order] == predicted[order]).astype(float)
-    truth = np.unique([name for _, name in tested], return_inverse=True)[1]
-    groups = [group[name] for name, _ in tested]
-    tied = len(set(groups)) < len(groups) and None not in groups  # an earlier version wrote none
-    return Scores(right, truth, np.array(groups) if tied else None)
+    there = sorted({name for images in tested.values() for name, _ in images})
+    tied = (
+        len({group[name] for name in there}) < len(there) and None not in group.values()
+    )  # earlier versions wrote none
+    number = {name: group[name] if tied else place for place, name in enumerate(there)}
+    classes = sorted({each for images in tested.values() for _, each in images})
+    truth = {draw: np.array([classes.index(each) for _, each in images]) for draw, images in tested.items()}
+    groups = {draw: np.array([number[name] for name, _ in images]) for draw, images in tested.items()}
+    test: TestSet | Folds
+    if folds:
+        test = Folds(truth, groups, 1 / (folds - 1))
+    else:
+        test = TestSet(truth.get(0, np.array([])), groups[0] if tied else None)
+    return Scores(right, test, len(there), len(set(number.values())) if tied else None)
 
 
 def _summarize(results: list[Result], scores: Scores) -> list[dict[str, Any]]:
@@ -187,7 +197,7 @@ def _summarize(results: list[Result], scores: Scores) -> list[dict[str, Any]]:
         comparisons = []
         others = [("simclr", arm) for arm in sorted(arms) if arm not in _OURS]
         for arm, against in (*_COMPARED, *others):
-            difference = paired_difference(arms.get(arm, {}), arms.get(against, {}), scores.groups)
+            difference = scores.test.difference(arms.get(arm, {}), arms.get(against, {}))
             if difference is not None:
                 comparisons.append(
                     {"arm": arm, "against": against, **difference.to_json(), "verdict": verdict(difference)}
@@ -203,29 +213,25 @@ def _summarize(results: list[Result], scores: Scores) -> list[dict[str, Any]]:
         entry: dict[str, Any] = {
             "fraction": fractions.get(labels),
             "labels": labels,
-            "arms": {
-                arm: accuracy_interval(np.stack(list(draws.values())), scores.groups).to_json()
-                for arm, draws in arms.items()
-            },
+            "arms": {arm: scores.test.accuracy(draws).to_json() for arm, draws in arms.items()},
             "gain": gain,
             "comparisons": comparisons,
         }
         if not is_balanced:
-            entry["macro"] = {
-                arm: macro_interval(np.stack(list(draws.values())), scores.truth, scores.groups).to_json()
-                for arm, draws in arms.items()
-            }
+            entry["macro"] = {arm: scores.test.macro(draws).to_json() for arm, draws in arms.items()}
         summary.append(entry)
     return summary
 
 
 def _labels_saved(results: list[Result], scores: Scores) -> list[dict[str, Any]]:
     """How many labels training from scratch needs for what fine-tuned SimCLR reaches, at each number of labels."""
-    arm, against = "simclr", "supervised"
+    arm, against, test = "simclr", "supervised", scores.test
+    if isinstance(test, Folds):
+        return []  # draws that are tested on different images have no common curve
     everything = _everything(results)
 
     def drawn_again(draws: dict[int, Floats]) -> dict[int, Floats]:
-        return {draw: by_group(right[None], scores.groups)[0] for draw, right in draws.items()}
+        return {draw: by_group(right[None], test.groups)[0] for draw, right in draws.items()}
 
     curves = {labels: drawn_again(arms[against]) for labels, arms in scores.right.items() if against in arms}
     draws = set().union(*curves.values())
@@ -326,9 +332,14 @@ def _against_pixels(entry: dict[str, Any]) -> str | None:
     return found["verdict"] if found is not None and found["low"] is not None else None
 
 
-def _arms(summary: list[dict[str, Any]]) -> list[str]:
+def _arm_names(summary: list[dict[str, Any]], results: list[Result]) -> dict[str, str]:
+    """What each method is called, ours first, then those of the user's own files."""
     there = {arm for entry in summary for arm in entry["arms"]}
-    return [arm for arm in ARMS if arm in there] + sorted(there - ARMS.keys())
+    trained = {row["method"] for row in results if not row.get("frozen", True)}
+    own = {arm: f"{arm}, {'fine-tuned' if arm in trained else 'linear probe'}" for arm in sorted(there)}
+    return {arm: ARMS[arm] for arm in ARMS if arm in there} | {
+        arm: own[arm] for arm in own if arm not in ARMS
+    }
 
 
 def _confusion(summary: list[dict[str, Any]], predictions: dict[str, list[Any]]) -> dict[str, Any] | None:
@@ -400,10 +411,18 @@ def _limits(
     summary, results = computed["summary"], computed["results"]
     limits = []
     if results:
-        tested = results[0]["n_test"]
+        tested, groups = computed["tested"], computed["test_groups"]
         best = max(arm["mean"] for entry in summary for arm in entry["arms"].values())
-        groups = computed["test_groups"]
-        if groups is None:
+        if folds := results[0].get("folds"):
+            limits.append(
+                f"No test set: the {tested:,} labeled images were tested in turn, in {folds} folds. The training sets of the draws overlap, "
+                "and the intervals count that in only roughly (Nadeau and Bengio 2003); they speak of this set of labels."
+            )
+            limits.append(
+                "The encoder saw the tested images, without labels, and training from scratch did not: on new images its lead may be "
+                "smaller. Hold images out (--holdout 0.2), or give --test FOLDER, to know."
+            )
+        elif groups is None:
             limits.append(
                 f"{tested:,} test images: from the images alone, an accuracy of {best:.0%} is known to "
                 f"\u00b1{100 * test_set_margin(best, tested):.1f} points, with {3 * tested:,} more to half of that. "
@@ -434,9 +453,10 @@ def _limits(
             limits.append(
                 f"A class has fewer than {FEWEST_PER_CLASS} independent test images: too few for an interval of the mean over classes."
             )
-        limits.append(
-            f"The test set was used {test_uses:,} times, once per trained classifier; Labelwise chose nothing on it."
-        )
+        if not folds:
+            limits.append(
+                f"The test set was used {test_uses:,} times, once per trained classifier; Labelwise chose nothing on it."
+            )
     limits.append(
         "One encoder was pretrained: how much another seed of pretraining would change is not in the intervals."
     )

@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ def verify(run: RunDirectory) -> dict[str, Any]:
     scores = score(results, predictions)
     computed = compute(results, predictions, scores, rundir.read_json(run.data)["pool"])
     problems = [
-        *_check_draws(run, results, set(predictions["name"])),
+        *_check_draws(run, results, predictions),
         *_check_results(results, predictions, scores),
         *_check_report(run, computed),
     ]
@@ -62,10 +63,15 @@ def show(found: dict[str, Any]) -> None:
     )
 
 
-def _check_draws(run: RunDirectory, results: list[dict[str, Any]], tested: set[str]) -> list[str]:
-    """Each classifier had the first labels of its draw, and no image that was tested or locked away."""
+def _check_draws(
+    run: RunDirectory, results: list[dict[str, Any]], predictions: dict[str, list[Any]]
+) -> list[str]:
+    """Each classifier had the first labels of its draw, and no image that its draw tested or that was locked away."""
     lock = rundir.read_json(run.test_lock)
     problems = []
+    tested = defaultdict(set)
+    for name, draw in set(zip(predictions["name"], predictions["draw"], strict=True)):
+        tested[draw].add(name)
     if hash_names(lock["names"]) != lock["sha256"]:
         problems.append(f"{run.test_lock.name}: its names are not those that were hashed")
     orders: dict[Path, list[str]] = {}
@@ -73,7 +79,7 @@ def _check_draws(run: RunDirectory, results: list[dict[str, Any]], tested: set[s
         file = run.splits / f"draw-{row['seed']}-{row['draw']}.json"
         if file not in orders:
             orders[file] = rundir.read_json(file)["order"] if file.exists() else []
-            shared = set(orders[file]) & (tested | set(lock["names"]))
+            shared = set(orders[file]) & (tested[row["draw"]] | set(lock["names"]))
             if shared:
                 problems.append(f"{file.name}: {len(shared)} of its labels are test images, as {min(shared)}")
         if hash_names(orders[file][: row["labels"]]) != row["draw_sha256"]:
@@ -90,7 +96,7 @@ def _check_results(
         right = scores.right[row["labels"]][row["method"]][row["draw"]]
         found = {
             "accuracy": right.mean(),
-            "macro_accuracy": macro_values(right[None], scores.truth).mean(),
+            "macro_accuracy": macro_values(right[None], scores.test.truth_of(row["draw"])).mean(),
             "n_test": len(right),
         }
         problems += [
