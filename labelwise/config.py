@@ -15,6 +15,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from labelwise.errors import CheckpointError, UsageError
 
+MOST_DRAWS = 100
 METHODS = ("simclr_probe", "simclr", "supervised", "random_probe", "pixels")
 _FEATURES = ("encoder", "network", "random")  # what the run's own features are called
 ALTERNATIVES = ("imagenet", "imagenet_probe", "dinov2_probe")  # weights that timm fetches
@@ -296,7 +297,7 @@ class FinetuneSettings(Settings):
     draws: int = Field(
         5,
         ge=1,
-        le=100,
+        le=MOST_DRAWS,
         description="random label draws per number of labels",
         json_schema_extra={"panel": "Data"},
     )

@@ -11,7 +11,8 @@ near_copies.json      pairs of images that show the same, the first ones with th
 checkpoints/          resume state; manifest with SHA-256 written last
 encoder.safetensors   backbone; head.safetensors: projection head
 classifier.safetensors, classifier.json
-finetune/             results.jsonl, predictions.parquet, label_check.json (labels that look wrong, with thumbnails)
+finetune/             results.jsonl, predictions.parquet, label_check.json (labels that look wrong, with thumbnails),
+                      lookalikes.json (test images that resemble training images, the first ones with thumbnails)
 report.html, report.md, report.json, model-card.md (of the classifier)
 """
 
@@ -106,6 +107,10 @@ class RunDirectory:
     @property
     def label_check(self) -> Path:
         return self.path / "finetune" / "label_check.json"
+
+    @property
+    def lookalikes(self) -> Path:
+        return self.path / "finetune" / "lookalikes.json"
 
     @property
     def model_card(self) -> Path:

@@ -294,6 +294,7 @@ def test_small_images_keep_their_resolution_where_that_changes_no_weights() -> N
         ("resnet18", 32, "half"),
         ("resnet18", 96, "stock"),
         ("vit_tiny_patch16_224", 32, "stock"),
+        ("resnetrs50", 32, "stock"),
     ):
         spec = EncoderSpec(backbone, {}, "stock", size, (0.5,) * 3, (0.25,) * 3)
         assert keep_resolution(spec).stem == stem

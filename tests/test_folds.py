@@ -1,6 +1,7 @@
 """No test images: the labels are tested in turn, in folds; the interval against loops and simulated studies, and a whole run."""
 
 import math
+import shutil
 from collections import Counter, defaultdict
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from labelwise import rundir
 from labelwise.config import FinetuneSettings, PretrainSettings
 from labelwise.errors import CheckpointError, DataError
 from labelwise.measures.linear import macro_accuracy, stratified_folds
-from labelwise.measures.statistics import UNCLEAR, Folds, resampled_interval, verdict
+from labelwise.measures.statistics import HELPS, UNCLEAR, Folds, resampled_interval, verdict
 from labelwise.predictions import read_predictions
 from labelwise.rundir import RunDirectory
 from labelwise.stages.comparing import finetune
@@ -141,21 +142,28 @@ def expected(rng: np.random.Generator, count: int) -> float:
     return float(np.mean(shares))
 
 
+def everyone(right: dict[int, Floats]) -> Folds:
+    """Every repeat tests the same 60 images."""
+    return Folds({}, {draw: 12 * (draw % 5) + np.arange(12) for draw in right}, 0.25)
+
+
 @pytest.mark.statistics
-@pytest.mark.parametrize(("count", "repeats"), [(48, 1), (10, 1), (48, 4)])
-def test_intervals_over_folds_hold_the_truth(count: int, repeats: int) -> None:
+@pytest.mark.parametrize(("count", "repeats", "widest"), [(48, 1, 8), (10, 1, 8), (48, 4, 6)])
+def test_intervals_over_folds_hold_the_truth(count: int, repeats: int, widest: float) -> None:
     rng = np.random.default_rng(count + repeats)
-    truth, holding, narrow = expected(rng, count), [], []
+    truth, holding, narrow, widths, means = expected(rng, count), [], [], [], []
     for _ in range(500):
         (right,) = study(rng, count, [slice(None)], repeats)
-        test = Folds({}, {draw: draw * LABELS + np.arange(12) for draw in right}, 0.25)
-        found = test.accuracy(right)
+        found = everyone(right).accuracy(right)
         holding.append(found.low < truth < found.high)
-        means = np.array([values.mean() for values in right.values()])
-        half = stats.t.ppf(0.975, len(means) - 1) * means.std(ddof=1) / math.sqrt(len(means))
-        narrow.append(abs(means.mean() - truth) < half)
+        widths.append(found.high - found.low)
+        means.append(found.mean)
+        scores = np.array([values.mean() for values in right.values()])
+        half = stats.t.ppf(0.975, len(scores) - 1) * scores.std(ddof=1) / math.sqrt(len(scores))
+        narrow.append(abs(scores.mean() - truth) < half)
     assert np.mean(holding) >= 0.93
     assert np.mean(narrow) < np.mean(holding), "without the correction it holds less often"
+    assert 3.9 < np.mean(widths) / np.std(means) < widest  # the best there could be: 3.92 standard deviations
 
 
 @pytest.mark.statistics
@@ -166,14 +174,31 @@ def test_equal_methods_over_folds_are_seldom_said_to_differ(count: int, repeats:
     said = []
     for _ in range(500):
         first, second = study(rng, count, [slice(0, 6), slice(6, 12)], repeats)
-        found = Folds({}, {draw: draw * LABELS + np.arange(12) for draw in first}, 0.25).difference(
-            first, second
-        )
-        said.append(verdict(found) != UNCLEAR)
+        said.append(verdict(everyone(first).difference(first, second)) != UNCLEAR)
     assert np.mean(said) <= 0.065
 
 
+@pytest.mark.statistics
+def test_a_true_difference_over_folds_is_seen_with_more_repeats() -> None:
+    """Twelve features against three: about 13 points."""
+    rng = np.random.default_rng(3)
+    seen = {}
+    for repeats in (1, 4):
+        said = []
+        for _ in range(200):
+            first, second = study(rng, 48, [slice(None), slice(0, 3)], repeats)
+            said.append(verdict(everyone(first).difference(first, second)) == HELPS)
+        seen[repeats] = np.mean(said)
+    assert seen[4] > seen[1]
+    assert seen[4] > 0.2
+
+
 # --- a run
+
+SETTINGS = PretrainSettings(
+    images=Path("images"), backbone_args={"layers": [1, 1, 1, 1], "channels": [8, 8, 16, 16]}, stem="half", image_size=16,
+    batch_size=64, epochs=1, precision="fp32", holdout=0,
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -184,11 +209,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> RunDirectory:
     for number, file in enumerate(sorted((folder / "images").glob("*/*.png"))):
         if number % 9:
             file.unlink()
-    backbone: dict[str, Any] = {"layers": [1, 1, 1, 1], "channels": [8, 8, 16, 16]}
-    settings = PretrainSettings(
-        images=folder / "images", out=folder / "run", backbone_args=backbone, stem="half", image_size=16, batch_size=64,
-        epochs=1, precision="fp32", holdout=0,
-    )  # fmt: skip
+    settings = SETTINGS.model_copy(update={"images": folder / "images", "out": folder / "run"})
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LABELWISE_CACHE", str(folder / "cache"))
         return pretrain(settings)
@@ -234,7 +255,7 @@ def test_every_label_is_tested_once_in_five_draws_and_never_by_who_had_it(
     assert entry["arms"]["pixels"]["mean"] == pytest.approx(np.mean(scores))
     assert entry["arms"]["pixels"]["n"] == 5
     assert verify(run)["predictions"] == 6 * labeled
-    assert "the labeled ones in turn: no test set, 5 folds" in " ".join(capsys.readouterr().err.split())
+    assert "labeled ones in turn: no test set, 5 folds" in " ".join(capsys.readouterr().err.split())
 
 
 def test_verify_finds_a_label_that_its_own_draw_tested(run: RunDirectory) -> None:
@@ -274,3 +295,97 @@ def test_a_class_with_one_label_cannot_be_tested_in_turn(run: RunDirectory, tmp_
     (tmp_path / "labels.csv").write_text("file,label\n" + "\n".join(lines) + "\n")
     with pytest.raises(DataError, match=r"each class needs two labeled images or groups; '7' has 1"):
         finetune(FinetuneSettings(run=run.path, labels=tmp_path / "labels.csv", label_counts=(20,), **ASKED))
+
+
+def test_labels_that_came_later_and_miss_the_locked_images_are_tested_in_turn(
+    run: RunDirectory, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flat, classes = tmp_path / "flat", {}
+    flat.mkdir()
+    for file in sorted((run.path.parent / "images").glob("*/*.png")):
+        name = f"{file.parent.name}-{file.name}"
+        (flat / name).write_bytes(file.read_bytes())
+        classes[name] = file.parent.name
+    later = pretrain(SETTINGS.model_copy(update={"images": flat, "out": tmp_path / "run", "holdout": None}))
+    locked = set(rundir.read_json(later.test_lock)["names"])
+    assert locked
+    lines = [f"{name},{label}" for name, label in classes.items() if name not in locked]
+    (tmp_path / "labels.csv").write_text("file,label\n" + "\n".join(lines) + "\n")
+    finetune(FinetuneSettings(run=later.path, labels=tmp_path / "labels.csv", label_counts=(20,), **ASKED))
+    assert f"none of the {len(locked)} locked test images has a label" in " ".join(
+        capsys.readouterr().err.split()
+    )
+    tested = set(read_predictions(later.predictions)["name"])
+    assert tested == classes.keys() - locked
+    report(later)
+    verify(later)
+
+
+def test_groups_stay_whole_and_what_can_be_had_does_not_hang_on_the_draws(
+    run: RunDirectory, tmp_path: Path
+) -> None:
+    """Patients of 1 to 7 images; class 9 is that of two of them."""
+    images = run.path.parent / "images"
+    files = [file for file in sorted(images.glob("*/*.png")) if file.parent.name in "123"]
+    kept = files + sorted(images.glob("9/*.png"))[:6]
+    sizes, number, patient = [1, 7, 2, 5, 3], 0, {}
+    for label in ("1", "2", "3"):
+        mine = [file for file in files if file.parent.name == label]
+        while mine:
+            for file in mine[: sizes[number % 5]]:
+                patient[file.relative_to(images).as_posix()] = f"p{number}"
+            mine, number = mine[sizes[number % 5] :], number + 1
+    for place, file in enumerate(kept[len(files) :]):
+        patient[file.relative_to(images).as_posix()] = f"rare-{place % 2}"
+    lines = [f"{name},{Path(name).parent.name},{who}" for name, who in patient.items()]
+    (tmp_path / "labels.csv").write_text("file,label,patient\n" + "\n".join(lines) + "\n")
+    copy = RunDirectory(Path(shutil.copytree(run.path, tmp_path / "run")))
+    asked = {
+        **ASKED,
+        "methods": ("pixels",),
+        "label_counts": ("all",),
+        "labels": tmp_path / "labels.csv",
+        "group_column": "patient",
+    }
+    for draws in (4, 9):
+        finetune(FinetuneSettings(run=copy.path, draws=draws, **asked))
+        results = rundir.read_jsonl(copy.results)
+        assert len({row["labels"] for row in results}) == 1
+        assert [row["draw"] for row in results] == list(range(draws))
+    assert {row["folds"] for row in results} == {2}, "class 9 has two patients"
+    predictions = read_predictions(copy.predictions)
+    for draw in range(9):
+        tested = {
+            name for name, each in zip(predictions["name"], predictions["draw"], strict=True) if each == draw
+        }
+        order = rundir.read_json(copy.splits / f"draw-0-{draw}.json")["order"]
+        assert set(order) | tested == patient.keys()
+        assert not {patient[name] for name in order} & {patient[name] for name in tested}
+    document = report(copy)
+    assert document["test_groups"] == len(set(patient.values()))
+    assert f"labeled images, in {document['test_groups']} groups that stay whole" in " ".join(
+        document["limits"]
+    )
+    verify(copy)
+
+
+def test_a_test_folder_that_comes_later_takes_the_place_of_the_folds(
+    run: RunDirectory, tmp_path: Path
+) -> None:
+    copy = RunDirectory(Path(shutil.copytree(run.path, tmp_path / "run")))
+    asked = {**ASKED, "methods": ("pixels",), "label_counts": (20,)}
+    finetune(FinetuneSettings(run=copy.path, **asked))
+    write_digits(tmp_path / "more")
+    (tmp_path / "unlabeled").mkdir()
+    for number, file in enumerate(sorted((tmp_path / "more").glob("*/*.png"))):
+        if number % 9 != 4:
+            file.unlink()
+        elif number % 5 == 0:
+            (tmp_path / "unlabeled" / file.name).write_bytes(file.read_bytes())
+    with pytest.raises(DataError, match=r"none of its \d+ test images has a label"):
+        finetune(FinetuneSettings(run=copy.path, test=tmp_path / "unlabeled", **asked))
+    finetune(FinetuneSettings(run=copy.path, test=tmp_path / "more", **asked))
+    document = report(copy)
+    assert document["folds"] == 0
+    assert any("The test set was used 5 times" in limit for limit in document["limits"])
+    verify(copy)

@@ -6,8 +6,9 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 from scipy import special
+from scipy.interpolate import PchipInterpolator
 
-from labelwise.measures.label_savings import labels_saved
+from labelwise.measures.label_savings import _read_off, labels_saved
 from labelwise.reports.text import saved_in_words
 
 COUNTS = (10, 40, 160, 640)
@@ -107,6 +108,46 @@ def test_intervals_hold_the_true_labels(draws: int) -> None:
         assert found is not None
         holding.append(found.low <= truth <= found.high)
     assert 0.9 <= np.mean(holding) < 1
+
+
+@pytest.mark.slow
+@pytest.mark.statistics
+@pytest.mark.parametrize("bend", ["straight", "slows down", "speeds up", "both"])
+@pytest.mark.parametrize("share", [0.3, 0.7])
+def test_curves_that_bend_are_read_nearly_right(bend: str, share: float) -> None:
+    """Baselines measured at every fourfold number of labels, level against the logarithm of the labels."""
+    shapes = {
+        "straight": lambda x: x,
+        "slows down": lambda x: 1 - (1 - x) ** 2.2,
+        "speeds up": lambda x: x**2.2,
+        "both": lambda x: special.expit(10 * (x - 0.5)),
+    }
+    rng = np.random.default_rng(7)
+    places = np.array([0, 1 / 3, 2 / 3, 1, share])  # the last: the method, as good as the baseline is there
+    levels, truth = -0.6 + 1.8 * shapes[bend](places), COUNTS[0] * 64**share
+    holding, read = [], []
+    for _ in range(150):
+        ease = 1.5 * rng.normal(size=600)
+        chance = special.expit(1.7 * (levels[:, None, None] + 0.15 * rng.normal(size=(5, 5, 1)) + ease))
+        *curves, top = [dict(enumerate(each)) for each in (rng.random(chance.shape) < chance).astype(float)]
+        found = labels_saved(dict(zip(COUNTS, curves, strict=True)), 10, top)
+        assert found is not None
+        holding.append(found.low <= truth <= found.high)
+        read.append(found.matches)
+    assert np.mean(holding) >= 0.9
+    assert 0.85 < np.median(read) / truth < 1.15
+
+
+@pytest.mark.parametrize("count", [2, 3, 5])
+def test_between_measured_numbers_it_is_scipys_monotone_cubic(count: int) -> None:
+    rng = np.random.default_rng(count)
+    counts = np.sort(rng.choice(np.arange(5, 3000), count, replace=False)).tolist()
+    curves = np.sort(rng.random((20, count)), axis=1)
+    wanted = curves[:, 0] + rng.random(20) * (curves[:, -1] - curves[:, 0])
+    found = _read_off(counts, curves, wanted)
+    for curve, accuracy, labels in zip(curves, wanted, found, strict=True):
+        cubic = PchipInterpolator(np.log(counts), curve)
+        assert cubic(math.log(labels)) == pytest.approx(accuracy, abs=5e-4)
 
 
 @pytest.mark.parametrize(

@@ -93,6 +93,12 @@ def finished(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> RunDirec
     return run
 
 
+@pytest.fixture
+def copy(finished: RunDirectory, tmp_path: Path) -> RunDirectory:
+    """That run, to be changed."""
+    return RunDirectory(Path(shutil.copytree(finished.path, tmp_path / "copy")))
+
+
 def files_of(folder: Path) -> set[str]:
     return {file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file()}
 
@@ -216,9 +222,7 @@ def test_the_same_finetune_command_again_trains_nothing_new(finished: RunDirecto
     assert finished.results.read_bytes() == before
 
 
-def test_other_settings_set_earlier_results_aside(finished: RunDirectory, tmp_path: Path) -> None:
-    copy = RunDirectory(tmp_path / "copy")
-    shutil.copytree(finished.path, copy.path)
+def test_other_settings_set_earlier_results_aside(copy: RunDirectory) -> None:
     before = copy.results.read_bytes()
     finetune(FinetuneSettings(run=copy.path, methods=("simclr_probe",), **{**FEW, "seed": 1}))
     aside = list(copy.results.parent.glob("*/results.jsonl"))
@@ -228,9 +232,7 @@ def test_other_settings_set_earlier_results_aside(finished: RunDirectory, tmp_pa
     assert copy.results.read_bytes() == before, "the earlier settings again take their results up again"
 
 
-def test_all_labels_are_one_draw_without_an_interval(finished: RunDirectory, tmp_path: Path) -> None:
-    copy = RunDirectory(tmp_path / "copy")
-    shutil.copytree(finished.path, copy.path)
+def test_all_labels_are_one_draw_without_an_interval(copy: RunDirectory) -> None:
     finetune(
         FinetuneSettings(run=copy.path, methods=("simclr_probe", "pixels"), label_counts=("all",), draws=3)
     )
@@ -414,8 +416,10 @@ def test_runs_can_be_listed_compared_and_removed(finished: RunDirectory, tmp_pat
     assert found["settings"] == {"pretrain.temperature": [0.2, 0.5]}
     assert found["results"][0]["first"] == found["results"][0]["second"]
     assert found["same_test"]
-    lock = rundir.read_json(finished.test_lock)
-    rundir.write_json(RunDirectory(tmp_path / "b").test_lock, lock | {"sha256": "another"})
+    store_predictions(
+        RunDirectory(tmp_path / "b").predictions, "other", 0, 20,
+        names=["another.png"], truth=["1"], groups=[0], predicted=["1"], probabilities=np.ones((1, 10), np.float32),
+    )  # fmt: skip
     assert not compare_runs(tmp_path / "a", tmp_path / "b")["same_test"]
     remove_run(tmp_path / "a")
     assert [run["name"] for run in list_runs(tmp_path)["runs"]] == ["b"]
@@ -469,9 +473,7 @@ def test_one_class_or_no_labels_is_refused_in_words(digits: Path, tmp_path: Path
     assert run.results.read_bytes() == results, "the labels of the last comparison are taken again"
 
 
-def test_all_labels_and_a_ladder_can_be_asked_for(finished: RunDirectory, tmp_path: Path) -> None:
-    copy = RunDirectory(tmp_path / "copy")
-    shutil.copytree(finished.path, copy.path)
+def test_all_labels_and_a_ladder_can_be_asked_for(copy: RunDirectory, finished: RunDirectory) -> None:
     shutil.rmtree(copy.results.parent)
     finetune(FinetuneSettings(run=copy.path, methods=("pixels",), draws=1))
     counts = sorted(row["labels"] for row in rundir.read_jsonl(copy.results))
@@ -532,11 +534,7 @@ def test_a_report_follows_from_its_predictions(finished: RunDirectory) -> None:
         ("splits/test.json", '"names": [', '"names": ["more.png", ', "test.json: its names"),
     ],
 )
-def test_a_changed_number_is_found(
-    finished: RunDirectory, tmp_path: Path, file: str, old: str, new: str, words: str
-) -> None:
-    copy = RunDirectory(tmp_path / "copy")
-    shutil.copytree(finished.path, copy.path)
+def test_a_changed_number_is_found(copy: RunDirectory, file: str, old: str, new: str, words: str) -> None:
     before = (copy.path / file).read_text()
     assert old in before
     (copy.path / file).write_text(before.replace(old, new, 1))
@@ -545,10 +543,8 @@ def test_a_changed_number_is_found(
 
 
 def test_a_result_without_predictions_is_named_and_trained_again(
-    finished: RunDirectory, tmp_path: Path
+    copy: RunDirectory, finished: RunDirectory
 ) -> None:
-    copy = RunDirectory(tmp_path / "copy")
-    shutil.copytree(finished.path, copy.path)
     copy.predictions.unlink()
     with pytest.raises(CheckpointError, match=r"has no predictions .* run `labelwise finetune` again"):
         report(copy)
@@ -557,9 +553,7 @@ def test_a_result_without_predictions_is_named_and_trained_again(
     assert verify(copy) == verify(finished)
 
 
-def test_predictions_without_a_result_are_found(finished: RunDirectory, tmp_path: Path) -> None:
-    copy = RunDirectory(tmp_path / "copy")
-    shutil.copytree(finished.path, copy.path)
+def test_predictions_without_a_result_are_found(copy: RunDirectory) -> None:
     rows = rundir.read_jsonl(copy.results)
     rundir.rewrite_jsonl(copy.results, rows[1:])
     report(copy)
@@ -568,10 +562,8 @@ def test_predictions_without_a_result_are_found(finished: RunDirectory, tmp_path
 
 
 def test_draws_of_earlier_settings_can_still_be_verified(
-    digits: Path, finished: RunDirectory, tmp_path: Path
+    copy: RunDirectory, digits: Path, tmp_path: Path
 ) -> None:
-    copy = RunDirectory(tmp_path / "copy")
-    shutil.copytree(finished.path, copy.path)
     shutil.rmtree(copy.results.parent)
     probe: dict[str, Any] = {"run": copy.path, "methods": ("simclr_probe",)}
     names = sorted(file.relative_to(digits).as_posix() for file in digits.glob("*/*.png"))
@@ -585,9 +577,7 @@ def test_draws_of_earlier_settings_can_still_be_verified(
     assert verify(copy)["classifiers"] == 6
 
 
-def test_labels_saved_reach_to_all_labels(finished: RunDirectory, tmp_path: Path) -> None:
-    copy = RunDirectory(tmp_path / "copy")
-    shutil.copytree(finished.path, copy.path)
+def test_labels_saved_reach_to_all_labels(copy: RunDirectory, finished: RunDirectory) -> None:
     shutil.rmtree(copy.results.parent)
     asked: dict[str, Any] = {"draws": 3, "methods": ("simclr", "supervised"), "steps": 2, "scratch_steps": 2}
     document = report(finetune(FinetuneSettings(run=copy.path, label_counts=(20, 50, "all"), **asked)))
@@ -605,9 +595,7 @@ def test_labels_saved_reach_to_all_labels(finished: RunDirectory, tmp_path: Path
     assert rundir.read_json(copy.report_json)["label_cost"] == 0.4
 
 
-def test_a_test_image_among_the_labels_is_found(finished: RunDirectory, tmp_path: Path) -> None:
-    copy = RunDirectory(tmp_path / "copy")
-    shutil.copytree(finished.path, copy.path)
+def test_a_test_image_among_the_labels_is_found(copy: RunDirectory) -> None:
     lock = rundir.read_json(copy.test_lock)
     leaked = rundir.read_json(copy.splits / "draw-0-1.json")["order"][0]
     names = sorted([*lock["names"], leaked])
@@ -620,10 +608,8 @@ def test_a_test_image_among_the_labels_is_found(finished: RunDirectory, tmp_path
 
 
 def test_labels_that_look_wrong_are_listed_with_pictures(
-    digits: Path, finished: RunDirectory, tmp_path: Path
+    copy: RunDirectory, digits: Path, tmp_path: Path
 ) -> None:
-    copy = RunDirectory(tmp_path / "copy")
-    shutil.copytree(finished.path, copy.path)
     test = rundir.read_json(copy.test_lock)["names"]
     rest = sorted({file.relative_to(digits).as_posix() for file in digits.glob("*/*.png")} - set(test))
     labeled = np.random.default_rng(0).choice(rest, 100, replace=False).tolist()
@@ -668,11 +654,7 @@ def test_copies_with_different_labels_are_suspects_and_a_class_of_one_is_not_jud
     assert "3, an exact copy is labeled 5" in run.report_md.read_text()
 
 
-def test_the_check_is_made_again_only_when_labels_or_settings_change(
-    finished: RunDirectory, tmp_path: Path
-) -> None:
-    copy = RunDirectory(tmp_path / "copy")
-    shutil.copytree(finished.path, copy.path)
+def test_the_check_is_made_again_only_when_labels_or_settings_change(copy: RunDirectory) -> None:
     before = copy.label_check.read_bytes()
     copy.label_check.write_bytes(before + b"\n")
     finetune(FinetuneSettings(run=copy.path, methods=("simclr_probe",), **FEW))
@@ -681,11 +663,7 @@ def test_the_check_is_made_again_only_when_labels_or_settings_change(
     assert rundir.read_json(copy.label_check)["signature"] != json.loads(before)["signature"]
 
 
-def test_a_report_leaves_out_what_has_no_result_and_what_diverged(
-    finished: RunDirectory, tmp_path: Path
-) -> None:
-    copy = RunDirectory(tmp_path / "copy")
-    shutil.copytree(finished.path, copy.path)
+def test_a_report_leaves_out_what_has_no_result_and_what_diverged(copy: RunDirectory) -> None:
     whole = {entry["arm"] for entry in report(copy)["calibration"]}
     rows = rundir.read_jsonl(copy.results)
     rundir.rewrite_jsonl(copy.results, [row for row in rows if row["method"] != "pixels"])
@@ -708,10 +686,8 @@ def test_a_report_leaves_out_what_has_no_result_and_what_diverged(
 
 
 def test_a_model_card_and_a_label_check_never_outlive_the_results_they_belong_to(
-    finished: RunDirectory, tmp_path: Path
+    copy: RunDirectory, finished: RunDirectory
 ) -> None:
-    copy = RunDirectory(tmp_path / "copy")
-    shutil.copytree(finished.path, copy.path)
     report(finetune(FinetuneSettings(run=copy.path, methods=("pixels",), **{**FEW, "seed": 1})))
     assert not copy.model_card.exists()
     assert not copy.label_check.exists()
@@ -723,9 +699,7 @@ def test_a_model_card_and_a_label_check_never_outlive_the_results_they_belong_to
     assert "Worst classes" not in copy.model_card.read_text(), "the confusion counted is that of pixels"
 
 
-def test_the_report_of_an_earlier_version_is_named_so(finished: RunDirectory, tmp_path: Path) -> None:
-    copy = RunDirectory(tmp_path / "copy")
-    shutil.copytree(finished.path, copy.path)
+def test_the_report_of_an_earlier_version_is_named_so(copy: RunDirectory) -> None:
     document = rundir.read_json(copy.report_json)
     del document["calibration"]
     rundir.write_json(copy.report_json, document)
@@ -747,13 +721,8 @@ def test_a_name_cannot_become_markdown_of_its_own(finished: RunDirectory) -> Non
 
 
 def test_a_time_limit_compares_what_fits_and_the_same_command_goes_on(
-    finished: RunDirectory,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    copy: RunDirectory, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    copy = RunDirectory(tmp_path / "copy")
-    shutil.copytree(finished.path, copy.path)
     now = 0.0
     monkeypatch.setattr("labelwise.stages.comparing.time.monotonic", lambda: now)
     monkeypatch.setattr("labelwise.stages.methods.count_workers", lambda *_: 1)
@@ -802,10 +771,8 @@ def test_two_draws_claim_nothing_and_say_how_many_are_needed(finished: RunDirect
 
 @pytest.mark.parametrize("content", ["", "{}", "[]", "not JSON"])
 def test_a_damaged_file_that_can_be_made_again_is_made_again(
-    finished: RunDirectory, tmp_path: Path, content: str
+    copy: RunDirectory, finished: RunDirectory, content: str
 ) -> None:
-    copy = RunDirectory(tmp_path / "copy")
-    shutil.copytree(finished.path, copy.path)
     for file in (copy.label_check, copy.classifier_json):
         file.write_text(content)
     document = report(copy)
@@ -817,9 +784,9 @@ def test_a_damaged_file_that_can_be_made_again_is_made_again(
     assert copy.classifier_json.read_bytes() == finished.classifier_json.read_bytes()
 
 
-def test_a_label_check_of_an_earlier_version_is_made_again(finished: RunDirectory, tmp_path: Path) -> None:
-    copy = RunDirectory(tmp_path / "copy")
-    shutil.copytree(finished.path, copy.path)
+def test_a_label_check_of_an_earlier_version_is_made_again(
+    copy: RunDirectory, finished: RunDirectory
+) -> None:
     found = rundir.read_json(copy.label_check)
     del found["unlabeled"]
     rundir.write_json(copy.label_check, found)

@@ -6,7 +6,8 @@ from torch import Tensor
 
 NEIGHBOURS = 20
 _TEMPERATURE = 0.1  # weight of a vote: exp(similarity / 0.1); Wu et al. 2018 (arXiv 1805.01978) use 0.07
-_CHUNK = 1024
+_CHUNK = 1024  # queries
+_BLOCK = 2**26  # similarities, 256 MB
 
 
 def knn_accuracy(
@@ -58,6 +59,19 @@ def neighbour_votes(
         weights = (near.values / _TEMPERATURE).softmax(dim=1).masked_fill(near.values.isneginf(), 0)
         votes[start : start + _CHUNK].scatter_add_(1, bank_labels[near.indices], weights)
     return votes
+
+
+def most_similar(bank: Tensor, queries: Tensor) -> tuple[Tensor, Tensor]:
+    """The row of the bank that is most similar to each query, and their cosine similarity, (M,) each.
+
+    Args:
+        bank: Features, (N, F).
+        queries: Features, (M, F).
+    """
+    bank, queries = F.normalize(bank, dim=1), F.normalize(queries, dim=1)
+    chunk = max(1, min(_CHUNK, _BLOCK // len(bank)))
+    found = [(queries[start : start + chunk] @ bank.T).max(dim=1) for start in range(0, len(queries), chunk)]
+    return torch.cat([each.indices for each in found]), torch.cat([each.values for each in found])
 
 
 def nearest(features: Tensor, row: int, count: int) -> list[tuple[int, float]]:

@@ -5,12 +5,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 
 import numpy as np
-import numpy.typing as npt
+from scipy.interpolate import PchipInterpolator
 from scipy.optimize import isotonic_regression
 
 from labelwise.measures.statistics import CONFIDENCE, FEWEST_DRAWS, Floats, mean_squares
 
 _SAMPLES = 4000
+_FINE = 64  # places between two numbers of labels where the curve is computed
 
 
 @dataclass(frozen=True)
@@ -39,9 +40,10 @@ def labels_saved(
 ) -> LabelsSaved | None:
     """Read off the baseline's curve how many labels it needs to be as accurate as a method.
 
-    The curve is the mean over draws and images, made monotone and interpolated in the logarithm of the labels. Its
-    interval: the means of curve and method are drawn anew together, with their crossed covariance over draws x
-    images (Student's t for the part of the draws, which are few), and each time the curve is read again.
+    The curve is the mean over draws and images, made monotone and joined by monotone cubics in the logarithm of the labels
+    (curves bend: straight lines are further off, recipes/LOG.md). Its interval: the means of curve and method are drawn
+    anew together, with their crossed covariance over draws x images (Student's t for the part of the draws, which are few),
+    and each time the curve is read again.
 
     Args:
         baseline: By labels and draw, right or not, (T,); the same T test images everywhere. Numbers of labels with
@@ -52,6 +54,8 @@ def labels_saved(
 
     Returns:
         None where the baseline has one number of labels only, there is one test image, or fewer than three draws are shared by all.
+
+    Source: Fritsch and Butland 1984 (SIAM J. Sci. Stat. Comput. 5), the slopes of the cubics.
     """
     counts = sorted(count for count, draws in baseline.items() if len(draws) >= FEWEST_DRAWS)
     arms = [*(baseline[count] for count in counts), method]
@@ -73,25 +77,36 @@ def labels_saved(
         for each in (by_draws, by_images)
     )
     samples = means + luck / np.sqrt(rng.chisquare(r - 1, (_SAMPLES, 1)) / (r - 1)) + ease
-    read = np.array([_read_off(counts, sample[:-1], sample[-1]) for sample in samples])
+    every = np.vstack([means, samples])
+    matches, *read = _read_off(counts, every[:, :-1], every[:, -1])
     low, high = (
         float(np.quantile(read, share, method="nearest"))
         for share in ((1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2)
     )
-    return LabelsSaved(labels, _read_off(counts, means[:-1], means[-1]), low, high, r, counts[0], counts[-1])
+    return LabelsSaved(labels, float(matches), low, high, r, counts[0], counts[-1])
 
 
-def _read_off(counts: Sequence[int], curve: Floats, accuracy: float) -> float:
-    """Fewest labels at which the monotone curve reaches an accuracy; 0 or infinite beyond its ends."""
-    rising: npt.NDArray[np.float64] = isotonic_regression(curve).x
-    if accuracy > rising[-1]:
-        return math.inf
-    after = int(np.searchsorted(rising, accuracy))  # the first that is no lower: left end of a plateau
-    if after == 0:
-        return float(counts[0]) if accuracy == rising[0] else 0.0
-    share = (accuracy - rising[after - 1]) / (rising[after] - rising[after - 1])
-    low, high = math.log(counts[after - 1]), math.log(counts[after])
-    return math.exp(low + share * (high - low))
+def _read_off(counts: Sequence[int], curves: Floats, accuracies: Floats) -> Floats:
+    """Fewest labels at which each monotone curve reaches an accuracy; 0 or infinite beyond its ends, (S,).
+
+    Args:
+        counts: Numbers of labels, (K,), ascending.
+        curves: Accuracies at those, (S, K).
+        accuracies: What each curve shall reach, (S,).
+    """
+    rising = np.stack([isotonic_regression(curve).x for curve in curves])
+    knots = np.log(counts)
+    places = np.interp(np.arange(_FINE * (len(counts) - 1) + 1) / _FINE, np.arange(len(counts)), knots)
+    heights = PchipInterpolator(knots, rising, axis=1)(places)  # (S, G)
+    heights[:, ::_FINE] = rising  # exactly
+    after = (heights < accuracies[:, None]).sum(axis=1)  # the first that is no lower: left end of a plateau
+    last = np.clip(after, 1, len(places) - 1)[:, None]
+    left, right = (np.take_along_axis(heights, each, axis=1)[:, 0] for each in (last - 1, last))
+    share = np.divide(accuracies - left, right - left, out=np.zeros(len(rising)), where=right > left)
+    labels = np.exp(places[last - 1] + share[:, None] * (places[last] - places[last - 1]))[:, 0]
+    labels = np.where(accuracies > rising[:, -1], math.inf, labels)
+    found: Floats = np.where(accuracies < rising[:, 0], 0.0, np.where(after == 0, counts[0], labels))
+    return found
 
 
 def _of_eigenvalues(matrix: Floats, function: Callable[[Floats], Floats] = np.positive) -> Floats:

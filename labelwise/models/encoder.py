@@ -150,7 +150,8 @@ def _has_known_stem(backbone: str, backbone_args: dict[str, Any]) -> bool:
 def _has_pooling(backbone: str, backbone_args: dict[str, Any]) -> bool:
     if not timm.is_model(backbone.split(".", maxsplit=1)[0]):
         return True  # create_encoder says what is wrong
-    return isinstance(getattr(_outline(backbone, backbone_args), "maxpool", None), nn.Module)
+    pooling = getattr(_outline(backbone, backbone_args), "maxpool", None)
+    return isinstance(pooling, nn.Module) and not list(pooling.parameters())  # convolutions are there in some
 
 
 def _outline(backbone: str, backbone_args: dict[str, Any]) -> nn.Module:

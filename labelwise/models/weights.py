@@ -61,7 +61,9 @@ def load_backbone(path: Path, encoder: Encoder) -> None:
     try:
         encoder.backbone.load_state_dict({key: held[fitting[0] + key] for key in wanted})
     except RuntimeError as error:
-        raise DataError(f"{path}: these are not the weights of this backbone: {error}") from None
+        raise DataError(
+            f"{path}: these are not the weights of this backbone at this image size: {error}"
+        ) from None
 
 
 def _read_state(path: Path) -> dict[str, Any]:

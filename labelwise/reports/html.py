@@ -12,7 +12,7 @@ from labelwise import rundir
 from labelwise.reports import plots, text
 from labelwise.rundir import RunDirectory
 
-_CALIBRATED = ("simclr", "simclr_probe", "supervised")
+_PROBES = ("random_probe", "pixels")  # whose confidence nobody will use
 _MOST_CLASSES = 30  # a confusion matrix beyond this cannot be read
 _SIDE_BY_SIDE = 10  # of up to so many classes it leaves room for a neighbour
 _UPRIGHT = 3  # letters of a class that fit over a column of the matrix
@@ -48,7 +48,8 @@ def render(document: dict[str, Any], run: RunDirectory) -> str:
         test_line=text.test_line(document),
         columns=columns,
         rows=_table_rows(document, rows),
-        note=text.TABLE_NOTE,
+        note=text.table_note(document),
+        interval_of=text.interval_of(document),
         saved=[text.saved_in_words(saved, document["label_cost"]) for saved in document["labels_saved"]],
         accuracy_plot=_figure(plots.accuracy_against_labels(document) if document["summary"] else ""),
         curves=_figure(plots.learning_curves(metrics) if metrics else ""),
@@ -67,10 +68,12 @@ def render(document: dict[str, Any], run: RunDirectory) -> str:
         costs=text.costs(document, metrics),
         mosaic=_picture(run.views),
         suspects=_suspects(run) if document["label_check"] else [],
-        check_note=text.CHECK_NOTE,
+        check_note=text.check_note(document),
         queries=rundir.read_json(run.neighbours)["queries"] if run.neighbours.exists() else [],
-        pairs=_pairs(run),
+        pairs=_pairs(run.near_copies),
         grouped=text.grouped_in_words(document["data"]),
+        lookalikes=text.lookalikes_in_words(document),
+        lookalike_pairs=_pairs(run.lookalikes),
         environment_rows=_environment_rows(document["environment"]),
     )
 
@@ -115,9 +118,9 @@ def _suspects(run: RunDirectory) -> list[dict[str, Any]]:
     return [each for each in rundir.read_json(run.label_check)["suspects"] if "thumbnail" in each]
 
 
-def _pairs(run: RunDirectory) -> list[dict[str, Any]]:
-    """The near-copies that have pictures."""
-    found = rundir.read_derived(run.near_copies) or {"pairs": []}
+def _pairs(file: Path) -> list[dict[str, Any]]:
+    """The pairs of images that have pictures."""
+    found = rundir.read_derived(file) or {"pairs": []}
     return [each for each in found["pairs"] if "thumbnails" in each]
 
 
@@ -127,9 +130,9 @@ def _figure(svg: str) -> Markup:
 
 
 def _calibration(document: dict[str, Any]) -> list[dict[str, Any]]:
-    """Calibration of the trained methods at the most labels."""
+    """Calibration at the most labels of what somebody might use."""
     most = max((each["labels"] for each in document["calibration"]), default=0)
-    return [each for each in document["calibration"] if each["labels"] == most and each["arm"] in _CALIBRATED]
+    return [each for each in document["calibration"] if each["labels"] == most and each["arm"] not in _PROBES]
 
 
 def _of_whom(document: dict[str, Any]) -> str:

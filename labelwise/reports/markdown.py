@@ -14,7 +14,7 @@ def render(document: dict[str, Any]) -> str:
         lines += [
             *write_table(columns, rows),
             "",
-            text.TABLE_NOTE,
+            text.table_note(document),
             "",
             *(
                 f"- {text.saved_in_words(saved, document['label_cost'])}"
@@ -29,15 +29,15 @@ def render(document: dict[str, Any]) -> str:
         f"- test: {text.test_line(document)}",
         "",
     ]
-    grouped = text.grouped_in_words(document["data"])
-    if grouped:
-        lines[-1:] = [f"- {grouped}", ""]
+    for words in (text.grouped_in_words(document["data"]), text.lookalikes_in_words(document)):
+        if words:
+            lines[-1:] = [f"- {words}", ""]
     check = document["label_check"]
     if check:
         lines += [
             "## Labels to look at again",
             "",
-            f"{escape(text.doubts_in_words(check))}. {text.CHECK_NOTE}",
+            f"{escape(text.doubts_in_words(check))}. {text.check_note(document)}",
             "",
         ]
         lines += [

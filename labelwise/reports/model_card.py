@@ -25,8 +25,8 @@ def render(document: dict[str, Any], classifier: dict[str, Any], short_side: int
         f"# Image classifier: {name}",
         "",
         f"A {spec['backbone']} that tells {len(classifier['classes'])} classes apart. It was pretrained with SimCLR on "
-        f"{data['pool']:,} images without their labels and fine-tuned on all {classifier['labels']:,} labels outside the "
-        "test set. Made with Labelwise.",
+        f"{data['pool']:,} images without their labels and fine-tuned on all {classifier['labels']:,} labels"
+        f"{'' if document['folds'] else ' outside the test set'}. Made with Labelwise.",
         "",
         "## Files",
         "",
@@ -91,6 +91,11 @@ def _rows(summary: list[dict[str, Any]]) -> list[list[str]]:
 def _of_itself(document: dict[str, Any], classifier: dict[str, Any]) -> str:
     """What is known of the very classifier that is kept."""
     most = max((row["labels"] for row in document["results"] if row["method"] == "simclr"), default=0)
+    if document["folds"]:
+        return (
+            f"The classifier that is kept has all {classifier['labels']:,} labels; those that were measured had {most:,} of them at most, "
+            "and were tested on others."
+        )
     if most == classifier["labels"]:
         return "The last row is of as many labels as the classifier that is kept; that one was trained once more."
     return (

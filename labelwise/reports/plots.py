@@ -83,7 +83,7 @@ def reliability_diagram(entries: list[dict[str, Any]], names: dict[str, str]) ->
         for entry in entries:
             sure = [100 * group["confidence"] for group in entry["groups"]]
             right = [100 * group["accuracy"] for group in entry["groups"]]
-            color = COLORS[entry["arm"]]
+            color = COLORS.get(entry["arm"], OTHER)
             name = names[entry["arm"]]
             axes.plot(sure, right, "o-", color=color, linewidth=2, markersize=5, label=name, clip_on=False)
         axes.set_xlabel("confidence, %")

@@ -7,13 +7,43 @@ from typing import Any
 from labelwise.terminal import duration
 
 MACRO = ", mean over classes"
-TABLE_NOTE = "Accuracy in %, mean over random label draws [95 % interval over draws and test images]. Gain: fine-tuned SimCLR minus from scratch, same draws."
 
-CHECK_NOTE = (
+
+def interval_of(document: dict[str, Any]) -> str:
+    """What the intervals of a report let be drawn again."""
+    return (
+        "over draws, each tested on a fold of the labels"
+        if document["folds"]
+        else "over draws and test images"
+    )
+
+
+def table_note(document: dict[str, Any]) -> str:
+    """What stands under the table of methods."""
+    return (
+        f"Accuracy in %, mean over random label draws [95 % interval {interval_of(document)}]. "
+        "Gain: fine-tuned SimCLR minus from scratch, same draws."
+    )
+
+
+def check_note(document: dict[str, Any]) -> str:
+    """What stands under the labels that look wrong."""
+    if document["folds"]:
+        return (
+            _CHECK_NOTE
+            + "Here every label is also tested: labels that are mended after this list favour the encoder that made it."
+        )
+    return (
+        _CHECK_NOTE
+        + "Test labels are left alone: to mend only those that a model doubts would favour that model."
+    )
+
+
+_CHECK_NOTE = (
     "Each label outside the test set is compared with what the ten most similar images, and a linear probe that was not "
     "told this label, say of it; images that belong together (copies, bursts, group column) are not asked about each other, and "
     "a class whose labels are one image or group cannot be judged. The weaker the encoder, the more of these labels "
-    "are right after all. Test labels are left alone: to mend only those that a model doubts would favour that model."
+    "are right after all. "
 )
 
 
@@ -144,6 +174,28 @@ def grouped_in_words(data: dict[str, Any]) -> str:
     return (
         f"Kept together, never on both sides of the split: {', '.join(tied)}. "
         f"{words if left_out else 'No image had to leave training for that.'}"
+    )
+
+
+def lookalikes_in_words(document: dict[str, Any]) -> str:
+    """`3 of 372 test images are ...`, and the gain without them; empty where none are."""
+    found = document["lookalikes"]
+    if not found or not found["pairs"]:
+        return ""
+    count = len(found["pairs"])
+    words = (
+        f"{count:,} of {found['tested']:,} test images {'is' if count == 1 else 'are'}, to the encoder, as like an image it was trained "
+        f"on as like a slight crop of {'itself' if count == 1 else 'themselves'}: the same thing once more, or what it cannot tell apart."
+    )
+    gains = {entry["labels"]: entry["gain"] for entry in document["summary"]}
+    without = [
+        f"{points(each)} with {each['labels']:,} labels (with {'it' if count == 1 else 'them'} {100 * gains[each['labels']]['mean']:+.1f})"
+        for each in found["gains"]
+    ]
+    return (
+        f"{words} Without {'it' if count == 1 else 'them'} the gain is {', '.join(without)}."
+        if without
+        else words
     )
 
 

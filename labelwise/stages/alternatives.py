@@ -5,12 +5,13 @@ timm fetches its weights once; weights that cannot be had are left out of the co
 """
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 
 from labelwise import terminal
 from labelwise.config import ALTERNATIVES, OwnWeights, read_own_weights
@@ -19,10 +20,12 @@ from labelwise.images.cache import read_evaluations
 from labelwise.models.encoder import EncoderSpec, create_encoder, keep_resolution, pretrained_spec
 from labelwise.models.features import extract_features
 from labelwise.models.weights import load_backbone
+from labelwise.stages.finetuning import Rows
 from labelwise.stages.methods import Bench, Start
 
 DINOV2 = "vit_small_patch14_dinov2.lvd142m"
 _DINOV2_SIZE = 224  # timm's 518 takes six times as long
+_CHUNK = 256
 _REFERENCE = 2000  # images of the pool whose features set the scale of all
 
 
@@ -89,19 +92,26 @@ def add_alternative(bench: Bench, method: str, alternative: Alternative) -> None
     reference = np.union1d(bench.labeled, bench.pool[:: max(1, len(bench.pool) // _REFERENCE)])
     rows = np.union1d(reference, bench.test)
     features = np.zeros((len(bench.names), network.features), dtype=np.float32)
-    size, deep = alternative.spec.image_size, bench.cache.intensity_range
+    normalization = alternative.spec.normalization
     with terminal.track(f"features of {method}", len(rows)) as bar:
-        for chunk, pixels in read_evaluations(bench.images, rows, size, deep):
+        for chunk, pixels in _evaluations(bench, rows, alternative.spec.image_size):
             everything = np.arange(len(chunk))
-            features[chunk] = extract_features(
-                network, pixels, everything, alternative.spec.normalization, bench.device
-            ).numpy()
+            found = extract_features(network, pixels, everything, normalization, bench.device)
+            features[chunk] = found.numpy()
             bar.advance(len(chunk))
     if not np.isfinite(features).all():
         raise DataError("its features are not numbers.")
     bench.features[method], bench.references[method] = features, reference
     if alternative.whole:
         bench.starts[method] = Start(network.to("cpu"), alternative.spec)
+
+
+def _evaluations(bench: Bench, rows: Rows, size: int) -> Iterable[tuple[Rows, npt.NDArray[np.uint8]]]:
+    """Images of a size, in chunks of rows: from the cache where it holds that size, else from the files."""
+    if size != bench.spec.image_size:
+        return read_evaluations(bench.images, rows, size, bench.cache.intensity_range)
+    chunks = np.split(rows, range(_CHUNK, len(rows), _CHUNK))
+    return ((chunk, bench.cache.evaluations[chunk]) for chunk in chunks)
 
 
 def _of_timm(backbone: str, image_size: int | None) -> Alternative:

@@ -1,15 +1,27 @@
-"""Which labels look wrong: found after a comparison, for a person to look at; nothing is changed by it."""
+"""Labels that look wrong, test images that look like training images: found after a comparison, for a person to look at.
+
+Nothing is changed by it.
+"""
 
 from collections import defaultdict
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
+import torch
+import torch.nn.functional as F
 
 from labelwise import rundir, terminal
+from labelwise.images.grouping import SMALLEST
+from labelwise.measures.knn import most_similar
 from labelwise.measures.label_check import class_support, doubt, judged_classes
-from labelwise.stages.methods import Bench, frozen_features
+from labelwise.stages.methods import Bench, features_of, frozen_features
 from labelwise.stages.reporting import SUSPECTS
 from labelwise.views.mosaic import encode_thumbnail
+
+_MARGIN = 0.05  # of a side, cropped at each end
+_PICTURED = 12  # pairs
+_CHUNK = 512
 
 
 def check_labels(bench: Bench, signature: str) -> None:
@@ -69,6 +81,62 @@ def check_labels(bench: Bench, signature: str) -> None:
         "classes": _classes(bench, agreed),
     }
     rundir.write_json(file, found)
+
+
+def check_lookalikes(bench: Bench, signature: str) -> None:
+    """Write which test images are as like an image of the pool, to the encoder, as they are like a slight crop of themselves.
+
+    Those may be near-copies that the search by pixels missed, or the same scene once more. They stay in the test set: what an
+    encoder finds alike is its own opinion. The report tells the gain without them.
+
+    Args:
+        bench: What was compared on; with folds, or images too small to tell, nothing is written.
+        signature: As in `check_labels`.
+    """
+    file = bench.run.lookalikes
+    before = rundir.read_derived(file)
+    if before is not None and before["signature"] == signature:
+        return
+    file.unlink(missing_ok=True)
+    rows = bench.test[bench.cache.sizes[bench.test].min(axis=1) >= SMALLEST]
+    if bench.folds or not len(rows):
+        return
+    features = torch.from_numpy(frozen_features(bench, "encoder"))
+    own = torch.cat(
+        [
+            F.cosine_similarity(
+                features[chunk],
+                torch.from_numpy(features_of(bench, _crop_a_little(bench.cache.evaluations[chunk]))),
+            )
+            for chunk in np.split(rows, range(_CHUNK, len(rows), _CHUNK))
+        ]
+    )
+    places, similarity = most_similar(features[bench.pool], features[rows])
+    closest = torch.argsort(similarity, descending=True, stable=True).tolist()
+    found = [place for place in closest if similarity[place] >= own[place]]
+    pairs = [
+        {
+            "names": [bench.names[rows[place]], bench.names[bench.pool[places[place]]]],
+            "similarity": round(float(similarity[place]), 3),
+            "own": round(float(own[place]), 3),
+        }
+        for place in found
+    ]
+    for place, pair in zip(found[:_PICTURED], pairs, strict=False):
+        both = (rows[place], bench.pool[places[place]])
+        pair["thumbnails"] = [encode_thumbnail(bench.cache.evaluations[row]) for row in both]
+    rundir.write_json(file, {"signature": signature, "tested": len(rows), "pairs": pairs})
+
+
+def _crop_a_little(pixels: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
+    """The middle of images, nine tenths of each side, at their size again, uint8, (M, E, E, 3)."""
+    size = pixels.shape[1]
+    margin = max(1, round(_MARGIN * size))
+    images = torch.from_numpy(np.array(pixels)).permute(0, 3, 1, 2).float()
+    images = images[:, :, margin : size - margin, margin : size - margin]
+    grown = F.interpolate(images, size=(size, size), mode="bicubic", antialias=True)
+    cropped: npt.NDArray[np.uint8] = grown.clamp(0, 255).round().byte().permute(0, 2, 3, 1).numpy()
+    return cropped
 
 
 def _suspect(bench: Bench, row: int, looks_like: int, margin: float | None) -> dict[str, Any]:

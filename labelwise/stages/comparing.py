@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from labelwise import environment, rundir, terminal
-from labelwise.config import FinetuneSettings, parse_duration, read_run_config, to_toml
+from labelwise.config import MOST_DRAWS, FinetuneSettings, parse_duration, read_run_config, to_toml
 from labelwise.errors import DataError, UsageError
 from labelwise.images.cache import ImageCache, build_cache
 from labelwise.images.grouping import Groups, group_images
@@ -35,7 +35,7 @@ from labelwise.models.weights import load_encoder, save_module
 from labelwise.predictions import keep_predictions, read_predictions, store_predictions
 from labelwise.rundir import RunDirectory
 from labelwise.stages.alternatives import Alternative, add_alternative, find_alternatives
-from labelwise.stages.checking import check_labels
+from labelwise.stages.checking import check_labels, check_lookalikes
 from labelwise.stages.finetuning import Floats, Rows
 from labelwise.stages.methods import (
     STOPPED,
@@ -141,6 +141,7 @@ def _compare(run: RunDirectory, settings: FinetuneSettings) -> None:
         )
     if {"simclr", "simclr_probe"} & set(settings.methods):
         check_labels(bench, _signature(bench))
+        check_lookalikes(bench, _signature(bench))
     _write_settings(run, settings)
 
 
@@ -192,11 +193,7 @@ def _set_up(run: RunDirectory, settings: FinetuneSettings) -> Bench:
         [place[name] for name in lock["names"] if labels[place[name]] >= 0 and cache.readable[place[name]]],
         dtype=np.int64,
     )
-    if lock["names"] and not len(test):
-        raise DataError(
-            f"{run.path}: none of its {len(lock['names'])} test images has a label; label them, or give --test FOLDER."
-        )
-    if len(test) < len(lock["names"]):
+    if 0 < len(test) < len(lock["names"]):
         terminal.say(
             f"test       {len(test):,} of {len(lock['names']):,} locked test images have a label; label the others for narrower intervals"
         )
@@ -211,9 +208,19 @@ def _set_up(run: RunDirectory, settings: FinetuneSettings) -> Bench:
             f"{data['root']}: class {classes[missing[0]]!r} has no labeled image outside the test set; label one, or leave the class out."
         )
     folds = 0
-    if not lock["names"]:
+    if not len(test):
+        if settings.test is not None or "test" in images.splits:
+            raise DataError(
+                f"{run.path}: none of its {len(lock['names'])} test images has a label; label them, or give another --test FOLDER."
+            )
+        if lock["names"]:
+            terminal.warn(
+                f"none of the {len(lock['names']):,} locked test images has a label, so the labels are tested in turn; label some of "
+                f"those that {run.test_lock} names, or give --test FOLDER, for images that the encoder has not seen."
+            )
         test, folds = labeled, _count_folds(data["root"], labels[labeled], groups.of[labeled], classes)
-        test_method = f"no test set: {folds}-fold cross-validation; the encoder saw them, without labels"
+        seen = sum(not images.names[row].startswith(OUTSIDE) for row in labeled)
+        test_method = f"no test set: {folds}-fold cross-validation; the encoder saw {'all' if seen == len(labeled) else f'{seen:,}'} of them, without labels"
     keep_freed_memory()
     plan = rundir.read_json(run.environment)["plan"]
     policy = _view_policy(read_run_config(run.config), plan)
@@ -235,7 +242,7 @@ def _count_folds(root: str, labels: Rows, groups: Rows, classes: list[str]) -> i
     smallest = int(sizes.argmin())
     if sizes[smallest] < FEWEST_FOLDS:
         raise DataError(
-            f"{root}: no test images were held out, and to test on the labels in turn each class needs two labeled images or groups; "
+            f"{root}: there are no labeled test images, and to test the labels in turn each class needs two labeled images or groups; "
             f"{classes[smallest]!r} has {sizes[smallest]}. Label more of it, or give --test FOLDER."
         )
     return min(MOST_FOLDS, int(sizes[smallest]))
@@ -340,8 +347,8 @@ def _label_counts(settings: FinetuneSettings, bench: Bench) -> dict[int, float |
 
     Each is at least one per class, and at most all there are.
     """
-    tested = [len(tested_in(bench, draw)) for draw in range(bench.settings.draws)] if bench.folds else [0]
-    there, classes, pool = len(bench.labeled) - max(tested), len(bench.classes), len(bench.pool)
+    held = [len(tested_in(bench, draw)) for draw in range(MOST_DRAWS)] if bench.folds else [0]
+    there, classes, pool = len(bench.labeled) - max(held), len(bench.classes), len(bench.pool)
     if settings.fraction and settings.label_counts:
         raise UsageError("--fraction and --label-counts say the same thing twice; give one.")
     asked: list[tuple[str, int, float | None]]
@@ -419,16 +426,18 @@ def _with_weights(
     return jobs
 
 
+def _known(bench: Bench) -> Rows:
+    """Rows that have a label and take part."""
+    return bench.labeled if bench.folds else np.concatenate([bench.labeled, bench.test])
+
+
 def _signature(bench: Bench) -> str:
     """Hash of what decides a result besides method, number of labels and draw."""
     deciding = {"seed", "batch_size", "crop_scale", "steps", "scratch_steps", "scratch_rate"}
     settings = bench.settings.model_dump(mode="json", include=deciding)
-    known = [
-        f"{bench.names[row]}={bench.classes[bench.labels[row]]}" for row in (*bench.labeled, *bench.test)
-    ]
-    group, _ = one_of_each(
-        bench.groups[(rows := np.concatenate([bench.labeled, bench.test]))], bench.labels[rows]
-    )
+    rows = _known(bench)
+    known = [f"{bench.names[row]}={bench.classes[bench.labels[row]]}" for row in rows]
+    group, _ = one_of_each(bench.groups[rows], bench.labels[rows])
     tied = [] if len(np.unique(group)) == len(group) else [f"groups={group.tolist()}"]
     return hash_names([*(f"{key}={value}" for key, value in sorted(settings.items())), *known, *tied])[:16]
 
@@ -465,7 +474,7 @@ def _finished(bench: Bench, alternatives: dict[str, Alternative]) -> set[Job]:
 
 def _move_results(run: RunDirectory, source: Path, target: Path) -> None:
     """Move predictions, then the results that rest on them, from one folder to another, if there are any."""
-    for file in (run.label_check.name, run.predictions.name, run.results.name):
+    for file in (run.label_check.name, run.lookalikes.name, run.predictions.name, run.results.name):
         if (source / file).exists():
             target.mkdir(exist_ok=True)
             (source / file).replace(target / file)
@@ -481,7 +490,9 @@ def _store(
     facts: dict[str, Any],
 ) -> None:
     """Keep predictions first, then the result: a result on disk always has its predictions."""
-    test = tested_in(bench, draw)
+    test, known = tested_in(bench, draw), _known(bench)
+    numbers, _ = one_of_each(bench.groups[known], bench.labels[known])  # more unlabeled images change nothing
+    group = dict(zip(known.tolist(), numbers.tolist(), strict=True))
     truth, predicted = bench.labels[test], probabilities.argmax(axis=1)
     store_predictions(
         bench.run.predictions,
@@ -490,7 +501,7 @@ def _store(
         len(rows),
         names=[bench.names[row] for row in test],
         truth=[bench.classes[label] for label in truth],
-        groups=bench.groups[test].tolist(),
+        groups=[group[row] for row in test.tolist()],
         predicted=[bench.classes[label] for label in predicted],
         probabilities=probabilities,
     )
@@ -545,10 +556,11 @@ def _announce(bench: Bench, counts: Sequence[int], jobs: int, done: int) -> None
     )
     if len(bench.labeled) in counts:
         terminal.say(f"           all {len(bench.labeled):,} labels are one draw: no interval there")
-    tested, independent = len(bench.test), len(np.unique(bench.groups[bench.test]))
+    test = np.unique(np.concatenate([tested_in(bench, draw) for draw in range(bench.settings.draws)]))
+    tested, independent = len(test), len(np.unique(bench.groups[test]))
     share = 1.96 * math.sqrt(0.25 / independent)
     grouped = f" in {independent:,} groups" if independent < tested else ""
-    turn = f", the labeled ones in turn: no test set, {bench.folds} folds" if bench.folds else ""
+    turn = f", labeled ones in turn: no test set, {bench.folds} folds" if bench.folds else ""
     terminal.say(
         f"test       {tested:,} images{grouped}{turn}; they alone leave up to \u00b1{100 * share:.1f} points"
     )

@@ -82,6 +82,7 @@ class Bench:
         features: Frozen features by kind, filled on first use; of other networks, before the methods start.
         references: Rows whose features set the scale for a probe, by kind; the pool where nothing is said.
         starts: Networks that are fine-tuned, by method, besides our own.
+        cut: The folds of every repeat, filled on first use.
         stop: Whether somebody asked to stop.
         building: Held while weights are drawn, from a generator that all threads share.
     """
@@ -107,6 +108,7 @@ class Bench:
     features: dict[str, Floats] = dataclasses.field(default_factory=dict)
     references: dict[str, Rows] = dataclasses.field(default_factory=dict)
     starts: dict[str, "Start"] = dataclasses.field(default_factory=dict)
+    cut: dict[int, list[Rows]] = dataclasses.field(default_factory=dict)
     stop: StopRequest = dataclasses.field(default_factory=StopRequest)
     building: threading.Lock = dataclasses.field(default_factory=threading.Lock)
 
@@ -149,9 +151,11 @@ def tested_in(bench: Bench, draw: int) -> Rows:
     if not bench.folds:
         return bench.test
     repeat, fold = divmod(draw, bench.folds)
-    seed = int(seeding.combine(bench.settings.seed, repeat)) % 2**31
-    rows = bench.labeled
-    return rows[stratified_folds(bench.labels[rows], bench.folds, seed, bench.groups[rows])[fold][1]]
+    if repeat not in bench.cut:
+        seed, rows = int(seeding.combine(bench.settings.seed, repeat)) % 2**31, bench.labeled
+        cut = stratified_folds(bench.labels[rows], bench.folds, seed, bench.groups[rows])
+        bench.cut[repeat] = [rows[held] for _, held in cut]
+    return bench.cut[repeat][fold]
 
 
 def is_trained(method: str, bench: Bench) -> bool:
@@ -379,11 +383,19 @@ def frozen_features(bench: Bench, kind: str) -> Floats:
     if kind == "network" and not has_kept_layer(read_metadata(bench.run.head)):
         kind = "encoder"  # nothing of the head stays on it
     if kind not in bench.features:
-        bench.features[kind] = _small_pixels(bench) if kind == "pixels" else _network_features(bench, kind)
+        bench.features[kind] = (
+            _small_pixels(bench) if kind == "pixels" else features_of(bench, bench.cache.evaluations, kind)
+        )
     return bench.features[kind]
 
 
-def _network_features(bench: Bench, kind: str) -> Floats:
+def features_of(bench: Bench, pixels: npt.NDArray[np.uint8], kind: str = "encoder") -> Floats:
+    """Features of other pictures than those of the set, (M, F).
+
+    Args:
+        pixels: As evaluation images are, uint8, (M, E, E, 3).
+        kind: As in `frozen_features`, but `pixels`.
+    """
     if kind == "random":
         torch.manual_seed(bench.settings.seed)
         network: nn.Module = create_encoder(bench.spec)
@@ -394,10 +406,8 @@ def _network_features(bench: Bench, kind: str) -> Floats:
     network = bench.precision.arrange(network).to(bench.device)
     if kind == "random":
         _settle_statistics(bench, network)
-    rows = np.arange(len(bench.names))
-    return extract_features(
-        network, bench.cache.evaluations, rows, bench.spec.normalization, bench.device
-    ).numpy()
+    rows = np.arange(len(pixels))
+    return extract_features(network, pixels, rows, bench.spec.normalization, bench.device).numpy()
 
 
 @torch.no_grad()

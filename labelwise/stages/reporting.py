@@ -64,13 +64,13 @@ class Scores:
     Attributes:
         right: By labels, method and draw: 1 where right, else 0, (T,).
         test: What was tested, the same images for all or folds of the labels in turn.
-        tested: How many images in all.
+        names: Of all images that were tested, sorted.
         groups: How many groups they are in; None where each stands for itself.
     """
 
     right: dict[int, dict[str, dict[int, Floats]]]
     test: TestSet | Folds
-    tested: int
+    names: list[str]
     groups: int | None
 
 
@@ -86,7 +86,8 @@ def report(run: RunDirectory, label_cost: float | None = None) -> dict[str, Any]
     """
     data, surroundings = rundir.read_json(run.data), rundir.read_json(run.environment)
     results, predictions = rundir.read_jsonl(run.results), read_predictions(run.predictions, PREDICTED)
-    computed = compute(results, predictions, score(results, predictions), data["pool"])
+    lookalikes = read_lookalikes(run)
+    computed = compute(results, predictions, score(results, predictions), data["pool"], lookalikes)
     summary, test_uses, check = computed["summary"], _test_uses(run), _label_check(run)
     classifier = kept_classifier(run, results)
     document = {
@@ -109,19 +110,25 @@ def report(run: RunDirectory, label_cost: float | None = None) -> dict[str, Any]
 
 
 def compute(
-    results: list[Result], predictions: dict[str, list[Any]], scores: Scores, pool: int
+    results: list[Result],
+    predictions: dict[str, list[Any]],
+    scores: Scores,
+    pool: int,
+    lookalikes: dict[str, Any] | None,
 ) -> dict[str, Any]:
-    """The part of report.json that rests on results and predictions alone, and on the size of the pool."""
+    """The part of report.json that rests on results and predictions alone, on the size of the pool and on `read_lookalikes`."""
     summary = _summarize(results, scores)
     return {
-        "verdict": _verdict(summary, pool, scores.tested if scores.groups is None else scores.groups),
+        "verdict": _verdict(summary, pool, len(scores.names) if scores.groups is None else scores.groups),
         "summary": summary,
         "labels_saved": _labels_saved(results, scores),
         "results": results,
         "confusion": _confusion(summary, predictions),
         "calibration": _calibration(results, predictions),
-        "tested": scores.tested,
+        "folds": results[0].get("folds", 0) if results else 0,
+        "tested": len(scores.names),
         "test_groups": scores.groups,
+        "lookalikes": lookalikes and {**lookalikes, "gains": _gains_without(scores, lookalikes)},
     }
 
 
@@ -136,7 +143,7 @@ def show(document: dict[str, Any]) -> None:
     if document["summary"]:
         columns, rows = text.table(document)
         terminal.emit_table("", columns, rows)
-        terminal.emit(text.TABLE_NOTE)
+        terminal.emit(text.table_note(document))
         terminal.emit("")
     for saved in document["labels_saved"]:
         terminal.emit(f"saved  {text.saved_in_words(saved, document['label_cost'])}")
@@ -182,10 +189,11 @@ def score(results: list[Result], predictions: dict[str, list[Any]]) -> Scores:
     groups = {draw: np.array([number[name] for name, _ in images]) for draw, images in tested.items()}
     test: TestSet | Folds
     if folds:
-        test = Folds(truth, groups, 1 / (folds - 1))
+        shares = [row["n_test"] / (row["labels_there"] - row["n_test"]) for row in results]
+        test = Folds(truth, groups, float(np.mean(shares)))
     else:
         test = TestSet(truth.get(0, np.array([])), groups[0] if tied else None)
-    return Scores(right, test, len(there), len(set(number.values())) if tied else None)
+    return Scores(right, test, there, len(set(number.values())) if tied else None)
 
 
 def _summarize(results: list[Result], scores: Scores) -> list[dict[str, Any]]:
@@ -247,6 +255,25 @@ def _labels_saved(results: list[Result], scores: Scores) -> list[dict[str, Any]]
         if found is not None:
             saved.append({"arm": arm, "against": against, **found.to_json()})
     return saved
+
+
+def _gains_without(scores: Scores, lookalikes: dict[str, Any]) -> list[dict[str, Any]]:
+    """Fine-tuned SimCLR minus from scratch on the test images that resemble no training image, at each number of labels."""
+    test = scores.test
+    kept = ~np.isin(scores.names, [pair["names"][0] for pair in lookalikes["pairs"]])
+    if isinstance(test, Folds) or kept.all() or not kept.any():
+        return []
+    rest = TestSet(test.truth[kept], None if test.groups is None else test.groups[kept])
+    found = []
+    for labels, arms in sorted(scores.right.items()):
+        simclr, scratch = (
+            {draw: right[kept] for draw, right in arms.get(arm, {}).items()}
+            for arm in ("simclr", "supervised")
+        )
+        difference = rest.difference(simclr, scratch)
+        if difference is not None:
+            found.append({"labels": labels, **difference.to_json()})
+    return found
 
 
 def _everything(results: list[Result]) -> set[int]:
@@ -398,7 +425,8 @@ def _calibration(results: list[Result], predictions: dict[str, list[Any]]) -> li
 
 def _test_uses(run: RunDirectory) -> int:
     """How many classifiers were tested on the test set, those of earlier settings included."""
-    return sum(len(rundir.read_jsonl(file)) for file in run.results.parent.rglob("results.jsonl"))
+    files = run.results.parent.rglob("results.jsonl")
+    return sum(not row.get("folds") for file in files for row in rundir.read_jsonl(file))
 
 
 def _limits(
@@ -413,22 +441,26 @@ def _limits(
     if results:
         tested, groups = computed["tested"], computed["test_groups"]
         best = max(arm["mean"] for entry in summary for arm in entry["arms"].values())
-        if folds := results[0].get("folds"):
+        folds, most = computed["folds"], max(row["draw"] for row in results) + 1
+        if folds:
+            tied = f", in {groups:,} groups that stay whole (copies, bursts, group column)" if groups else ""
             limits.append(
-                f"No test set: the {tested:,} labeled images were tested in turn, in {folds} folds. The training sets of the draws overlap, "
-                "and the intervals count that in only roughly (Nadeau and Bengio 2003); they speak of this set of labels."
+                f"No test set: {tested:,} labeled images{tied} were tested in turn, in {folds} folds. The training sets of the draws overlap, "
+                "and the intervals count that in only roughly (Nadeau and Bengio 2003); they speak of this set of labels"
+                + (f", and more draws (--draws {4 * folds}) make them narrower." if most < 4 * folds else ".")
             )
+        if folds and "the encoder saw 0 of them" not in results[0]["test_method"]:
             limits.append(
                 "The encoder saw the tested images, without labels, and training from scratch did not: on new images its lead may be "
-                "smaller. Hold images out (--holdout 0.2), or give --test FOLDER, to know."
+                "smaller. Label images that were held out (splits/test.json names them, if there are any), or give --test FOLDER, to know."
             )
-        elif groups is None:
+        if not folds and groups is None:
             limits.append(
                 f"{tested:,} test images: from the images alone, an accuracy of {best:.0%} is known to "
                 f"\u00b1{100 * test_set_margin(best, tested):.1f} points, with {3 * tested:,} more to half of that. "
                 "Intervals in the table count that in."
             )
-        else:
+        elif not folds:
             limits.append(
                 f"{tested:,} test images belong to {groups:,} groups (copies, bursts, group column); intervals let whole groups "
                 "be drawn again, so a few large groups make them wide, and more groups make them narrower, not more images of these."
@@ -445,8 +477,8 @@ def _limits(
             )
         if computed["labels_saved"]:
             limits.append(
-                "Labels saved are read off straight lines between the measured numbers of labels. Learning curves bend, "
-                "so with numbers far apart the true saving may be smaller than its interval says."
+                "Labels saved are read off a smooth curve through the measured numbers of labels. Where those are far apart, more than "
+                "four times, the true curve may run elsewhere and the saving be smaller than its interval says."
             )
         macros = [arm for entry in summary for arm in entry.get("macro", {}).values()]
         if any(arm["n"] > 1 and arm["low"] is None for arm in macros):
@@ -473,10 +505,19 @@ def _limits(
 def _label_check(run: RunDirectory) -> dict[str, Any] | None:
     """Which labels look wrong, without their pictures; None where too few labels were there to say."""
     found = rundir.read_derived(run.label_check)
-    if found is None or "unlabeled" not in found:  # not there, or of an earlier version
+    if found is None or "groups" not in found:  # not there, or of an earlier version
         return None
     suspects = [{key: each[key] for key in each if key != "thumbnail"} for each in found["suspects"]]
     return {**found, "suspects": suspects[:SUSPECTS]}
+
+
+def read_lookalikes(run: RunDirectory) -> dict[str, Any] | None:
+    """Test images that resemble training images, without their pictures: how many were `tested`, and the `pairs`."""
+    found = rundir.read_derived(run.lookalikes)
+    if found is None:
+        return None
+    pairs = [{key: pair[key] for key in pair if key != "thumbnails"} for pair in found["pairs"]]
+    return {"tested": found["tested"], "pairs": pairs}
 
 
 def kept_classifier(run: RunDirectory, results: list[Result]) -> dict[str, Any] | None:

@@ -2,12 +2,14 @@
 
 import shutil
 import tomllib
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
 from labelwise import rundir, terminal
 from labelwise.errors import UsageError
 from labelwise.images.cache import list_caches
+from labelwise.predictions import read_predictions
 from labelwise.rundir import RunDirectory
 
 _MEGABYTE = 1e6
@@ -65,7 +67,7 @@ def compare_runs(first: Path, second: Path) -> dict[str, Any]:
     arms = [_means(run) for run in runs]
     return {
         "runs": [str(run.path) for run in runs],
-        "same_test": len({rundir.read_json(run.test_lock)["sha256"] for run in runs}) == 1,
+        "same_test": _have_same_test(*runs),
         "settings": {
             key: [each.get(key) for each in flat] for key in keys if flat[0].get(key) != flat[1].get(key)
         },
@@ -74,6 +76,19 @@ def compare_runs(first: Path, second: Path) -> dict[str, Any]:
             for labels, arm in sorted(arms[0].keys() & arms[1].keys())
         ],
     }
+
+
+def _have_same_test(first: RunDirectory, second: RunDirectory) -> bool:
+    """Whether in the draws that both runs have the same images were tested, with the same labels."""
+    tested: list[dict[int, set[tuple[str, str]]]] = []
+    for run in (first, second):
+        columns = read_predictions(run.predictions, ("draw", "name", "label"))
+        images = defaultdict(set)
+        for draw, name, label in zip(*columns.values(), strict=True):
+            images[draw].add((name, label))
+        tested.append(images)
+    shared = tested[0].keys() & tested[1].keys()
+    return all(tested[0][draw] == tested[1][draw] for draw in shared)
 
 
 def show_comparison(document: dict[str, Any]) -> None:

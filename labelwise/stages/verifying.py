@@ -12,7 +12,7 @@ from labelwise.images.splits import hash_names
 from labelwise.measures.statistics import macro_values
 from labelwise.predictions import read_predictions
 from labelwise.rundir import RunDirectory
-from labelwise.stages.reporting import PREDICTED, Scores, compute, score
+from labelwise.stages.reporting import PREDICTED, Scores, compute, read_lookalikes, score
 
 _SHOWN = 5
 _TOLERANCE = 1e-6  # other processors round otherwise
@@ -32,7 +32,8 @@ def verify(run: RunDirectory) -> dict[str, Any]:
         raise CheckpointError(f"{run.path}: has no report.json; run `labelwise report --run {run.path}`.")
     results, predictions = rundir.read_jsonl(run.results), read_predictions(run.predictions, PREDICTED)
     scores = score(results, predictions)
-    computed = compute(results, predictions, scores, rundir.read_json(run.data)["pool"])
+    pool = rundir.read_json(run.data)["pool"]
+    computed = compute(results, predictions, scores, pool, read_lookalikes(run))
     problems = [
         *_check_draws(run, results, predictions),
         *_check_results(results, predictions, scores),

@@ -1,0 +1,100 @@
+"""Test images that resemble training images: copies planted behind the back of the search by pixels are found and counted out."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from labelwise import rundir
+from labelwise.config import FinetuneSettings, PretrainSettings
+from labelwise.images.grouping import Groups
+from labelwise.images.near_copies import NearCopies
+from labelwise.measures.knn import most_similar
+from labelwise.predictions import read_predictions
+from labelwise.stages import comparing, pretraining
+from labelwise.stages.checking import _crop_a_little
+from labelwise.stages.comparing import finetune
+from labelwise.stages.pretraining import pretrain
+from labelwise.stages.reporting import report
+from labelwise.stages.verifying import verify
+
+ASKED: dict[str, Any] = {"methods": ("simclr", "supervised"), "label_counts": (8,), "draws": 3, "steps": 2, "scratch_steps": 2}  # fmt: skip
+COPIED = ("train/a/3.jpg", "train/b/5.jpg")
+
+
+def test_the_most_similar_row_is_that_of_loops() -> None:
+    rng = torch.Generator().manual_seed(0)
+    bank, queries = torch.randn(50, 8, generator=rng), torch.randn(1500, 8, generator=rng)
+    rows, similarity = most_similar(bank, queries)
+    for query in range(0, 1500, 97):
+        found = [float(torch.cosine_similarity(queries[query], each, dim=0)) for each in bank]
+        assert rows[query] == int(np.argmax(found))
+        assert float(similarity[query]) == pytest.approx(max(found), abs=1e-5)
+
+
+def test_a_slight_crop_is_the_middle_at_the_same_size() -> None:
+    ramp = np.broadcast_to(np.arange(40, dtype=np.uint8)[None, None, :, None] * 5, (3, 40, 40, 3))
+    cropped = _crop_a_little(ramp)
+    assert cropped.shape == ramp.shape
+    expected = 5 * (
+        2 + (np.arange(40) + 0.5) * 36 / 40 - 0.5
+    )  # of the 36 pixels in the middle, two off at each end
+    assert np.abs(cropped[1, 7, 3:-3, 2] - expected[3:-3]).max() < 1.5
+
+
+def test_planted_copies_are_listed_first_and_the_gain_without_them_is_told(
+    tmp_path: Path, photo: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images = tmp_path / "images"
+    for number in range(30):
+        for place, label in enumerate("ab"):
+            photo(images / "train" / label / f"{number}.jpg", 100 * place + number, (64, 48))
+    for number in range(8):
+        for place, label in enumerate("ab"):
+            photo(images / "test" / label / f"{number}.jpg", 1000 + 100 * place + number, (64, 48))
+    for name in COPIED:
+        source = Path(name)
+        whole = photo(
+            tmp_path / "again.png", 100 * "ab".index(source.parent.name) + int(source.stem), (64, 48)
+        )
+        whole.save(images / "test" / source.parent.name / "copy.jpg", quality=60)
+
+    def everyone_alone(images: Any, *_: Any) -> Groups:
+        return Groups(np.arange(len(images.names)), NearCopies.none(), {}, [])
+
+    for stage in (pretraining, comparing):
+        monkeypatch.setattr(stage, "group_images", everyone_alone)
+    backbone: dict[str, Any] = {"layers": [1, 1, 1, 1], "channels": [8, 8, 16, 16]}
+    settings = PretrainSettings(
+        images=images, out=tmp_path / "run", backbone_args=backbone, image_size=32, batch_size=20, epochs=20, precision="fp32",
+    )  # fmt: skip
+    run = pretrain(settings)
+    document = report(finetune(FinetuneSettings(run=run.path, **ASKED)))
+    found = document["lookalikes"]
+    assert found["tested"] == 18
+    assert {tuple(pair["names"]) for pair in found["pairs"][:2]} == {
+        (f"test/{Path(name).parent.name}/copy.jpg", name) for name in COPIED
+    }
+    assert len(found["pairs"]) < 9
+    alike = {pair["names"][0] for pair in found["pairs"]}
+    predictions = read_predictions(run.predictions)
+    right: dict[str, list[bool]] = {"simclr": [], "supervised": []}
+    for name, method, label, predicted in zip(
+        *(predictions[key] for key in ("name", "method", "label", "prediction")), strict=True
+    ):
+        if name not in alike:
+            right[method].append(label == predicted)
+    assert found["gains"][0]["mean"] == pytest.approx(np.mean(right["simclr"]) - np.mean(right["supervised"]))
+    assert "Test images that resemble training images" in run.report_html.read_text()
+    assert (
+        f"{len(alike)} of 18 test images are, to the encoder, as like an image" in run.report_md.read_text()
+    )
+    assert verify(run)["classifiers"] == 6
+    before = run.lookalikes.read_bytes()
+    assert len([pair for pair in rundir.read_json(run.lookalikes)["pairs"] if "thumbnails" in pair]) == len(
+        alike
+    )
+    finetune(FinetuneSettings(run=run.path, **ASKED))
+    assert run.lookalikes.read_bytes() == before
