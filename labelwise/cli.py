@@ -223,14 +223,13 @@ def runs_list(
 
 @runs_app.command("compare")
 def runs_compare(
-    first: Annotated[Path, typer.Argument(help="run folder")],
-    second: Annotated[Path, typer.Argument(help="run folder")],
+    runs: Annotated[list[Path], typer.Argument(help="run folders, two or more")],
     json: Json = False,
 ) -> None:
-    """Say in which settings and results two runs differ."""
+    """Say in which settings and results runs differ; where only --seed does, the gain over all of them."""
     from labelwise.stages.running import compare_runs, show_comparison
 
-    document = compare_runs(first, second)
+    document = compare_runs(runs)
     terminal.emit_json(document) if json else show_comparison(document)
 
 

@@ -126,6 +126,14 @@ class PretrainSettings(Settings):
         json_schema_extra={"panel": "Data"},
     )
 
+    holdout_seed: int = Field(
+        0,
+        ge=0,
+        lt=2**32,
+        description="seed of that draw; the images held out do not depend on --seed",
+        json_schema_extra={"panel": "Data"},
+    )
+
     backbone: str = Field("resnet18", description="any timm model", json_schema_extra={"panel": "Model"})
     backbone_args: dict[str, Any] = Field(
         default_factory=dict,
@@ -276,7 +284,11 @@ class PretrainSettings(Settings):
     )
     device: str = Field("auto", description="auto, cpu, cuda or mps", json_schema_extra={"panel": "Training"})
     seed: int = Field(
-        0, ge=0, lt=2**32, description="seed of every random draw", json_schema_extra={"panel": "Training"}
+        0,
+        ge=0,
+        lt=2**32,
+        description="seed of every other random draw",
+        json_schema_extra={"panel": "Training"},
     )
 
 

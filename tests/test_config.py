@@ -34,6 +34,7 @@ TYPED: dict[type[Settings], dict[str, tuple[str, Any]]] = {
         "group_column": ("patient id", "patient id"),
         "test": ("test", Path("test")),
         "holdout": ("0", 0.0),
+        "holdout_seed": ("4", 4),
         "backbone": ("resnet50", "resnet50"),
         "backbone_args": (
             '{"layers": [1, 2], "drop_rate": 0.1, "act layer": "silu", "x": {"y": true}}',

@@ -248,7 +248,7 @@ def test_every_label_is_tested_once_in_five_draws_and_never_by_who_had_it(
     assert document["tested"] == labeled
     assert document["labels_saved"] == []
     assert f"{labeled} images (no test set: 5-fold cross-validation" in run.report_html.read_text()
-    assert "The encoder saw the tested images, without labels" in run.report_md.read_text()
+    assert "What the encoder saw of the tested images, without labels" in run.report_md.read_text()
     assert not any("The test set was used" in limit for limit in document["limits"])
     entry = next(each for each in document["summary"] if each["labels"] == most)
     scores = [row["accuracy"] for row in results if (row["method"], row["labels"]) == ("pixels", most)]
@@ -389,3 +389,22 @@ def test_a_test_folder_that_comes_later_takes_the_place_of_the_folds(
     assert document["folds"] == 0
     assert any("The test set was used 5 times" in limit for limit in document["limits"])
     verify(copy)
+
+
+def test_a_test_split_that_comes_later_is_not_taken_for_the_folds(run: RunDirectory, tmp_path: Path) -> None:
+    """The last labels in order of their names become the test split: the rows are the same, and the comparison is not."""
+    images = run.path.parent / "images"
+    names = sorted(file.relative_to(images).as_posix() for file in images.glob("*/*.png"))
+    copy = RunDirectory(Path(shutil.copytree(run.path, tmp_path / "run")))
+    asked = {**ASKED, "methods": ("pixels",), "label_counts": (20,), "labels": tmp_path / "labels.csv"}
+    for tested in (0, 15):
+        lines = [
+            f"{name},{int(Path(name).parent.name) % 2},{'test' if place >= len(names) - tested else 'train'}"
+            for place, name in enumerate(names)
+        ]
+        (tmp_path / "labels.csv").write_text("file,label,split\n" + "\n".join(lines) + "\n")
+        finetune(FinetuneSettings(run=copy.path, **asked))
+        document = report(copy)
+        assert document["folds"] == (0 if tested else 5)
+        assert document["tested"] == (tested or len(names))
+        verify(copy)

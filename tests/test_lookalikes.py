@@ -1,5 +1,6 @@
 """Test images that resemble training images: copies planted behind the back of the search by pixels are found and counted out."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,8 @@ from labelwise import rundir
 from labelwise.config import FinetuneSettings, PretrainSettings
 from labelwise.images.grouping import Groups
 from labelwise.images.near_copies import NearCopies
-from labelwise.measures.knn import most_similar
+from labelwise.measures import knn
+from labelwise.measures.knn import resembling
 from labelwise.predictions import read_predictions
 from labelwise.stages import comparing, pretraining
 from labelwise.stages.checking import _crop_a_little
@@ -24,14 +26,24 @@ ASKED: dict[str, Any] = {"methods": ("simclr", "supervised"), "label_counts": (8
 COPIED = ("train/a/3.jpg", "train/b/5.jpg")
 
 
-def test_the_most_similar_row_is_that_of_loops() -> None:
+def test_what_resembles_a_row_more_than_its_own_copy_is_that_of_loops(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(knn, "_BLOCK", 50 * 7)  # chunks of seven
     rng = torch.Generator().manual_seed(0)
-    bank, queries = torch.randn(50, 8, generator=rng), torch.randn(1500, 8, generator=rng)
-    rows, similarity = most_similar(bank, queries)
-    for query in range(0, 1500, 97):
-        found = [float(torch.cosine_similarity(queries[query], each, dim=0)) for each in bank]
-        assert rows[query] == int(np.argmax(found))
-        assert float(similarity[query]) == pytest.approx(max(found), abs=1e-5)
+    bank, queries = torch.randn(50, 8, generator=rng), torch.randn(200, 8, generator=rng)
+    altered = queries + 1.2 * torch.randn(200, 8, generator=rng)
+    expected = []
+    for place, (query, copy) in enumerate(zip(queries, altered, strict=True)):
+        scores = [float(torch.cosine_similarity(query, each, dim=0)) for each in bank]
+        own = float(torch.cosine_similarity(query, copy, dim=0))
+        if max(scores) >= own:
+            expected.append((place, int(np.argmax(scores)), max(scores), own))
+    expected.sort(key=lambda pair: -pair[2])
+    found = resembling(queries, altered, bank)
+    assert 20 < len(found) < 180
+    assert [pair[:2] for pair in found] == [pair[:2] for pair in expected]
+    assert np.array(found) == pytest.approx(np.array(expected), abs=1e-5)
 
 
 def test_a_slight_crop_is_the_middle_at_the_same_size() -> None:
@@ -77,7 +89,7 @@ def test_planted_copies_are_listed_first_and_the_gain_without_them_is_told(
     assert {tuple(pair["names"]) for pair in found["pairs"][:2]} == {
         (f"test/{Path(name).parent.name}/copy.jpg", name) for name in COPIED
     }
-    assert len(found["pairs"]) < 9
+    assert len(found["pairs"]) < 18
     alike = {pair["names"][0] for pair in found["pairs"]}
     predictions = read_predictions(run.predictions)
     right: dict[str, list[bool]] = {"simclr": [], "supervised": []}
@@ -89,12 +101,24 @@ def test_planted_copies_are_listed_first_and_the_gain_without_them_is_told(
     assert found["gains"][0]["mean"] == pytest.approx(np.mean(right["simclr"]) - np.mean(right["supervised"]))
     assert "Test images that resemble training images" in run.report_html.read_text()
     assert (
-        f"{len(alike)} of 18 test images are, to the encoder, as like an image" in run.report_md.read_text()
+        f"{len(alike)} of 18 test images are, to the encoder, as like an image outside"
+        in run.report_md.read_text()
     )
     assert verify(run)["classifiers"] == 6
+    pictured = [pair for pair in rundir.read_json(run.lookalikes)["pairs"] if "thumbnails" in pair]
+    assert len(pictured) == min(12, len(alike))
     before = run.lookalikes.read_bytes()
-    assert len([pair for pair in rundir.read_json(run.lookalikes)["pairs"] if "thumbnails" in pair]) == len(
-        alike
-    )
+    run.lookalikes.write_bytes(before + b"\n")
     finetune(FinetuneSettings(run=run.path, **ASKED))
-    assert run.lookalikes.read_bytes() == before
+    assert run.lookalikes.read_bytes() == before + b"\n", "it is not made again"
+    finetune(FinetuneSettings(run=run.path, **{**ASKED, "steps": 3}))
+    assert rundir.read_json(run.lookalikes)["signature"] != found_signature(before)
+    assert report(run)["lookalikes"]["pairs"] == found["pairs"]
+    rundir.write_json(run.lookalikes, {**rundir.read_json(run.lookalikes), "signature": "of other results"})
+    assert report(run)["lookalikes"] is None
+
+
+def found_signature(file: bytes) -> str:
+    """Of a file of JSON."""
+    signature: str = json.loads(file)["signature"]
+    return signature

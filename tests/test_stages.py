@@ -30,7 +30,7 @@ from labelwise.stages.comparing import finetune
 from labelwise.stages.demo import write_digits
 from labelwise.stages.pretraining import pretrain
 from labelwise.stages.reporting import report
-from labelwise.stages.running import compare_runs, list_runs, remove_run
+from labelwise.stages.running import compare_runs, list_runs, remove_run, show_comparison
 from labelwise.stages.scanning import scan
 from labelwise.stages.verifying import verify
 
@@ -412,20 +412,77 @@ def test_runs_can_be_listed_compared_and_removed(finished: RunDirectory, tmp_pat
         ("a", "compared"),
         ("b", "compared"),
     ]
-    found = compare_runs(tmp_path / "a", tmp_path / "b")
+    found = compare_runs([tmp_path / "a", tmp_path / "b"])
     assert found["settings"] == {"pretrain.temperature": [0.2, 0.5]}
-    assert found["results"][0]["first"] == found["results"][0]["second"]
+    assert len(found["results"][0]["accuracies"]) == 2
+    assert len(set(found["results"][0]["accuracies"])) == 1
     assert found["same_test"]
+    assert found["over_encoders"] == [], "they differ in more than the seed"
     store_predictions(
         RunDirectory(tmp_path / "b").predictions, "other", 0, 20,
         names=["another.png"], truth=["1"], groups=[0], predicted=["1"], probabilities=np.ones((1, 10), np.float32),
     )  # fmt: skip
-    assert not compare_runs(tmp_path / "a", tmp_path / "b")["same_test"]
+    assert not compare_runs([tmp_path / "a", tmp_path / "b"])["same_test"]
+    with pytest.raises(UsageError, match="name two runs or more"):
+        compare_runs([tmp_path / "a"])
     remove_run(tmp_path / "a")
     assert [run["name"] for run in list_runs(tmp_path)["runs"]] == ["b"]
     (tmp_path / "mine").mkdir()
     with pytest.raises(UsageError, match="not a run folder"):
         remove_run(tmp_path / "mine")
+
+
+def test_runs_of_several_seeds_give_a_gain_over_encoders(
+    digits: Path, finished: RunDirectory, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    runs = [finished]
+    for seed in (1, 2):
+        run = pretrain(PretrainSettings(images=digits, out=tmp_path / f"seed-{seed}", **SMALL, seed=seed))
+        report(finetune(FinetuneSettings(run=run.path, **FEW)))
+        runs.append(run)
+    assert len({rundir.read_json(run.test_lock)["sha256"] for run in runs}) == 1, (
+        "the same images are held out"
+    )
+    found = compare_runs([run.path for run in runs])
+    assert found["settings"] == {"pretrain.seed": [0, 1, 2]}
+    gains = [rundir.read_json(run.report_json)["summary"][0]["gain"]["mean"] for run in runs]
+    entry = found["over_encoders"][0]
+    assert entry["of_each"] == pytest.approx(gains)
+    assert entry["mean"] == pytest.approx(np.mean(gains))
+    assert entry["n"] == min(3, FEW["draws"])
+    show_comparison(found)
+    show_comparison(compare_runs([run.path for run in runs[:2]]))
+    words = " ".join(capsys.readouterr().out.split())
+    assert "gain over 3 encoders with 20 labels: " in words
+    assert (
+        "fewer than 3 encoders (--seed of pretrain) or label draws (--draws of finetune) claim nothing"
+        in words
+    )
+    finetune(FinetuneSettings(run=runs[1].path, **{**FEW, "steps": 3}))
+    found = compare_runs([run.path for run in runs])
+    assert found["over_encoders"] == []
+    assert found["not_over_encoders"] == "they were compared with different labels, test images or settings"
+    show_comparison(found)
+    assert "no gain over encoders: they were compared" in " ".join(capsys.readouterr().out.split())
+    for run in runs[1:]:
+        shutil.rmtree(run.results.parent)
+    found = compare_runs([run.path for run in runs[1:]])
+    assert found["same_test"], "what is locked is the same"
+    assert found["not_over_encoders"].startswith("not all of them were compared")
+    lock = rundir.read_json(runs[1].test_lock)
+    rundir.write_json(runs[1].test_lock, {**lock, "sha256": "another"})
+    assert not compare_runs([run.path for run in runs[1:]])["same_test"]
+
+
+def test_a_run_from_before_a_setting_existed_goes_on(digits: Path, tmp_path: Path) -> None:
+    settings = PretrainSettings(images=digits, out=tmp_path / "run", **{**SMALL, "epochs": 1})
+    run = pretrain(settings)
+    record = rundir.read_json(run.environment)
+    del record["asked"]["holdout_seed"]
+    rundir.write_json(run.environment, record)
+    assert pretrain(settings).path == run.path
+    with pytest.raises(UsageError, match="holds a run with holdout_seed = 0, now 3"):
+        pretrain(settings.model_copy(update={"holdout_seed": 3}))
 
 
 def test_bad_images_are_left_out_and_the_run_goes_on(digits: Path, tmp_path: Path) -> None:
@@ -587,7 +644,7 @@ def test_labels_saved_reach_to_all_labels(copy: RunDirectory, finished: RunDirec
         (20, 20, pool),
         (50, 20, pool),
     ]
-    assert any("straight lines" in limit for limit in document["limits"])
+    assert any("a smooth curve" in limit for limit in document["limits"])
     assert "labels with pretraining match" in copy.report_md.read_text()
     assert "Labels saved" in copy.report_html.read_text()
     report(copy, label_cost=0.4)
@@ -788,7 +845,7 @@ def test_a_label_check_of_an_earlier_version_is_made_again(
     copy: RunDirectory, finished: RunDirectory
 ) -> None:
     found = rundir.read_json(copy.label_check)
-    del found["unlabeled"]
+    del found["groups"]
     rundir.write_json(copy.label_check, found)
     assert report(copy)["label_check"] is None
     finetune(FinetuneSettings(run=copy.path, **FEW))

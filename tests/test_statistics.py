@@ -10,10 +10,12 @@ from scipy import special, stats
 from labelwise.measures import statistics
 from labelwise.measures.linear import macro_accuracy
 from labelwise.measures.statistics import (
+    UNCLEAR,
     Interval,
     accuracy_interval,
     by_group,
     interval,
+    interval_over_encoders,
     macro_interval,
     macro_values,
     mean_squares,
@@ -237,6 +239,53 @@ def test_more_test_images_give_a_narrower_interval() -> None:
     rng = np.random.default_rng(7)
     wide, narrow = (interval(experiment(rng, 5, images, 0.5, 0.05, 1.5)) for images in (200, 20_000))
     assert narrow.high - narrow.low < 0.5 * (wide.high - wide.low)
+
+
+@pytest.mark.statistics
+@pytest.mark.parametrize("encoders", [3, 5])
+def test_intervals_over_encoders_hold_the_truth(encoders: int) -> None:
+    """Encoders differ as much as draws do; one encoder's interval says nothing of that."""
+    rng = np.random.default_rng(encoders)
+    holding, alone = [], []
+    for _ in range(500):
+        _, _, level, by_draw, by_image = settings(rng)
+        luck, ease = by_draw * rng.normal(size=(1, 5, 1)), by_image * rng.normal(size=(1, 1, 400))
+        skill = 0.3 * rng.normal(size=(encoders, 1, 1))
+        share = special.expit(LOGISTIC * (level + skill + luck + ease))
+        right = (rng.random(share.shape) < share).astype(float)
+        truth = expected(level, np.hypot(0.3, by_draw), by_image)
+        found, one = interval_over_encoders(right), interval(right[0])
+        holding.append(found.low < truth < found.high)
+        alone.append(one.low < truth < one.high)
+    assert 0.93 <= np.mean(holding) < 1
+    assert np.mean(alone) < 0.9
+
+
+@pytest.mark.statistics
+def test_equal_methods_over_encoders_are_seldom_said_to_differ() -> None:
+    rng = np.random.default_rng(11)
+    said = []
+    for _ in range(500):
+        skill, luck = 0.3 * rng.normal(size=(2, 3, 1, 1)), 0.2 * rng.normal(size=(2, 1, 5, 1))
+        share = special.expit(LOGISTIC * (0.3 + skill + luck + rng.normal(size=400)))
+        right = (rng.random(share.shape) < share).astype(float)
+        said.append(verdict(interval_over_encoders(right[0] - right[1])) != UNCLEAR)
+    assert np.mean(said) <= 0.065
+
+
+def test_an_interval_over_encoders_is_of_their_means_and_of_the_mean_one() -> None:
+    rng = np.random.default_rng(4)
+    values = rng.random((4, 3, 50))
+    within = interval(values.mean(axis=0))
+    means = values.reshape(4, -1).mean(axis=1)
+    student = stats.t.interval(0.95, 3, means.mean(), stats.sem(means))
+    found = interval_over_encoders(values)
+    assert found.mean == pytest.approx(values.mean())
+    assert found.high - found.mean == pytest.approx(
+        np.hypot(student[1] - means.mean(), within.high - within.mean)
+    )
+    assert found.n == 3
+    assert interval_over_encoders(values[:1]).low is None
 
 
 def test_one_draw_has_no_interval_and_shows_nothing() -> None:

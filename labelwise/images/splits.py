@@ -13,6 +13,7 @@ from labelwise.errors import DataError, UsageError
 from labelwise.images.source import ImageSet
 
 DEFAULT_HOLDOUT = 0.2
+OWN_TEST_SPLIT = "your test split"
 MOST_HELD_OUT_LABELED = 2000
 MOST_HELD_OUT_UNLABELED = 1000
 
@@ -51,7 +52,7 @@ def lock_test(
         method, seed = locked["method"], locked["seed"]
     elif "test" in images.splits:
         rows = [row for row, split in enumerate(images.splits) if split == "test" and readable[row]]
-        method = "your test split"
+        method = OWN_TEST_SPLIT
     else:
         share = DEFAULT_HOLDOUT if holdout is None else holdout
         rows, method = _hold_out(images, groups, readable, share, seed)

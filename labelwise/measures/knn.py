@@ -61,17 +61,28 @@ def neighbour_votes(
     return votes
 
 
-def most_similar(bank: Tensor, queries: Tensor) -> tuple[Tensor, Tensor]:
-    """The row of the bank that is most similar to each query, and their cosine similarity, (M,) each.
+def resembling(queries: Tensor, altered: Tensor, bank: Tensor) -> list[tuple[int, int, float, float]]:
+    """Queries that are at least as similar to a row of a bank as to an altered copy of themselves, the closest first.
 
     Args:
+        queries, altered: Features of images and of their altered copies, (M, F).
         bank: Features, (N, F).
-        queries: Features, (M, F).
+
+    Returns:
+        Query, the most similar row of the bank, the cosine similarity of these two, and that of query and copy.
     """
-    bank, queries = F.normalize(bank, dim=1), F.normalize(queries, dim=1)
+    queries, altered, bank = (F.normalize(each, dim=1) for each in (queries, altered, bank))
+    own = (queries * altered).sum(dim=1)
     chunk = max(1, min(_CHUNK, _BLOCK // len(bank)))
-    found = [(queries[start : start + chunk] @ bank.T).max(dim=1) for start in range(0, len(queries), chunk)]
-    return torch.cat([each.indices for each in found]), torch.cat([each.values for each in found])
+    found = []
+    for start in range(0, len(queries), chunk):
+        best = (queries[start : start + chunk] @ bank.T).max(dim=1)
+        found += list(zip(best.indices.tolist(), best.values.tolist(), strict=True))
+    pairs = [
+        (query, row, similarity, mine)
+        for query, ((row, similarity), mine) in enumerate(zip(found, own.tolist(), strict=True))
+    ]
+    return sorted((pair for pair in pairs if pair[2] >= pair[3]), key=lambda pair: -pair[2])
 
 
 def nearest(features: Tensor, row: int, count: int) -> list[tuple[int, float]]:

@@ -103,6 +103,7 @@ def _read_off(counts: Sequence[int], curves: Floats, accuracies: Floats) -> Floa
     last = np.clip(after, 1, len(places) - 1)[:, None]
     left, right = (np.take_along_axis(heights, each, axis=1)[:, 0] for each in (last - 1, last))
     share = np.divide(accuracies - left, right - left, out=np.zeros(len(rising)), where=right > left)
+    share = share.clip(0, 1)  # outside, where it does not count
     labels = np.exp(places[last - 1] + share[:, None] * (places[last] - places[last - 1]))[:, 0]
     labels = np.where(accuracies > rising[:, -1], math.inf, labels)
     found: Floats = np.where(accuracies < rising[:, 0], 0.0, np.where(after == 0, counts[0], labels))

@@ -199,6 +199,28 @@ def macro_values(right: Floats, truth: npt.NDArray[np.int64]) -> Floats:
     return values
 
 
+def interval_over_encoders(values: Floats) -> Interval:
+    """Mean over encoders, draws and test images, with an interval that lets all three be drawn again.
+
+    The squares of two half widths are added: that of the encoders' means, by Student, and that of the mean encoder over
+    draws and images. Each encoder's mean holds some of what draws and images add, so that it is rather too wide.
+
+    Args:
+        values: (E, R, T): of each encoder and draw, one value per test image, as 1 where it was right.
+
+    Returns:
+        Without bounds where there is one encoder, draw or image; `n` is the number of encoders, or of draws if they are fewer.
+    """
+    count = len(values)
+    within = interval(values.mean(axis=0))
+    n = min(count, values.shape[1])
+    if count == 1 or within.low is None:
+        return Interval(within.mean, None, None, n)
+    spread = float(values.mean(axis=(1, 2)).std(ddof=1)) / math.sqrt(count)
+    half = math.hypot(float(stats.t.ppf((1 + CONFIDENCE) / 2, count - 1)) * spread, within.mean - within.low)
+    return Interval(within.mean, within.mean - half, within.mean + half, n)
+
+
 def resampled_interval(splits: Sequence[Floats], share: float) -> Interval:
     """Mean over splits of one set of labels, each trained on one part and tested on the rest, with its t interval.
 
@@ -238,6 +260,10 @@ class TestSet:
         """Class of each image that a draw is tested on."""
         return self.truth
 
+    def groups_of(self, draw: int) -> Groups | None:
+        """Group of each image that a draw is tested on."""
+        return self.groups
+
     def accuracy(self, draws: dict[int, Floats]) -> Interval:
         """Mean accuracy; `draws` as in `paired_difference`."""
         return accuracy_interval(np.stack(list(draws.values())), self.groups)
@@ -268,6 +294,10 @@ class Folds:
     def truth_of(self, draw: int) -> npt.NDArray[np.int64]:
         """Class of each image that a draw is tested on."""
         return self.truth[draw]
+
+    def groups_of(self, draw: int) -> Groups | None:
+        """Group of each image that a draw is tested on."""
+        return self.groups[draw]
 
     def accuracy(self, draws: dict[int, Floats]) -> Interval:
         """Mean accuracy; `draws` as in `paired_difference`, each with its own images."""

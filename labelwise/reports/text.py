@@ -28,23 +28,23 @@ def table_note(document: dict[str, Any]) -> str:
 
 def check_note(document: dict[str, Any]) -> str:
     """What stands under the labels that look wrong."""
-    if document["folds"]:
-        return (
-            _CHECK_NOTE
-            + "Here every label is also tested: labels that are mended after this list favour the encoder that made it."
+    judged, warning = (
+        (
+            "",
+            "Here every label is also tested: labels that are mended after this list favour the encoder that made it.",
         )
-    return (
-        _CHECK_NOTE
-        + "Test labels are left alone: to mend only those that a model doubts would favour that model."
+        if document["folds"]
+        else (
+            " outside the test set",
+            "Test labels are left alone: to mend only those that a model doubts would favour that model.",
+        )
     )
-
-
-_CHECK_NOTE = (
-    "Each label outside the test set is compared with what the ten most similar images, and a linear probe that was not "
-    "told this label, say of it; images that belong together (copies, bursts, group column) are not asked about each other, and "
-    "a class whose labels are one image or group cannot be judged. The weaker the encoder, the more of these labels "
-    "are right after all. "
-)
+    return (
+        f"Each label{judged} is compared with what the ten most similar images, and a linear probe that was not "
+        "told this label, say of it; images that belong together (copies, bursts, group column) are not asked about each other, and "
+        "a class whose labels are one image or group cannot be judged. The weaker the encoder, the more of these labels "
+        f"are right after all. {warning}"
+    )
 
 
 def percent(value: float) -> str:
@@ -184,8 +184,8 @@ def lookalikes_in_words(document: dict[str, Any]) -> str:
         return ""
     count = len(found["pairs"])
     words = (
-        f"{count:,} of {found['tested']:,} test images {'is' if count == 1 else 'are'}, to the encoder, as like an image it was trained "
-        f"on as like a slight crop of {'itself' if count == 1 else 'themselves'}: the same thing once more, or what it cannot tell apart."
+        f"{count:,} of {found['tested']:,} test images {'is' if count == 1 else 'are'}, to the encoder, as like an image outside the "
+        f"test set as like a slight crop of {'itself' if count == 1 else 'themselves'}: the same thing once more, or what it cannot tell apart."
     )
     gains = {entry["labels"]: entry["gain"] for entry in document["summary"]}
     without = [

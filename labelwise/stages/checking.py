@@ -13,9 +13,10 @@ import torch.nn.functional as F
 
 from labelwise import rundir, terminal
 from labelwise.images.grouping import SMALLEST
-from labelwise.measures.knn import most_similar
+from labelwise.measures.knn import resembling
 from labelwise.measures.label_check import class_support, doubt, judged_classes
-from labelwise.stages.methods import Bench, features_of, frozen_features
+from labelwise.models.features import extract_features
+from labelwise.stages.methods import Bench, frozen_features, frozen_network
 from labelwise.stages.reporting import SUSPECTS
 from labelwise.views.mosaic import encode_thumbnail
 
@@ -84,7 +85,7 @@ def check_labels(bench: Bench, signature: str) -> None:
 
 
 def check_lookalikes(bench: Bench, signature: str) -> None:
-    """Write which test images are as like an image of the pool, to the encoder, as they are like a slight crop of themselves.
+    """Write which test images are as like another image, to the encoder, as they are like a slight crop of themselves.
 
     Those may be near-copies that the search by pixels missed, or the same scene once more. They stay in the test set: what an
     encoder finds alike is its own opinion. The report tells the gain without them.
@@ -99,32 +100,24 @@ def check_lookalikes(bench: Bench, signature: str) -> None:
         return
     file.unlink(missing_ok=True)
     rows = bench.test[bench.cache.sizes[bench.test].min(axis=1) >= SMALLEST]
-    if bench.folds or not len(rows):
+    if bench.folds or not len(rows) or bench.spec.image_size < SMALLEST:
         return
-    features = torch.from_numpy(frozen_features(bench, "encoder"))
-    own = torch.cat(
-        [
-            F.cosine_similarity(
-                features[chunk],
-                torch.from_numpy(features_of(bench, _crop_a_little(bench.cache.evaluations[chunk]))),
-            )
-            for chunk in np.split(rows, range(_CHUNK, len(rows), _CHUNK))
-        ]
-    )
-    places, similarity = most_similar(features[bench.pool], features[rows])
-    closest = torch.argsort(similarity, descending=True, stable=True).tolist()
-    found = [place for place in closest if similarity[place] >= own[place]]
-    pairs = [
-        {
-            "names": [bench.names[rows[place]], bench.names[bench.pool[places[place]]]],
-            "similarity": round(float(similarity[place]), 3),
-            "own": round(float(own[place]), 3),
+    features, network = torch.from_numpy(frozen_features(bench, "encoder")), frozen_network(bench, "encoder")
+    altered = []
+    for chunk in np.split(rows, range(_CHUNK, len(rows), _CHUNK)):
+        pixels, everything = _crop_a_little(bench.cache.evaluations[chunk]), np.arange(len(chunk))
+        altered.append(extract_features(network, pixels, everything, bench.spec.normalization, bench.device))
+    pairs: list[dict[str, Any]] = []
+    for query, near, similarity, own in resembling(features[rows], torch.cat(altered), features[bench.pool]):
+        both = (rows[query], bench.pool[near])
+        pair = {
+            "names": [bench.names[row] for row in both],
+            "similarity": round(similarity, 3),
+            "own": round(own, 3),
         }
-        for place in found
-    ]
-    for place, pair in zip(found[:_PICTURED], pairs, strict=False):
-        both = (rows[place], bench.pool[places[place]])
-        pair["thumbnails"] = [encode_thumbnail(bench.cache.evaluations[row]) for row in both]
+        if len(pairs) < _PICTURED:
+            pair["thumbnails"] = [encode_thumbnail(bench.cache.evaluations[row]) for row in both]
+        pairs.append(pair)
     rundir.write_json(file, {"signature": signature, "tested": len(rows), "pairs": pairs})
 
 

@@ -24,7 +24,7 @@ from labelwise.images.cache import ImageCache, build_cache
 from labelwise.images.grouping import Groups, group_images
 from labelwise.images.labels import OUTSIDE
 from labelwise.images.source import ImageSet, open_images
-from labelwise.images.splits import draw_labels, hash_names, lock_test, pool_indices
+from labelwise.images.splits import OWN_TEST_SPLIT, draw_labels, hash_names, lock_test, pool_indices
 from labelwise.interruption import stop_between_steps
 from labelwise.learning.memory import keep_freed_memory
 from labelwise.learning.precision import Precision, choose_device, has_fast_bf16
@@ -209,7 +209,7 @@ def _set_up(run: RunDirectory, settings: FinetuneSettings) -> Bench:
         )
     folds = 0
     if not len(test):
-        if settings.test is not None or "test" in images.splits:
+        if settings.test is not None or lock["method"] == OWN_TEST_SPLIT:
             raise DataError(
                 f"{run.path}: none of its {len(lock['names'])} test images has a label; label them, or give another --test FOLDER."
             )
@@ -219,8 +219,14 @@ def _set_up(run: RunDirectory, settings: FinetuneSettings) -> Bench:
                 f"those that {run.test_lock} names, or give --test FOLDER, for images that the encoder has not seen."
             )
         test, folds = labeled, _count_folds(data["root"], labels[labeled], groups.of[labeled], classes)
-        seen = sum(not images.names[row].startswith(OUTSIDE) for row in labeled)
-        test_method = f"no test set: {folds}-fold cross-validation; the encoder saw {'all' if seen == len(labeled) else f'{seen:,}'} of them, without labels"
+        came_later = (
+            settings.labels is not None and str(settings.labels.resolve()) != data["sources"]["labels"]
+        )
+        seen = sum(not (came_later and images.names[row].startswith(OUTSIDE)) for row in labeled)
+        share = "all" if seen == len(labeled) else f"{seen:,}" if seen else "none"
+        test_method = (
+            f"no test set: {folds}-fold cross-validation; the encoder saw {share} of them, without labels"
+        )
     keep_freed_memory()
     plan = rundir.read_json(run.environment)["plan"]
     policy = _view_policy(read_run_config(run.config), plan)
@@ -347,8 +353,9 @@ def _label_counts(settings: FinetuneSettings, bench: Bench) -> dict[int, float |
 
     Each is at least one per class, and at most all there are.
     """
-    held = [len(tested_in(bench, draw)) for draw in range(MOST_DRAWS)] if bench.folds else [0]
-    there, classes, pool = len(bench.labeled) - max(held), len(bench.classes), len(bench.pool)
+    there, classes, pool = len(bench.labeled), len(bench.classes), len(bench.pool)
+    if bench.folds:  # the same whatever the number of draws
+        there -= max(len(tested_in(bench, draw)) for draw in range(MOST_DRAWS))
     if settings.fraction and settings.label_counts:
         raise UsageError("--fraction and --label-counts say the same thing twice; give one.")
     asked: list[tuple[str, int, float | None]]
@@ -438,8 +445,9 @@ def _signature(bench: Bench) -> str:
     rows = _known(bench)
     known = [f"{bench.names[row]}={bench.classes[bench.labels[row]]}" for row in rows]
     group, _ = one_of_each(bench.groups[rows], bench.labels[rows])
-    tied = [] if len(np.unique(group)) == len(group) else [f"groups={group.tolist()}"]
-    return hash_names([*(f"{key}={value}" for key, value in sorted(settings.items())), *known, *tied])[:16]
+    special = [] if len(np.unique(group)) == len(group) else [f"groups={group.tolist()}"]
+    special += [f"folds={bench.folds}"] if bench.folds else []
+    return hash_names([*(f"{key}={value}" for key, value in sorted(settings.items())), *known, *special])[:16]
 
 
 def _finished(bench: Bench, alternatives: dict[str, Alternative]) -> set[Job]:

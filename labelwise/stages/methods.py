@@ -383,19 +383,12 @@ def frozen_features(bench: Bench, kind: str) -> Floats:
     if kind == "network" and not has_kept_layer(read_metadata(bench.run.head)):
         kind = "encoder"  # nothing of the head stays on it
     if kind not in bench.features:
-        bench.features[kind] = (
-            _small_pixels(bench) if kind == "pixels" else features_of(bench, bench.cache.evaluations, kind)
-        )
+        bench.features[kind] = _small_pixels(bench) if kind == "pixels" else _network_features(bench, kind)
     return bench.features[kind]
 
 
-def features_of(bench: Bench, pixels: npt.NDArray[np.uint8], kind: str = "encoder") -> Floats:
-    """Features of other pictures than those of the set, (M, F).
-
-    Args:
-        pixels: As evaluation images are, uint8, (M, E, E, 3).
-        kind: As in `frozen_features`, but `pixels`.
-    """
+def frozen_network(bench: Bench, kind: str) -> nn.Module:
+    """The network of a kind of features, but `pixels`, where and how it computes them."""
     if kind == "random":
         torch.manual_seed(bench.settings.seed)
         network: nn.Module = create_encoder(bench.spec)
@@ -406,8 +399,13 @@ def features_of(bench: Bench, pixels: npt.NDArray[np.uint8], kind: str = "encode
     network = bench.precision.arrange(network).to(bench.device)
     if kind == "random":
         _settle_statistics(bench, network)
-    rows = np.arange(len(pixels))
-    return extract_features(network, pixels, rows, bench.spec.normalization, bench.device).numpy()
+    return network
+
+
+def _network_features(bench: Bench, kind: str) -> Floats:
+    rows, normalization = np.arange(len(bench.names)), bench.spec.normalization
+    network = frozen_network(bench, kind)
+    return extract_features(network, bench.cache.evaluations, rows, normalization, bench.device).numpy()
 
 
 @torch.no_grad()

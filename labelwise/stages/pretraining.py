@@ -242,11 +242,11 @@ def _open_run(settings: PretrainSettings) -> tuple[RunDirectory, bool]:
         if not run.environment.exists():
             return run, True
         before = rundir.read_json(run.environment)["asked"]
-        changed = [key for key in asked if asked[key] != before.get(key)]
+        changed = [key for key in asked if asked[key] != before.get(key, _default(key))]
         if changed:
             key = changed[0]
             raise UsageError(
-                f"{settings.out}: holds a run with {key} = {before.get(key)!r}, now {asked[key]!r}; "
+                f"{settings.out}: holds a run with {key} = {before.get(key, _default(key))!r}, now {asked[key]!r}; "
                 f"choose another --out, or `labelwise runs remove {settings.out}`."
             )
         return run, False
@@ -259,7 +259,7 @@ def _open_run(settings: PretrainSettings) -> tuple[RunDirectory, bool]:
         if not run.environment.exists():
             return run, True
         before = rundir.read_json(run.environment)["asked"]
-        if all(asked[key] == before.get(key) for key in asked):
+        if all(asked[key] == before.get(key, _default(key)) for key in asked):
             return run, False
         number += 1
 
@@ -268,6 +268,11 @@ def _asked(settings: PretrainSettings) -> dict[str, Any]:
     """What decides which run the settings belong to; one folder is one folder however it is spelt."""
     asked = settings.model_dump(mode="json", exclude={"out"})
     return {**asked, "images": str(settings.images.resolve())}
+
+
+def _default(key: str) -> Any:
+    """What a setting was before it was one."""
+    return PretrainSettings.model_fields[key].default
 
 
 def _test_lock(
@@ -281,9 +286,8 @@ def _test_lock(
     if not earlier.exists() and is_run(settings.init):
         earlier = rundir.open_run(Path(str(settings.init))).test_lock
     locked = rundir.read_json(earlier) if earlier.exists() else None
-    return lock_test(
-        images, cache.keys, cache.readable, settings.holdout, settings.seed, groups=groups.of, locked=locked
-    )
+    share, seed = settings.holdout, settings.holdout_seed
+    return lock_test(images, cache.keys, cache.readable, share, seed, groups=groups.of, locked=locked)
 
 
 def _read_plan(run: RunDirectory) -> Plan | None:

@@ -86,9 +86,9 @@ def report(run: RunDirectory, label_cost: float | None = None) -> dict[str, Any]
     """
     data, surroundings = rundir.read_json(run.data), rundir.read_json(run.environment)
     results, predictions = rundir.read_jsonl(run.results), read_predictions(run.predictions, PREDICTED)
-    lookalikes = read_lookalikes(run)
+    lookalikes = read_lookalikes(run, results)
     computed = compute(results, predictions, score(results, predictions), data["pool"], lookalikes)
-    summary, test_uses, check = computed["summary"], _test_uses(run), _label_check(run)
+    summary, test_uses, check = computed["summary"], _test_uses(run), _label_check(run, results)
     classifier = kept_classifier(run, results)
     document = {
         **computed,
@@ -149,6 +149,11 @@ def show(document: dict[str, Any]) -> None:
         terminal.emit(f"saved  {text.saved_in_words(saved, document['label_cost'])}")
     if document["label_check"]:
         terminal.emit(f"look   {text.doubts_in_words(document['label_check'])}")
+    if document["lookalikes"] and (alike := len(document["lookalikes"]["pairs"])):
+        tested = document["lookalikes"]["tested"]
+        terminal.emit(
+            f"alike  {alike:,} of {tested:,} test images resemble an image outside the test set, see the page"
+        )
     for step in document["next"]:
         terminal.emit(f"next   {step}")
     terminal.emit(f"page   {Path(document['run']) / 'report.html'}")
@@ -259,8 +264,8 @@ def _labels_saved(results: list[Result], scores: Scores) -> list[dict[str, Any]]
 
 def _gains_without(scores: Scores, lookalikes: dict[str, Any]) -> list[dict[str, Any]]:
     """Fine-tuned SimCLR minus from scratch on the test images that resemble no training image, at each number of labels."""
-    test = scores.test
-    kept = ~np.isin(scores.names, [pair["names"][0] for pair in lookalikes["pairs"]])
+    test, alike = scores.test, {pair["names"][0] for pair in lookalikes["pairs"]}
+    kept = np.array([name not in alike for name in scores.names], dtype=bool)
     if isinstance(test, Folds) or kept.all() or not kept.any():
         return []
     rest = TestSet(test.truth[kept], None if test.groups is None else test.groups[kept])
@@ -449,9 +454,9 @@ def _limits(
                 "and the intervals count that in only roughly (Nadeau and Bengio 2003); they speak of this set of labels"
                 + (f", and more draws (--draws {4 * folds}) make them narrower." if most < 4 * folds else ".")
             )
-        if folds and "the encoder saw 0 of them" not in results[0]["test_method"]:
+        if folds and "the encoder saw none of them" not in results[0]["test_method"]:
             limits.append(
-                "The encoder saw the tested images, without labels, and training from scratch did not: on new images its lead may be "
+                "What the encoder saw of the tested images, without labels, training from scratch did not: on new images its lead may be "
                 "smaller. Label images that were held out (splits/test.json names them, if there are any), or give --test FOLDER, to know."
             )
         if not folds and groups is None:
@@ -491,6 +496,11 @@ def _limits(
             )
     limits.append(
         "One encoder was pretrained: how much another seed of pretraining would change is not in the intervals."
+        + (
+            ""
+            if computed["folds"]
+            else " With runs of three --seed, compared alike, `labelwise runs compare` tells."
+        )
     )
     limits.append(
         f"SimCLR also used {data['pool']:,} images without their labels and the time to train on them; training from scratch did not."
@@ -502,22 +512,30 @@ def _limits(
     return limits
 
 
-def _label_check(run: RunDirectory) -> dict[str, Any] | None:
+def _label_check(run: RunDirectory, results: list[Result]) -> dict[str, Any] | None:
     """Which labels look wrong, without their pictures; None where too few labels were there to say."""
-    found = rundir.read_derived(run.label_check)
-    if found is None or "groups" not in found:  # not there, or of an earlier version
+    found = _of_these_results(run.label_check, results)
+    if found is None or "groups" not in found:  # of an earlier version
         return None
-    suspects = [{key: each[key] for key in each if key != "thumbnail"} for each in found["suspects"]]
-    return {**found, "suspects": suspects[:SUSPECTS]}
+    return {**found, "suspects": _without_pictures(found["suspects"][:SUSPECTS])}
 
 
-def read_lookalikes(run: RunDirectory) -> dict[str, Any] | None:
-    """Test images that resemble training images, without their pictures: how many were `tested`, and the `pairs`."""
-    found = rundir.read_derived(run.lookalikes)
-    if found is None:
-        return None
-    pairs = [{key: pair[key] for key in pair if key != "thumbnails"} for pair in found["pairs"]]
-    return {"tested": found["tested"], "pairs": pairs}
+def read_lookalikes(run: RunDirectory, results: list[Result]) -> dict[str, Any] | None:
+    """Test images that resemble others, without their pictures: how many were `tested`, and the `pairs`."""
+    found = _of_these_results(run.lookalikes, results)
+    return found and {"tested": found["tested"], "pairs": _without_pictures(found["pairs"])}
+
+
+def _of_these_results(file: Path, results: list[Result]) -> dict[str, Any] | None:
+    """What was found after a comparison, if it was this one."""
+    found = rundir.read_derived(file)
+    return (
+        found if found is not None and found["signature"] in {row["signature"] for row in results} else None
+    )
+
+
+def _without_pictures(entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{key: each[key] for key in each if not key.startswith("thumbnail")} for each in entries]
 
 
 def kept_classifier(run: RunDirectory, results: list[Result]) -> dict[str, Any] | None:

@@ -33,7 +33,7 @@ def verify(run: RunDirectory) -> dict[str, Any]:
     results, predictions = rundir.read_jsonl(run.results), read_predictions(run.predictions, PREDICTED)
     scores = score(results, predictions)
     pool = rundir.read_json(run.data)["pool"]
-    computed = compute(results, predictions, scores, pool, read_lookalikes(run))
+    computed = compute(results, predictions, scores, pool, read_lookalikes(run, results))
     problems = [
         *_check_draws(run, results, predictions),
         *_check_results(results, predictions, scores),
