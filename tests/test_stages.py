@@ -444,7 +444,7 @@ def test_runs_of_several_seeds_give_a_gain_over_encoders(
         "the same images are held out"
     )
     found = compare_runs([run.path for run in runs])
-    assert found["settings"] == {"pretrain.seed": [0, 1, 2]}
+    assert found["settings"]["pretrain.seed"] == [0, 1, 2]
     gains = [rundir.read_json(run.report_json)["summary"][0]["gain"]["mean"] for run in runs]
     entry = found["over_encoders"][0]
     assert entry["of_each"] == pytest.approx(gains)

@@ -99,7 +99,7 @@ def report(run: RunDirectory, label_cost: float | None = None) -> dict[str, Any]
         "arm_names": _arm_names(summary, results),
         "test_uses": test_uses,
         "limits": _limits(computed, data, surroundings, test_uses),
-        "next": _next_steps(run, summary, check, has_classifier=classifier is not None),
+        "next": _next_steps(run, computed, check, has_classifier=classifier is not None),
         "run": str(run.path),
     }
     rundir.write_json(run.report_json, document)
@@ -556,8 +556,9 @@ def _write_model_card(run: RunDirectory, document: dict[str, Any], facts: dict[s
 
 
 def _next_steps(
-    run: RunDirectory, summary: list[dict[str, Any]], check: dict[str, Any] | None, *, has_classifier: bool
+    run: RunDirectory, computed: dict[str, Any], check: dict[str, Any] | None, *, has_classifier: bool
 ) -> list[str]:
+    summary = computed["summary"]
     where = (
         f"--run {run.path.relative_to(Path.cwd())}"
         if run.path.is_relative_to(Path.cwd())
@@ -569,7 +570,7 @@ def _next_steps(
     gain = summary[0]["gain"]
     if gain and gain["low"] is not None and gain["low"] <= 0 and _against_pixels(summary[0]) != HURTS:
         steps.append(
-            "the few-label gain is not clear: pretrain longer (--epochs), or take more draws (--draws 10)"
+            f"the few-label gain is not clear: pretrain longer (--epochs), or take more draws (--draws {4 * computed['folds'] or 10})"
         )
     if check and check["unlabeled"] and (weakest := check["classes"][0])["agreed"] != 1:
         labels = f"{weakest['labels']:,} label{'s' if weakest['labels'] > 1 else ''}"
