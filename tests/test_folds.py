@@ -135,7 +135,7 @@ def expected(rng: np.random.Generator, count: int) -> float:
     """Accuracy on all images there could be, over label sets of this size."""
     labels = np.repeat([0, 1], math.ceil(count / 2))
     shares = []
-    for _ in range(4000):
+    for _ in range(2000):
         weight, bias = centroids(signal(labels) + rng.normal(size=(len(labels), FEATURES)), labels)
         sides = (signal(np.array([0, 1])) @ weight + bias) / np.linalg.norm(weight)
         shares.append((stats.norm.cdf(-sides[0]) + stats.norm.cdf(sides[1])) / 2)
@@ -152,7 +152,7 @@ def everyone(right: dict[int, Floats]) -> Folds:
 def test_intervals_over_folds_hold_the_truth(count: int, repeats: int, widest: float) -> None:
     rng = np.random.default_rng(count + repeats)
     truth, holding, narrow, widths, means = expected(rng, count), [], [], [], []
-    for _ in range(500):
+    for _ in range(200):
         (right,) = study(rng, count, [slice(None)], repeats)
         found = everyone(right).accuracy(right)
         holding.append(found.low < truth < found.high)
@@ -172,7 +172,7 @@ def test_equal_methods_over_folds_are_seldom_said_to_differ(count: int, repeats:
     """Two methods that see one half of the features each."""
     rng = np.random.default_rng(count + repeats)
     said = []
-    for _ in range(500):
+    for _ in range(200):
         first, second = study(rng, count, [slice(0, 6), slice(6, 12)], repeats)
         said.append(verdict(everyone(first).difference(first, second)) != UNCLEAR)
     assert np.mean(said) <= 0.065
@@ -185,7 +185,7 @@ def test_a_true_difference_over_folds_is_seen_with_more_repeats() -> None:
     seen = {}
     for repeats in (1, 4):
         said = []
-        for _ in range(200):
+        for _ in range(100):
             first, second = study(rng, 48, [slice(None), slice(0, 3)], repeats)
             said.append(verdict(everyone(first).difference(first, second)) == HELPS)
         seen[repeats] = np.mean(said)

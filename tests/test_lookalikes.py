@@ -80,7 +80,7 @@ def test_planted_copies_are_listed_first_and_the_gain_without_them_is_told(
         monkeypatch.setattr(stage, "group_images", everyone_alone)
     backbone: dict[str, Any] = {"layers": [1, 1, 1, 1], "channels": [8, 8, 16, 16]}
     settings = PretrainSettings(
-        images=images, out=tmp_path / "run", backbone_args=backbone, image_size=32, batch_size=20, epochs=20, precision="fp32",
+        images=images, out=tmp_path / "run", backbone_args=backbone, stem="half", image_size=32, batch_size=20, epochs=20, precision="fp32",
     )  # fmt: skip
     run = pretrain(settings)
     document = report(finetune(FinetuneSettings(run=run.path, **ASKED)))
