@@ -28,8 +28,8 @@ _CHUNK = 512
 def check_labels(bench: Bench, signature: str) -> None:
     """Write how well each label outside the test set fits its image, least fitting first, the first ones with pictures.
 
-    What belongs together is not heard about each other. Exact copies count once; those with different labels come before all others. Test labels are not judged: to mend only
-    those that a model doubts would favour that model.
+    What belongs together is not heard about each other. Exact copies count once; those with different labels come before
+    all others. Test labels are not judged: to mend only those that a model doubts would favour that model.
 
     Args:
         bench: What was compared on.

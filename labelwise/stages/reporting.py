@@ -368,9 +368,9 @@ def _arm_names(summary: list[dict[str, Any]], results: list[Result]) -> dict[str
     """What each method is called, ours first, then those of the user's own files."""
     there = {arm for entry in summary for arm in entry["arms"]}
     trained = {row["method"] for row in results if not row.get("frozen", True)}
-    own = {arm: f"{arm}, {'fine-tuned' if arm in trained else 'linear probe'}" for arm in sorted(there)}
-    return {arm: ARMS[arm] for arm in ARMS if arm in there} | {
-        arm: own[arm] for arm in own if arm not in ARMS
+    own = sorted(there - ARMS.keys())
+    return {arm: name for arm, name in ARMS.items() if arm in there} | {
+        arm: f"{arm}, {'fine-tuned' if arm in trained else 'linear probe'}" for arm in own
     }
 
 
