@@ -1,6 +1,6 @@
 """How soon the accuracy is there that lightly's SimCLR reaches in 10 epochs on 10,000 images.
 
-    python benchmarks/time_to_accuracy.py CIFAR [--seeds 2]
+    python benchmarks/time_to_accuracy.py CIFAR [--seeds 2] [--rival tuned]
 
 CIFAR: a folder with `train` and `test` of class folders; `data/subset.py` makes one of 10,000 and 2,000 images.
 Same encoder (narrow ResNet, stem of stride 2, 32 px), same batch of 256, same images. Accuracy: 20 nearest neighbours,
@@ -60,6 +60,7 @@ def main() -> None:
     options = parser(__doc__)
     options.add_argument("images", type=Path)
     options.add_argument("--seeds", type=int, default=2)
+    options.add_argument("--rival", choices=RIVALS, action="append", help="against this one only")
     options.add_argument("--side", help="run one side only, in this process")
     options.add_argument("--seed", type=int, default=0)
     options.add_argument("--epochs", type=int, default=THEIR_EPOCHS)
@@ -69,14 +70,15 @@ def main() -> None:
         run = ours if given.side == "ours" else functools.partial(theirs, given.side, given.workers)
         print(json.dumps(run(given.images, given.epochs, given.seed)))
         return
-    workers = {"documented": 8, "tuned": fastest_workers(given.images)}
     figures = []
-    for rival, (bar, epochs) in RIVALS.items():
+    for rival in given.rival or RIVALS:
+        bar, epochs = RIVALS[rival]
+        workers = 8 if rival == "documented" else fastest_workers(given.images)
         pairs = []
         for seed in range(given.seeds):
             sides = [(rival, THEIR_EPOCHS), ("ours", epochs)]
             found = {
-                side: in_a_process(given.images, side, seed, length, workers[rival])
+                side: in_a_process(given.images, side, seed, length, workers)
                 for side, length in (sides if seed % 2 == 0 else sides[::-1])
             }
             pairs.append((found["ours"], found[rival]))
