@@ -16,7 +16,7 @@ from typing import Annotated, Any, NoReturn, TypeVar
 import typer
 
 from labelwise import terminal
-from labelwise.config import FinetuneSettings, PretrainSettings, Settings, read_recipe
+from labelwise.config import FinetuneSettings, PretrainSettings, Settings, StudySettings, read_recipe
 from labelwise.errors import Interrupted, LabelwiseError, ResourceError, UsageError
 from labelwise.options import parameters, parse, with_parameters
 from labelwise.recipes import find_recipe, list_recipes
@@ -126,8 +126,19 @@ def _finetune(recipe: Recipe = None, json: Json = False, **given: Any) -> None:
     terminal.emit_json(document) if json else show(document)
 
 
+def _study(recipe: Recipe = None, json: Json = False, **given: Any) -> None:
+    """Try a finding of the paper on your own images: augmentations, color, head, readout or batch."""
+    from labelwise.studies.studying import show
+    from labelwise.studies.studying import study as run_study
+
+    pretraining = read_recipe(find_recipe(recipe), PretrainSettings) if recipe else {}
+    document = run_study(_resolve(StudySettings, recipe, given), pretraining)
+    terminal.emit_json(document) if json else show(document)
+
+
 app.command("pretrain")(with_parameters(_pretrain, parameters(PretrainSettings, arguments=("images",))))
 app.command("finetune")(with_parameters(_finetune, parameters(FinetuneSettings)))
+app.command("study")(with_parameters(_study, parameters(StudySettings, arguments=("name", "images"))))
 
 
 @app.command()

@@ -367,6 +367,62 @@ class FinetuneSettings(Settings):
     )
 
 
+class StudySettings(Settings):
+    """Try a finding of the paper on the user's own images, by many short trainings."""
+
+    table: ClassVar[str] = "study"
+
+    name: Literal["augmentations", "color", "head", "readout", "batch"] = Field(description="which finding")
+    images: Path = Field(
+        description="folder of images, searched recursively", json_schema_extra={"panel": "Data"}
+    )
+    out: Path | None = Field(
+        None,
+        description="folder to write; default runs/study-<name>-<folder name>",
+        json_schema_extra={"panel": "Data"},
+    )
+    labels: Path | None = Field(
+        None,
+        description="label file (CSV, TSV, JSONL) or folder of class folders",
+        json_schema_extra={"panel": "Data"},
+    )
+    labels_root: Path | None = Field(
+        None, description="folder the label file's paths start from", json_schema_extra={"panel": "Data"}
+    )
+    group_column: str | None = Field(
+        None,
+        description="column of the label file whose images stay on one side of a fold: patient, site, video",
+        json_schema_extra={"panel": "Data"},
+    )
+    most_images: int = Field(
+        10_000,
+        ge=100,
+        description="images a trial trains on, at most",
+        json_schema_extra={"panel": "Training"},
+    )
+    epochs: int = Field(
+        20, ge=1, description="epochs of the usual trial, at most", json_schema_extra={"panel": "Training"}
+    )
+    seeds: int = Field(
+        3,
+        ge=1,
+        le=20,
+        description="times each trial is run; fewer than three claim nothing",
+        json_schema_extra={"panel": "Training"},
+    )
+    symmetric: bool = Field(
+        False,
+        description="augmentations: in both branches, not in one as the paper does",
+        json_schema_extra={"panel": "Training"},
+    )
+    time_limit: Duration = Field(
+        "1h",
+        description="images, epochs and seeds are chosen to fit; the same command goes on",
+        json_schema_extra={"panel": "Training"},
+    )
+    device: str = Field("auto", description="auto, cpu, cuda or mps", json_schema_extra={"panel": "Training"})
+
+
 class OwnWeights(BaseModel):
     """Weights of the user's own, to be compared: frozen with a linear probe, or fine-tuned whole."""
 
@@ -413,7 +469,7 @@ def read_recipe(path: Path, settings: type[Settings]) -> dict[str, Any]:
         UsageError: The file is missing, is not TOML, or has a table no command reads.
     """
     tables = _read_toml(path, "no such recipe; `labelwise recipes` lists those that ship")
-    known = [PretrainSettings.table, FinetuneSettings.table]
+    known = [PretrainSettings.table, FinetuneSettings.table, StudySettings.table]
     for name in tables:
         if name not in known:
             raise UsageError(f"{path}: no command reads the table [{name}]{_did_you_mean(name, known)}")

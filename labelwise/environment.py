@@ -37,6 +37,11 @@ def start(run: RunDirectory, **facts: Any) -> None:
     )
 
 
+def note(run: RunDirectory, **facts: Any) -> None:
+    """Remember more of a run."""
+    rundir.write_json(run.environment, {**rundir.read_json(run.environment), **facts})
+
+
 def finish(run: RunDirectory, seconds: float) -> None:
     """Note that the command that is running has done its work on this run.
 

@@ -108,7 +108,7 @@ def _typed(field: FieldInfo) -> Any:
     if get_origin(field.annotation) is Literal:
         return int if all(isinstance(choice, int) for choice in get_args(field.annotation)) else str
     kinds = [kind for kind in _members(field) if kind is not type(None)]
-    return kinds[0] if len(kinds) == 1 and kinds[0] in (int, float, Path) else str
+    return kinds[0] if len(kinds) == 1 and kinds[0] in (bool, int, float, Path) else str
 
 
 def _members(field: FieldInfo) -> list[Any]:

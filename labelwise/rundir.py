@@ -81,6 +81,10 @@ class RunDirectory:
         return self.path / "checkpoints"
 
     @property
+    def sound(self) -> Path:
+        return self.path / "sound"
+
+    @property
     def encoder(self) -> Path:
         return self.path / "encoder.safetensors"
 

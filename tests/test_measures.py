@@ -9,8 +9,9 @@ import torch
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import accuracy_score, balanced_accuracy_score
 
-from labelwise.measures.health import diagnose, effective_rank
-from labelwise.measures.knn import knn_accuracy, nearest
+from labelwise.measures import knn
+from labelwise.measures.health import diagnose, diagnose_start, effective_rank, kept_neighbours
+from labelwise.measures.knn import knn_accuracy, nearest, nearest_rows
 from labelwise.measures.linear import accuracy, fit_probe, macro_accuracy, stratified_folds
 
 CHANCE = math.log(2 * 256 - 1)
@@ -163,6 +164,32 @@ def test_collapse_is_named_with_the_directions_that_are_left() -> None:
 def test_a_healthy_run_is_left_in_peace() -> None:
     assert diagnose(4.0, CHANCE, 40, 128, 1.0) is None
     assert diagnose(6.3, CHANCE, 5, 128, 0.1) is None
+
+
+def test_nearest_rows_are_those_that_one_row_at_a_time_finds(monkeypatch: pytest.MonkeyPatch) -> None:
+    features, _ = _clusters(50, 4, 8, seed=1)
+    monkeypatch.setattr(knn, "_CHUNK", 16)
+    rows = nearest_rows(features, 5)
+    assert [[near for near, _ in nearest(features, row, 5)] for row in range(50)] == rows.tolist()
+    assert nearest_rows(features[:3], 5).shape == (3, 2)
+
+
+def test_neighbours_are_kept_by_rotation_and_scale_and_lost_by_chance() -> None:
+    features, _ = _clusters(400, 4, 8, seed=0)
+    turned = torch.linalg.qr(torch.randn(8, 8, generator=torch.Generator().manual_seed(0)))[0]
+    assert kept_neighbours(features, 3 * features @ turned) > 0.999
+    others, _ = _clusters(400, 4, 8, seed=5)
+    by_chance = 10 / 399
+    assert kept_neighbours(features, others) == pytest.approx(by_chance, abs=0.02)
+    half = torch.cat([features[:, :4], others[:, 4:]], dim=1)
+    assert by_chance + 0.02 < kept_neighbours(features, half) < 0.5
+
+
+def test_what_a_start_knew_is_missed_when_it_is_gone() -> None:
+    assert diagnose_start(40.0, 60.0, 0.5) is None
+    words = diagnose_start(10.0, 60.0, 0.5)
+    assert words == "the features use 10.0 directions, 60.0 at the start: collapse"
+    assert "4% are left: what the weights knew is lost" in str(diagnose_start(40.0, 60.0, 0.04))
 
 
 # --- linear probe

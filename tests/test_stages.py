@@ -25,9 +25,10 @@ from labelwise.predictions import read_predictions, store_predictions
 from labelwise.reports import html, markdown, model_card
 from labelwise.reports.markdown import escape
 from labelwise.rundir import RunDirectory
-from labelwise.stages import comparing
+from labelwise.stages import comparing, pretraining
 from labelwise.stages.comparing import finetune
 from labelwise.stages.demo import write_digits
+from labelwise.stages.guarding import Guard
 from labelwise.stages.pretraining import pretrain
 from labelwise.stages.reporting import report
 from labelwise.stages.running import compare_runs, list_runs, remove_run, show_comparison
@@ -358,6 +359,64 @@ def test_going_on_from_a_run_takes_over_its_model(
         UsageError, match=r"holds a model with image_size = 16, not 24; leave that setting out"
     ):
         pretrain(more.model_copy(update={"out": tmp_path / "other", "image_size": 24}))
+
+
+def test_what_ruins_the_weights_it_began_from_is_taken_back(
+    digits: Path, finished: RunDirectory, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rest = {key: SMALL[key] for key in ("batch_size", "precision")}
+    more: dict[str, Any] = {
+        "images": digits,
+        "init": str(finished.path),
+        "epochs": 4,
+        "warmup_epochs": 0,
+        **rest,
+    }
+    gentle = pretrain(PretrainSettings(out=tmp_path / "gentle", **more, learning_rate=1e-5))
+    looks = [row for row in rundir.read_jsonl(gentle.metrics) if row["kind"] == "epoch"]
+    assert all(row["kept_neighbours"] > 0.9 for row in looks)
+    assert "rolled_back" not in rundir.read_json(gentle.environment)
+
+    rough = pretrain(PretrainSettings(out=tmp_path / "rough", **more, learning_rate=10.0))
+    back = rundir.read_json(rough.environment)["rolled_back"]
+    assert (back["from"], back["to"]) == (1, 0)
+    assert same_weights(rough, finished)
+    assert load_file(rough.head).keys() == load_file(finished.head).keys()
+    assert "Back to epoch 0, and training ends there" in " ".join(capsys.readouterr().err.split())
+    assert len([row for row in rundir.read_jsonl(rough.metrics) if row["kind"] == "epoch"]) == 1
+    assert not (rough.path / "sound").exists()
+    document = report(finetune(FinetuneSettings(run=rough.path, **FEW)))
+    assert any("taken back from epoch 1 to epoch 0" in limit for limit in document["limits"])
+
+
+def test_a_run_that_is_taken_back_is_so_after_an_interruption_too(
+    digits: Path, finished: RunDirectory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Sound for two looks, ruined at the third; ended between rolling back and saving the encoder."""
+    rest = {key: SMALL[key] for key in ("batch_size", "precision")}
+    more: dict[str, Any] = {"images": digits, "init": str(finished.path), "epochs": 4, **rest}
+    check, checked = Guard.check, []
+
+    def ruined(guard: Guard, *figures: Any) -> tuple[float, str | None]:
+        checked.append(check(guard, *figures))
+        return checked[-1][0], "ruined" if len(checked) == 3 else None
+
+    monkeypatch.setattr(Guard, "check", ruined)
+    whole = pretrain(PretrainSettings(out=tmp_path / "whole", **more))
+    assert rundir.read_json(whole.environment)["rolled_back"] == {"from": 3, "to": 2, "reason": "ruined"}
+
+    def fail(*_: Any) -> None:
+        raise RuntimeError("killed")
+
+    checked.clear()
+    monkeypatch.setattr(pretraining, "SAVE_SECONDS", 0.0)  # a checkpoint after every step
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="killed"):
+        patch.setattr(pretraining, "save_encoder", fail)
+        pretrain(PretrainSettings(out=tmp_path / "cut", **more))
+    del checked[2:]  # what is looked at again is the third
+    cut = pretrain(PretrainSettings(out=tmp_path / "cut", **more))
+    assert rundir.read_json(cut.environment)["rolled_back"]["to"] == 2
+    assert same_weights(whole, cut)
 
 
 def test_a_batch_in_passes_trains_on_the_same_loss(digits: Path, tmp_path: Path) -> None:

@@ -5,8 +5,13 @@ import math
 import torch
 from torch import Tensor
 
+from labelwise.measures.knn import nearest_rows
+
 STUCK = 0.05  # a loss within 5 % of chance after a third of the run has learned nothing
 COLLAPSED = 0.02  # effective rank below 2 % of the feature width
+SHRUNK = 0.25  # of the effective rank that a start of other weights had
+LOST = 0.1  # of the nearest neighbours that images had at such a start
+_NEIGHBOURS = 10
 
 
 def effective_rank(features: Tensor) -> float:
@@ -24,6 +29,30 @@ def effective_rank(features: Tensor) -> float:
     values = torch.linalg.svdvals(features.float() - features.float().mean(dim=0))
     share = values / values.sum().clamp(min=1e-12) + 1e-7
     return float(torch.exp(-(share * share.log()).sum()))
+
+
+def kept_neighbours(before: Tensor, after: Tensor) -> float:
+    """Share of each image's ten nearest neighbours (cosine similarity) that are among its ten nearest still, the mean.
+
+    Args:
+        before, after: Features of the same images, (N, F).
+    """
+    first, second = (nearest_rows(features, _NEIGHBOURS) for features in (before, after))
+    return float((first[:, :, None] == second[:, None, :]).any(dim=2).float().mean())
+
+
+def diagnose_start(rank: float, start_rank: float, kept: float) -> str | None:
+    """Say in words what training has done to an encoder that began from other weights, or nothing where it is sound.
+
+    Args:
+        rank, start_rank: Effective rank of the features, now and at the start.
+        kept: Share of the nearest neighbours that are still the same, see `kept_neighbours`.
+    """
+    if rank < SHRUNK * start_rank:
+        return f"the features use {rank:.1f} directions, {start_rank:.1f} at the start: collapse"
+    if kept < LOST:
+        return f"of the nearest neighbours that images had at the start {kept:.0%} are left: what the weights knew is lost"
+    return None
 
 
 def diagnose(loss: float, chance: float, rank: float, width: int, progress: float) -> str | None:

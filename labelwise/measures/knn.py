@@ -85,6 +85,16 @@ def resembling(queries: Tensor, altered: Tensor, bank: Tensor) -> list[tuple[int
     return sorted((pair for pair in pairs if pair[2] >= pair[3]), key=lambda pair: -pair[2])
 
 
+def nearest_rows(features: Tensor, count: int) -> Tensor:
+    """The rows most similar to each row by cosine similarity, itself left out, (N, min(count, N - 1))."""
+    unit, found = F.normalize(features, dim=1), []
+    for start in range(0, len(unit), _CHUNK):
+        similarity = unit[start : start + _CHUNK] @ unit.T  # (chunk, N)
+        similarity[:, start:].fill_diagonal_(-torch.inf)
+        found.append(similarity.topk(min(count, len(unit) - 1), dim=1).indices)
+    return torch.cat(found)
+
+
 def nearest(features: Tensor, row: int, count: int) -> list[tuple[int, float]]:
     """Rows most similar to one row, itself left out, with their cosine similarities."""
     unit = F.normalize(features, dim=1)

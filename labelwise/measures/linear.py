@@ -1,12 +1,15 @@
-"""Logistic regression on frozen features: the linear probe. The door of scikit-learn."""
+"""Classifiers on frozen features: the linear probe, and a small network. The door of scikit-learn."""
 
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
+from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import StratifiedKFold
+from sklearn.neural_network import MLPClassifier
 
 Floats = npt.NDArray[np.float32]
 Indices = npt.NDArray[np.int64]
@@ -16,6 +19,7 @@ warnings.filterwarnings(
 )  # few labels are our case
 
 _ITERATIONS = 500
+_NETWORK_PASSES = 60  # over the rows, at most
 _WIDE = 4  # with so many features a row, a fit in the span of the rows is faster, the basis included
 
 
@@ -79,6 +83,27 @@ def fit_probe(
     if classes == 2:  # scikit-learn keeps one row for two classes
         weight, bias = np.concatenate([-weight, weight]) / 2, np.concatenate([-bias, bias]) / 2
     return Probe(mean, scale.astype(np.float32), weight.astype(np.float32), bias.astype(np.float32))
+
+
+def fit_network(features: Floats, labels: Indices, seed: int) -> Callable[[Floats], Indices]:
+    """Fit a network of one hidden layer, as wide as the features, and give what names the class of others.
+
+    Args:
+        features: (n, F); standardised inside.
+        labels: Class indices, (n,).
+        seed: Of its weights and order.
+    """
+    mean, scale = features.mean(axis=0), features.std(axis=0) + 1e-6
+    model = MLPClassifier((features.shape[1],), max_iter=_NETWORK_PASSES, random_state=seed)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        model.fit((features - mean) / scale, labels)
+
+    def name_others(others: Floats) -> Indices:
+        found: Indices = model.predict((others - mean) / scale)
+        return found
+
+    return name_others
 
 
 def stratified_folds(

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from labelwise.views.pipeline import Normalization, normalize
 
+SETTLING = 512  # images are enough to settle batch norm's statistics
 _CHUNK = 256
 
 
@@ -41,3 +42,33 @@ def extract_features(
         collected.append(encoder(images).float().cpu())
     encoder.train(was_training)
     return torch.cat(collected)
+
+
+@torch.no_grad()
+def settle_statistics(
+    network: nn.Module,
+    pixels: npt.NDArray[np.uint8],
+    rows: npt.NDArray[np.int64],
+    normalization: Normalization,
+    device: torch.device,
+) -> None:
+    """Let the batch norms of a network take their running statistics from some images: after few steps they still lag behind.
+
+    Args:
+        network: (B, 3, E, E) -> (B, F), left in evaluation mode.
+        pixels: uint8 evaluation images, (N, E, E, 3).
+        rows: Which of them; one batch of all is run.
+        normalization: Mean and standard deviation per channel.
+        device: Where the network is.
+    """
+    norms = [module for module in network.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # the mean of what is seen
+    images = torch.from_numpy(pixels[rows]).to(device).permute(0, 3, 1, 2).float() / 255
+    network.train()
+    network(normalize(images, normalization))
+    network.eval()
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum

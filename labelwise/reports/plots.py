@@ -20,16 +20,16 @@ COLORS = {
     "dinov2_probe": "#009E73",
 }
 OTHER = "#6A51A3"  # networks of the user's own
-_INK = "#123456"  # stands for the page's text colour; replaced in the SVG
-_STYLE: Any = {
+INK = "#123456"  # stands for the page's text colour; replaced in the SVG
+STYLE: Any = {
     "svg.fonttype": "none",
     "font.family": "sans-serif",
     "font.size": 11,
-    "text.color": _INK,
-    "axes.labelcolor": _INK,
-    "axes.edgecolor": _INK,
-    "xtick.color": _INK,
-    "ytick.color": _INK,
+    "text.color": INK,
+    "axes.labelcolor": INK,
+    "axes.edgecolor": INK,
+    "xtick.color": INK,
+    "ytick.color": INK,
     "axes.spines.top": False,
     "axes.spines.right": False,
 }
@@ -37,7 +37,7 @@ _STYLE: Any = {
 
 def accuracy_against_labels(document: dict[str, Any]) -> str:
     """Accuracy of every method at every number of labels, each line named at its end."""
-    with mpl.rc_context(_STYLE):
+    with mpl.rc_context(STYLE):
         figure = Figure(figsize=(7.6, 4.2))
         axes = figure.add_subplot()
         ends: list[tuple[float, str, str]] = []
@@ -68,18 +68,18 @@ def accuracy_against_labels(document: dict[str, Any]) -> str:
         axes.minorticks_off()
         axes.set_xlabel("labels, logarithmic scale")
         axes.set_ylabel("test accuracy, %")
-        axes.grid(axis="y", color=_INK, alpha=0.12)
+        axes.grid(axis="y", color=INK, alpha=0.12)
         axes.margins(x=0.04)
         _label_ends(axes, ends)
-        return _svg(figure)
+        return as_svg(figure)
 
 
 def reliability_diagram(entries: list[dict[str, Any]], names: dict[str, str]) -> str:
     """Accuracy against confidence of some methods, ten groups of predictions each; the diagonal is calibrated."""
-    with mpl.rc_context(_STYLE):
+    with mpl.rc_context(STYLE):
         figure = Figure(figsize=(7.6, 3.8))
         axes = figure.add_subplot()
-        axes.plot([0, 100], [0, 100], color=_INK, linewidth=1, linestyle=(0, (4, 3)))
+        axes.plot([0, 100], [0, 100], color=INK, linewidth=1, linestyle=(0, (4, 3)))
         for entry in entries:
             sure = [100 * group["confidence"] for group in entry["groups"]]
             right = [100 * group["accuracy"] for group in entry["groups"]]
@@ -91,14 +91,14 @@ def reliability_diagram(entries: list[dict[str, Any]], names: dict[str, str]) ->
         axes.set_xlim(0, 100)
         axes.set_ylim(0, 100)
         axes.set_aspect("equal")
-        axes.grid(color=_INK, alpha=0.12)
+        axes.grid(color=INK, alpha=0.12)
         axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(1.02, 1), labelcolor="linecolor")
-        return _svg(figure)
+        return as_svg(figure)
 
 
 def learning_curves(metrics: list[dict[str, Any]]) -> str:
     """Loss beside chance, and kNN accuracy where labels exist, over the epochs."""
-    with mpl.rc_context(_STYLE):
+    with mpl.rc_context(STYLE):
         epochs = [row for row in metrics if row["kind"] == "epoch" and row["loss"] is not None]
         seen = [row for row in epochs if row["knn"] is not None]
         figure = Figure(figsize=(7.6, 3.1))
@@ -111,7 +111,7 @@ def learning_curves(metrics: list[dict[str, Any]]) -> str:
             linewidth=2,
         )
         if epochs:
-            loss.axhline(epochs[0]["chance"], color=_INK, linewidth=1, linestyle=(0, (4, 3)))
+            loss.axhline(epochs[0]["chance"], color=INK, linewidth=1, linestyle=(0, (4, 3)))
             loss.annotate(
                 "chance",
                 (epochs[-1]["epoch"] + 1, epochs[0]["chance"]),
@@ -133,9 +133,9 @@ def learning_curves(metrics: list[dict[str, Any]]) -> str:
             panels[1].set_title("Nearest-neighbour accuracy in the pool, %", loc="left", fontsize=11)
             panels[1].set_xlabel("epoch")
         for panel in panels:
-            panel.grid(axis="y", color=_INK, alpha=0.12)
+            panel.grid(axis="y", color=INK, alpha=0.12)
         figure.tight_layout(w_pad=3)
-        return _svg(figure)
+        return as_svg(figure)
 
 
 def _label_ends(axes: Axes, ends: list[tuple[float, str, str]]) -> None:
@@ -156,10 +156,11 @@ def _label_ends(axes: Axes, ends: list[tuple[float, str, str]]) -> None:
         )
 
 
-def _svg(figure: Figure) -> str:
+def as_svg(figure: Figure) -> str:
+    """A figure as SVG text whose ink is the page's."""
     buffer = io.StringIO()
     figure.savefig(
         buffer, format="svg", transparent=True, bbox_inches="tight", metadata={"Date": None, "Creator": None}
     )
     text = buffer.getvalue()
-    return text[text.index("<svg") :].replace(_INK, "currentColor")
+    return text[text.index("<svg") :].replace(INK, "currentColor")

@@ -39,6 +39,7 @@ from labelwise.stages.checking import check_labels, check_lookalikes
 from labelwise.stages.finetuning import Floats, Rows
 from labelwise.stages.methods import (
     STOPPED,
+    TRIES,
     Bench,
     is_trained,
     is_unbalanced,
@@ -447,6 +448,7 @@ def _signature(bench: Bench) -> str:
     group, _ = one_of_each(bench.groups[rows], bench.labels[rows])
     special = [] if len(np.unique(group)) == len(group) else [f"groups={group.tolist()}"]
     special += [f"folds={bench.folds}"] if bench.folds else []
+    special += [f"tries={TRIES}"]
     return hash_names([*(f"{key}={value}" for key, value in sorted(settings.items())), *known, *special])[:16]
 
 

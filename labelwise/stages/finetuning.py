@@ -21,7 +21,7 @@ from labelwise.learning.precision import Precision, arrange_images
 from labelwise.measures.linear import Probe
 from labelwise.models.features import extract_features
 from labelwise.views.draws import Policy
-from labelwise.views.pipeline import Normalization, make_views
+from labelwise.views.pipeline import Normalization, Views, make_views
 
 Rows = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float32]
@@ -86,6 +86,7 @@ def train_classifier(
     device: torch.device,
     seed: int,
     before_step: Callable[[], None],
+    views: Views = make_views,
 ) -> None:
     """Train a classifier in place; the last step is what counts, nothing is picked on the way.
 
@@ -101,6 +102,7 @@ def train_classifier(
         device: Where.
         seed: Of order and augmentation.
         before_step: Called before each step; what it raises ends the training.
+        views: What makes the augmented images.
     """
     precision.arrange(classifier.network)
     optimizer = create_optimizer(
@@ -118,7 +120,7 @@ def train_classifier(
         members = _batch(step, len(rows), trial.batch_size, seed)
         draw_keys = seeding.combine(keys[members], np.arange(len(members), dtype=np.uint64))
         squares = torch.from_numpy(cache.squares[rows[members]]).to(device)  # (B, S, S, 3)
-        images = make_views(trial.policy, squares, sizes[members], draw_keys, seed, step, (0,), normalization)
+        images = views(trial.policy, squares, sizes[members], draw_keys, seed, step, (0,), normalization)
         images = arrange_images(images, precision)
         set_rate(optimizer, warmup_cosine(step, trial.steps, warmup_steps))
         with precision.autocast(device):

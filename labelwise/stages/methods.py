@@ -1,11 +1,12 @@
 """The methods that are compared, each a way from a few labels to predictions of the test images.
 
-Every method has two tries. At five labels a class or fewer it takes the first; above that it chooses
-between them by the same folds inside the labels. Nothing here ever sees a test label.
+Every method has three tries. At five labels a class or fewer it takes the first; above that it chooses
+among them by the same folds inside the labels. Nothing here ever sees a test label.
 """
 
 import copy
 import dataclasses
+import math
 import threading
 from collections.abc import Callable
 
@@ -30,7 +31,7 @@ from labelwise.measures.linear import (
     stratified_folds,
 )
 from labelwise.models.encoder import Encoder, EncoderSpec, create_encoder
-from labelwise.models.features import extract_features
+from labelwise.models.features import SETTLING, extract_features, settle_statistics
 from labelwise.models.heads import has_kept_layer, keep_first_layer
 from labelwise.models.weights import load_encoder, read_metadata
 from labelwise.rundir import RunDirectory
@@ -48,11 +49,12 @@ from labelwise.views.draws import Policy
 
 FEW_PER_CLASS = 5  # up to here folds are so small that they choose by chance
 FOLDS = 2
+TRIES = 3  # of every method
 UNBALANCED = 1.5
 
-# The first of each pair is the default at few labels. Measured on CIFAR-10 and digits, recipes/LOG.md.
-PROBE_STRENGTHS = (3.0, 30.0)
-TRUNK_RATES = (3e-4, 1e-3)
+# The first of each is the default at few labels. Measured on CIFAR-10 and digits, recipes/LOG.md.
+PROBE_STRENGTHS = (3.0, 30.0, 0.3)
+TRUNK_RATES = (3e-4, 1e-3)  # and the frozen network
 HEAD_RATE = 1e-3
 SCRATCH_STEPS = 4  # times as many as `simclr`: from random weights it takes longer
 FINETUNE_DECAY = 1e-4
@@ -168,8 +170,8 @@ def steps_of(method: str, bench: Bench, rows: Rows) -> int:
     if not is_trained(method, bench):
         return 1
     trials = (_scratch_trials if method == "supervised" else _finetuning_trials)(bench, len(rows))
-    folds = 0 if is_few(bench, rows) else len(trials) * (FOLDS - 1)  # each takes its share of the steps
-    return trials[0].steps * (1 + folds)
+    in_folds = 0 if is_few(bench, rows) else (FOLDS - 1) * sum(trial.steps for trial in trials)
+    return trials[0].steps + in_folds  # a fold takes its share of the steps
 
 
 def workers_for(method: str, bench: Bench) -> int:
@@ -243,7 +245,7 @@ def _probe(bench: Bench, kind: str, strength: float) -> Way:
 
 
 def _finetune(method: str, bench: Bench, trial: Trial) -> Way:
-    """Linear probe first, then the whole network from there."""
+    """Linear probe first, then the whole network from there, or not at all."""
     spec = _spec(method, bench)
 
     def fit(rows: Rows, asked: Rows, seed: int, share: float) -> Floats:
@@ -271,7 +273,7 @@ def _train_from_scratch(bench: Bench, trial: Trial) -> Way:
 def _finetuning_trials(bench: Bench, count: int) -> list[Trial]:
     settings = bench.settings
     policy = strengthen(bench.policy, strong=True, crop_scale=settings.crop_scale)
-    return [
+    trained = [
         Trial(
             name=f"trunk rate {rate:g}",
             steps=_steps(bench, count),
@@ -283,6 +285,7 @@ def _finetuning_trials(bench: Bench, count: int) -> list[Trial]:
         )
         for rate in TRUNK_RATES
     ]
+    return [*trained, dataclasses.replace(trained[0], name="frozen", steps=0)]  # as the linear probe left it
 
 
 def _scratch_trials(bench: Bench, count: int) -> list[Trial]:
@@ -320,7 +323,7 @@ def _train(
         torch.manual_seed(seed)  # dropout, stochastic depth
     train_classifier(
         classifier,
-        dataclasses.replace(trial, steps=max(1, round(trial.steps * share))),
+        dataclasses.replace(trial, steps=math.ceil(trial.steps * share)),
         bench.cache,
         rows,
         labels,
@@ -398,7 +401,8 @@ def frozen_network(bench: Bench, kind: str) -> nn.Module:
         network, _ = load_encoder(bench.run.path)
     network = bench.precision.arrange(network).to(bench.device)
     if kind == "random":
-        _settle_statistics(bench, network)
+        rows = bench.pool[:: max(1, len(bench.pool) // SETTLING)][:SETTLING]
+        settle_statistics(network, bench.cache.evaluations, rows, bench.spec.normalization, bench.device)
     return network
 
 
@@ -406,18 +410,6 @@ def _network_features(bench: Bench, kind: str) -> Floats:
     rows, normalization = np.arange(len(bench.names)), bench.spec.normalization
     network = frozen_network(bench, kind)
     return extract_features(network, bench.cache.evaluations, rows, normalization, bench.device).numpy()
-
-
-@torch.no_grad()
-def _settle_statistics(bench: Bench, network: nn.Module, images: int = 512) -> None:
-    """Let a random network's batch norms see some images: else its features are badly scaled."""
-    rows = bench.pool[:: max(1, len(bench.pool) // images)][:images]
-    pixels = torch.from_numpy(bench.cache.evaluations[rows]).permute(0, 3, 1, 2).float() / 255
-    mean, std = (torch.tensor(value)[:, None, None] for value in bench.spec.normalization)
-    network.train()
-    for _ in range(20):  # momentum 0.1: after 20 passes 88 % of the statistics are the images' own
-        network(((pixels - mean) / std).to(bench.device))
-    network.eval()
 
 
 def _small_pixels(bench: Bench) -> Floats:

@@ -60,14 +60,18 @@ def save_near_copies(
     )
 
 
-def look(
+def monitored_features(
     pool: Pool, encoder: Encoder, normalization: Normalization, device: torch.device
-) -> dict[str, float | None]:
-    """Effective rank of the features, and kNN accuracy within the pool where labels exist (monitoring only)."""
-    members = _monitored(pool)
-    features = extract_features(encoder, pool.cache.evaluations, pool.rows[members], normalization, device)
-    labels = [pool.labels[member] for member in members]
-    figures: dict[str, float | None] = {"effective_rank": health.effective_rank(features), "knn": None}
+) -> torch.Tensor:
+    """Features of a fixed random sample of the pool, (N, F)."""
+    rows = pool.rows[_monitored(pool)]
+    return extract_features(encoder, pool.cache.evaluations, rows, normalization, device)
+
+
+def look(pool: Pool, features: torch.Tensor) -> dict[str, Any]:
+    """Effective rank of the monitored features, and kNN accuracy among them where labels exist (monitoring only)."""
+    labels = [pool.labels[member] for member in _monitored(pool)]
+    figures: dict[str, Any] = {"effective_rank": health.effective_rank(features), "knn": None}
     classes = sorted({label for label in labels if label is not None})
     if len(classes) > 1:
         known = [row for row, label in enumerate(labels) if label is not None]
@@ -93,7 +97,7 @@ def save_neighbours(
 ) -> None:
     """Write the nearest images of a few, for a person to look at."""
     members = _monitored(pool)
-    features = extract_features(encoder, pool.cache.evaluations, pool.rows[members], normalization, device)
+    features = monitored_features(pool, encoder, normalization, device)
 
     def card(member: int) -> dict[str, Any]:
         row = pool.rows[member]

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import math
 import re
+import shutil
 import time
 from collections import Counter
 from pathlib import Path
@@ -35,7 +36,14 @@ from labelwise.measures import health
 from labelwise.models.encoder import check_backbone
 from labelwise.models.weights import save_encoder, save_module
 from labelwise.rundir import RunDirectory
-from labelwise.stages.monitoring import look, save_mosaic, save_near_copies, save_neighbours
+from labelwise.stages.guarding import Guard
+from labelwise.stages.monitoring import (
+    look,
+    monitored_features,
+    save_mosaic,
+    save_near_copies,
+    save_neighbours,
+)
 from labelwise.stages.planning import (
     Plan,
     Pool,
@@ -127,6 +135,7 @@ def pretrain(settings: PretrainSettings) -> RunDirectory:
         )
         save_neighbours(run, pool, learner.encoder, spec.normalization, images, device)
         save_encoder(run.encoder, learner.encoder, spec)
+        shutil.rmtree(run.sound, ignore_errors=True)
         environment.finish(run, time.monotonic() - started)
     rundir.point_latest(run)
     terminal.say(f"encoder saved: {run.encoder}")
@@ -147,6 +156,11 @@ def _train(
     warmup_steps = round(plan.warmup_epochs * steps_per_epoch)
     chance = chance_loss(plan.batch_size, decoupled=learner.decoupled)
     look_every = max(1, plan.epochs // CHECKS)
+
+    def features() -> torch.Tensor:
+        return monitored_features(pool, learner.encoder, normalization, learner.device)
+
+    guard = Guard(run, learner, features()) if settings.init else None  # the learner still is at its start
     at = load_checkpoint(run.checkpoints, learner.modules, learner.optimizer) or Position(0, 0, 0)
     losses = _rewind_metrics(run, at)
     saved_at, said = time.monotonic(), ""
@@ -214,13 +228,27 @@ def _train(
             }
             at = Position(at.step, at.epoch + 1, 0)
             if at.epoch % look_every == 0 or at.epoch == plan.epochs:
-                row |= look(pool, learner.encoder, normalization, learner.device)
+                now = features()
+                row |= look(pool, now)
                 figures = {name: row[name] for name in ("effective_rank", "knn") if row[name] is not None}
                 progress, width = at.epoch / plan.epochs, learner.encoder.features
                 trouble = health.diagnose(row["loss"], chance, row["effective_rank"], width, progress)
                 if trouble and not said:
                     bar.note(f"epoch {at.epoch}: {trouble}")
                     said = trouble
+                if guard is not None:
+                    row["kept_neighbours"], lost = guard.check(now, row["effective_rank"])
+                    if lost:
+                        rundir.append_jsonl(run.metrics, row)
+                        at = guard.roll_back()
+                        bar.note(
+                            f"epoch {row['epoch'] + 1}: {lost}. Back to epoch {at.epoch}, and training ends there"
+                        )
+                        environment.note(
+                            run, rolled_back={"from": row["epoch"] + 1, "to": at.epoch, "reason": lost}
+                        )
+                        break
+                    guard.keep(at)
             rundir.append_jsonl(run.metrics, row)
             losses = []
             if time.monotonic() - saved_at > SAVE_SECONDS / 4 or at.epoch == plan.epochs:

@@ -505,9 +505,19 @@ def _limits(
     limits.append(
         f"SimCLR also used {data['pool']:,} images without their labels and the time to train on them; training from scratch did not."
     )
-    if surroundings["asked"]["init"]:
+    init = surroundings["asked"]["init"]
+    if init == "pretrained" and any(row["method"] == "imagenet" for row in results):
         limits.append(
-            f"The encoder started from {surroundings['asked']['init']}: how much of the gain is that start's was not measured."
+            "The encoder started from ImageNet weights: what SimCLR added to them is its lead over ImageNet weights fine-tuned, not the gain."
+        )
+    elif init:
+        asked = "; `--methods simclr,supervised,imagenet` tells" if init == "pretrained" else ""
+        limits.append(
+            f"The encoder started from {init}: how much of the gain is that start's was not measured{asked}."
+        )
+    if back := surroundings.get("rolled_back"):
+        limits.append(
+            f"Training was taken back from epoch {back['from']} to epoch {back['to']} and ended there: {back['reason']}."
         )
     return limits
 

@@ -26,7 +26,8 @@ def list_runs(folder: Path) -> dict[str, Any]:
     Returns:
         `runs`: name, path, state, images, backbone, epochs, seconds, bytes; `caches`: path, images, bytes.
     """
-    found = sorted(path.parent for path in folder.glob("*/environment.json") if not path.parent.is_symlink())
+    begun = (path.parent for path in folder.glob("*/environment.json") if not path.parent.is_symlink())
+    found = sorted(path for path in begun if RunDirectory(path).config.exists())  # a study has none
     return {
         "runs": [_describe(RunDirectory(path.resolve())) for path in found],
         "caches": [

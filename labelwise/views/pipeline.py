@@ -1,5 +1,7 @@
 """From cached squares to a batch of normalised views, in the paper's order."""
 
+from typing import Protocol
+
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -11,6 +13,23 @@ from labelwise.views.fused import render_views
 
 Normalization = tuple[tuple[float, float, float], tuple[float, float, float]]
 UNCHANGED: Normalization = ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
+
+
+class Views(Protocol):
+    """How views of images are made: `make_views`, or something in its place."""
+
+    def __call__(
+        self,
+        policy: Policy,
+        squares: Tensor,
+        sizes: npt.NDArray[np.int32],
+        keys: npt.NDArray[np.uint64],
+        seed: int,
+        epoch: int,
+        views: tuple[int, ...],
+        normalization: Normalization,
+    ) -> Tensor:
+        """Give normalised views, (V B, 3, size, size)."""
 
 
 def make_views(

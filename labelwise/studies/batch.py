@@ -1,0 +1,139 @@
+"""What large batches and long training buy, with the rate scaled two ways (SimCLR, Sec. 5.1, Fig. 9 and Table B.1)."""
+
+from collections.abc import Callable
+
+from labelwise.config import PretrainSettings, StudySettings
+from labelwise.measures.statistics import HELPS, Interval
+from labelwise.studies.findings import Comparison, Findings, Paper, Table, compare, points, shown, why_unclear
+from labelwise.studies.trials import (
+    Answers,
+    Material,
+    Name,
+    Outcomes,
+    Trial,
+    features_of,
+    linear_answers,
+    pretrain_briefly,
+    supervised_answers,
+)
+
+ANSWERING = 1.0
+EPOCH_STEP = 4  # so that a quarter is a whole number
+BATCHES = (64, 128, 256, 512)
+LENGTHS = {"1/4": 0.25, "1/2": 0.5, "1": 1.0}  # of the study's epochs
+RULES = ("linear", "sqrt")
+_REFERENCE = 256  # where both rules give the same rate
+_PAPER_BATCHES = (256, 512, 1024, 2048, 4096, 8192)
+_PAPER_LENGTHS = (100, 200, 400, 800)
+_PAPER = {
+    "linear": [
+        [57.5, 61.9, 64.7, 66.6], [60.7, 64.0, 66.2, 67.8], [62.8, 65.3, 67.2, 68.5],
+        [64.0, 66.1, 68.1, 68.9], [64.6, 66.5, 68.2, 68.9], [64.8, 66.6, 67.8, 69.0],
+    ],
+    "sqrt": [
+        [62.8, 64.3, 65.7, 66.5], [63.8, 65.6, 66.7, 67.4], [64.3, 66.1, 67.2, 68.3],
+        [64.7, 66.8, 67.9, 68.8], [64.5, 66.8, 68.0, 69.1], [64.8, 67.0, 68.3, 69.1],
+    ],
+}  # fmt: skip
+
+
+def plan(study: StudySettings, usual: PretrainSettings, width: int) -> list[Trial]:
+    """Trials of one seed, the most telling first: the ends of both axes, then what lies between."""
+    trials = [
+        Trial(_name(batch, length, rule), {"batch_size": batch, "rate_scaling": rule}, length=share)
+        for rule in RULES
+        for batch in BATCHES
+        for length, share in LENGTHS.items()
+        if batch != _REFERENCE or rule == RULES[-1]
+    ]
+    supervised = [
+        Trial(("supervised", length), length=share, supervised=True) for length, share in LENGTHS.items()
+    ]
+    ends = {(batch, length) for batch in (BATCHES[0], BATCHES[-1]) for length in ("1/4", "1")}
+    order = sorted(trials, key=lambda trial: (trial.changed["batch_size"], trial.name[1]) not in ends)
+    return [*order[:8], *supervised, *order[8:]]
+
+
+def _name(batch: int, length: str, rule: str) -> Name:
+    """Of a trial; at the batch that rates are given for, both rules are one."""
+    return str(batch), length, "sqrt" if batch == _REFERENCE else rule
+
+
+def answer(material: Material, trial: Trial, seed: int, before_step: Callable[[], None]) -> Answers:
+    """Linear accuracy of the encoder, or accuracy of supervised training."""
+    if trial.supervised:
+        return {"h": supervised_answers(material, trial, seed, before_step)}
+    learner = pretrain_briefly(material, trial, seed, before_step)
+    return {"h": linear_answers(material, features_of(material, learner.encoder), seed)}
+
+
+def describe(outcomes: Outcomes, material: Material, study: StudySettings) -> Findings:
+    """Accuracy by batch, length and rule, what of the batch is the rate, and advice."""
+    batches = [batch for batch in BATCHES if batch <= len(material.pool.rows) / 2]
+    epochs = [f"{max(1, round(share * material.epochs))} epochs" for share in LENGTHS.values()]
+
+    def level(batch: int, length: str, rule: str) -> Interval | None:
+        return outcomes.level(_name(batch, length, rule), "h")
+
+    left_out = "" if batches == list(BATCHES) else " Batches above half of the images were left out."
+    tables = [
+        Table(
+            f"Linear accuracy by batch and length, {words}",
+            [f"batch {batch}" for batch in batches],
+            epochs,
+            [[level(batch, length, rule) for length in LENGTHS] for batch in batches],
+            "lines",
+            paper=Paper(
+                f"Table B.1, {words}",
+                [f"batch {batch:,}" for batch in _PAPER_BATCHES],
+                [f"{length} epochs" for length in _PAPER_LENGTHS],
+                _PAPER[rule],
+            ),
+            note=f"At batch {_REFERENCE} both rules give the same rate.{left_out}",
+        )
+        for rule, words in (("linear", "rate proportional to the batch"), ("sqrt", "rate proportional to its square root"))
+    ]  # fmt: skip
+    tables.append(
+        Table(
+            "Accuracy of supervised training from scratch, by length",
+            ["supervised"],
+            epochs,
+            [[outcomes.level(("supervised", length), "h") for length in LENGTHS]],
+            "lines",
+        )
+    )
+    small, large = min(batches, default=BATCHES[0]), max(batches, default=BATCHES[-1])
+
+    def ends(length: str, rule: str, paper: str) -> Comparison:
+        first, second = (_name(batch, length, rule) for batch in (large, small))
+        how_long = "shortest" if length == "1/4" else "longest"
+        words = f"batch {large} against {small}, {how_long} training, {rule} rate"
+        return compare(outcomes, words, (first, "h"), (second, "h"), paper)
+
+    longer = compare(
+        outcomes,
+        f"batch {small}, sqrt rate: longest training against shortest",
+        (_name(small, "1", "sqrt"), "h"),
+        (_name(small, "1/4", "sqrt"), "h"),
+        "+3.7 points, batch 256, 800 against 100 epochs (Table B.1)",
+    )
+    short_linear = ends("1/4", "linear", "+7.3 points, 8,192 against 256, 100 epochs (Table B.1)")
+    short_sqrt = ends("1/4", "sqrt", "+2.0 points, the same (Table B.1)")
+    long_sqrt = ends("1", "sqrt", "+2.6 points, 800 epochs (Table B.1)")
+    comparisons = [longer, short_linear, short_sqrt, long_sqrt]
+    advice, recipe = _advise(longer, long_sqrt, large, small)
+    return Findings(tables, comparisons, advice, recipe)
+
+
+def _advise(longer: Comparison, larger: Comparison, large: int, small: int) -> tuple[str, dict[str, object]]:
+    """Whether to train longer, and with which batch."""
+    parts: list[str] = []
+    recipe: dict[str, object] = {}
+    if longer.verdict == HELPS and longer.difference is not None:
+        parts.append(f"longer training pays: {points(longer.difference)} from four times the epochs")
+    if (difference := shown(larger)) is not None:
+        parts.append(f"batch {large} against {small}: {points(difference)} in the longest training")
+        recipe = {"batch_size": large if difference.mean > 0 else small, "rate_scaling": "sqrt"}
+    if not parts:
+        return f"On your images: {why_unclear([longer, larger])}.", {}
+    return f"On your images {'; '.join(parts)}.", recipe
