@@ -347,7 +347,7 @@ class FinetuneSettings(Settings):
     scratch_rate: float = Field(
         3e-3,
         gt=0,
-        description="learning rate of supervised, AdamW",
+        description="learning rate of supervised, AdamW; a third of it is tried too",
         json_schema_extra={"panel": "Training"},
     )
     scratch_steps: int | None = Field(

@@ -292,15 +292,19 @@ def _scratch_trials(bench: Bench, count: int) -> list[Trial]:
     settings = bench.settings
     return [
         Trial(
-            name=f"{'strong' if strong else 'light'} augmentation",
+            name=f"{'strong' if strong else 'light'} augmentation, rate {rate:.2g}",
             steps=settings.scratch_steps or SCRATCH_STEPS * _steps(bench, count),
             batch_size=settings.batch_size,
-            trunk_rate=settings.scratch_rate,
-            head_rate=settings.scratch_rate,
+            trunk_rate=rate,
+            head_rate=rate,
             weight_decay=SCRATCH_DECAY,
             policy=strengthen(bench.policy, strong=strong, crop_scale=settings.crop_scale),
         )
-        for strong in (True, False)
+        for strong, rate in (
+            (True, settings.scratch_rate),
+            (False, settings.scratch_rate),
+            (True, settings.scratch_rate / 3),
+        )
     ]
 
 

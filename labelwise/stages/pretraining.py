@@ -160,7 +160,8 @@ def _train(
     def features() -> torch.Tensor:
         return monitored_features(pool, learner.encoder, normalization, learner.device)
 
-    guard = Guard(run, learner, features()) if settings.init else None  # the learner still is at its start
+    start = features() if settings.init else None  # the learner still is at its start
+    guard = Guard(run, learner, start) if start is not None else None
     at = load_checkpoint(run.checkpoints, learner.modules, learner.optimizer) or Position(0, 0, 0)
     losses = _rewind_metrics(run, at)
     saved_at, said = time.monotonic(), ""
@@ -174,6 +175,11 @@ def _train(
 
     if at.step:
         terminal.say(f"going on after step {at.step:,} of {steps:,}")
+    elif start is not None:
+        row = look(pool, start)
+        rundir.append_jsonl(run.metrics, {"kind": "start", "step": 0, **row})
+        knn = "" if row["knn"] is None else f", nearest neighbours right in {row['knn']:.1%}"
+        terminal.say(f"start      effective rank {row['effective_rank']:.0f}{knn}, before any step")
 
     with (
         stop_between_steps() as stop,

@@ -86,11 +86,11 @@ def _advise(comparisons: list[Comparison]) -> tuple[str, dict[str, Any]]:
     none, linear, before = (shown(each) for each in comparisons)
     parts = []
     if none is not None:
-        parts.append(f"a nonlinear head against none: {points(none)}")
+        parts.append(f"a nonlinear head is worth {points(none)} over none")
     if linear is not None:
-        parts.append(f"against a linear one: {points(linear)}")
+        parts.append(f"a nonlinear head is worth {points(linear)} over a linear one")
     if before is not None:
-        parts.append(f"features before the head against those behind it: {points(before)}")
+        parts.append(f"features before the head are worth {points(before)} over those behind it")
     if not parts:
         return f"On your images: {why_unclear(comparisons)}.", {}
     recipe: dict[str, Any] = {}

@@ -19,6 +19,7 @@ from labelwise.images.grouping import group_images
 from labelwise.images.source import open_images
 from labelwise.images.splits import draw_labels, hash_names, lock_test
 from labelwise.measures.linear import one_of_each
+from labelwise.measures.statistics import FEWEST_DRAWS
 from labelwise.models.encoder import create_encoder
 from labelwise.stages.methods import is_unbalanced
 from labelwise.stages.planning import (
@@ -99,6 +100,16 @@ class Prepared:
     costs: Costs
     facts: dict[str, Any]
     tested: int
+
+    @property
+    def jobs(self) -> list[tuple[Trial, int]]:
+        """Trials and their seeds, seed by seed; what trains nothing is run often enough to be claimed."""
+        return [
+            (trial, seed)
+            for seed in range(max(self.size.seeds, FEWEST_DRAWS))
+            for trial in self.trials
+            if seed < self.size.seeds or not trial.trains
+        ]
 
 
 def prepare(

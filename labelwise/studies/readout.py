@@ -19,7 +19,7 @@ from labelwise.views.alone import WithAnother, augment
 
 Pixels = npt.NDArray[np.uint8]
 
-ANSWERING = 10.0
+ANSWERING = 6.0
 GRAY, ROTATION, NOISE, SOBEL = "color or gray", "rotation", "original or corrupted", "original or Sobel"
 ADDED = {ROTATION: "rotate", NOISE: "noise", SOBEL: "sobel"}  # to the augmentations of pretraining
 PAPER: dict[str, list[float]] = {  # h, g(h), chance

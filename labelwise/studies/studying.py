@@ -35,6 +35,7 @@ _SMALL: dict[str, Any] = {  # on a CPU, where no recipe names another network
 }  # fmt: skip
 _DATA = ("images", "labels", "labels_root", "group_column")
 _OF_THE_STUDY = ("init", "out", "epochs", "time_limit", "initial_scale", "seed")  # a recipe's are not used
+_LIMIT_SHARE = 0.95  # of the time, start and trials; the rest is for the last trial and what is written
 _QUARTERS = 4  # an answer is a share of at most four versions of an image
 
 
@@ -54,7 +55,7 @@ def study(settings: StudySettings, pretraining: dict[str, Any] | None = None) ->
         Interrupted: A signal came; finished trials are kept.
     """
     started = time.monotonic()
-    deadline = started + parse_duration(settings.time_limit)
+    deadline = started + _LIMIT_SHARE * parse_duration(settings.time_limit)
     device = choose_device(settings.device)
     recipe = {key: value for key, value in (pretraining or {}).items() if key not in _OF_THE_STUDY}
     small = _SMALL if device.type == "cpu" and "backbone" not in recipe else {}
@@ -161,7 +162,7 @@ def _run(
     for row in rows:
         outcomes.add(tuple(row["trial"]), row["seed"], _decode(row["answers"]))
     done = {(tuple(row["trial"]), row["seed"]) for row in rows}
-    jobs = [(trial, seed) for seed in range(size.seeds) for trial in prepared.trials]
+    jobs = prepared.jobs
     spent = estimated = 0.0
     with (
         stop_between_steps() as stop,
@@ -209,7 +210,7 @@ def _document(
 ) -> dict[str, Any]:
     """Put study.json together."""
     material, size = prepared.material, prepared.size
-    trials = len(prepared.trials) * size.seeds
+    trials = len(prepared.jobs)
     recipe = {key: list(value) if isinstance(value, tuple) else value for key, value in found.recipe.items()}
     return {
         "study": settings.name,
