@@ -176,10 +176,10 @@ def _train(
     if at.step:
         terminal.say(f"going on after step {at.step:,} of {steps:,}")
     elif start is not None:
-        row = look(pool, start)
-        rundir.append_jsonl(run.metrics, {"kind": "start", "step": 0, **row})
-        knn = "" if row["knn"] is None else f", nearest neighbours right in {row['knn']:.1%}"
-        terminal.say(f"start      effective rank {row['effective_rank']:.0f}{knn}, before any step")
+        seen = look(pool, start)
+        rundir.append_jsonl(run.metrics, {"kind": "start", "step": 0, **seen})
+        knn = "" if seen["knn"] is None else f", nearest neighbours right in {seen['knn']:.1%}"
+        terminal.say(f"start      effective rank {seen['effective_rank']:.0f}{knn}, before any step")
 
     with (
         stop_between_steps() as stop,
