@@ -8,23 +8,26 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from labelwise.config import FinetuneSettings, PretrainSettings
+    from labelwise.config import FinetuneSettings, PretrainSettings, StudySettings
     from labelwise.errors import LabelwiseError
     from labelwise.models.weights import load_encoder
     from labelwise.stages.comparing import finetune
     from labelwise.stages.pretraining import pretrain
     from labelwise.stages.reporting import report
     from labelwise.stages.scanning import scan
+    from labelwise.studies.studying import study
 
 _HOMES = {
     "FinetuneSettings": "labelwise.config",
     "LabelwiseError": "labelwise.errors",
     "PretrainSettings": "labelwise.config",
+    "StudySettings": "labelwise.config",
     "finetune": "labelwise.stages.comparing",
     "load_encoder": "labelwise.models.weights",
     "pretrain": "labelwise.stages.pretraining",
     "report": "labelwise.stages.reporting",
     "scan": "labelwise.stages.scanning",
+    "study": "labelwise.studies.studying",
 }
 
 __version__ = version("labelwise")
@@ -32,12 +35,14 @@ __all__ = [
     "FinetuneSettings",
     "LabelwiseError",
     "PretrainSettings",
+    "StudySettings",
     "__version__",
     "finetune",
     "load_encoder",
     "pretrain",
     "report",
     "scan",
+    "study",
 ]
 
 
