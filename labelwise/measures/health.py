@@ -9,8 +9,8 @@ from labelwise.measures.knn import nearest_rows
 
 STUCK = 0.05  # a loss within 5 % of chance after a third of the run has learned nothing
 COLLAPSED = 0.02  # effective rank below 2 % of the feature width
-# Of an encoder that began from other weights. Measured (recipes/LOG.md): four sound trainings from ImageNet weights kept 0.10 to
-# 0.15 of the neighbours above chance while their accuracy rose, an untrained network 0.003; effective rank rose.
+# Of an encoder that began from other weights. Measured (recipes/LOG.md): three sound trainings from ImageNet weights kept 0.10 to
+# 0.12 of the neighbours above chance while their accuracy rose, an untrained network 0.003; effective rank rose.
 SHRUNK = 0.25  # of the effective rank at the start
 LOST = 0.03  # of the nearest neighbours at the start, above chance
 _NEIGHBOURS = 10

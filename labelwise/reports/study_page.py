@@ -138,11 +138,11 @@ def _heat(axes: Axes, table: dict[str, Any]) -> None:
     means = [[100 * cell["mean"] if cell else float("nan") for cell in row] for row in table["cells"]]
     axes.imshow(means, cmap="Blues", aspect="auto")
     known = [value for row in means for value in row if value == value]
-    middle = (min(known) + max(known)) / 2 if known else 0.0
+    dark = min(known) + 0.6 * (max(known) - min(known)) if known else 0.0  # white ink from here on
     for y, row in enumerate(means):
         for x, value in enumerate(row):
             if value == value:
-                axes.text(x, y, f"{value:.1f}", ha="center", va="center", color="white" if value > middle else "black", fontsize=10)  # fmt: skip
+                axes.text(x, y, f"{value:.1f}", ha="center", va="center", color="white" if value > dark else "black", fontsize=10)  # fmt: skip
     axes.set_xticks(range(len(table["columns"])), table["columns"])
     axes.set_yticks(range(len(table["rows"])), table["rows"])
     axes.set_xlabel("second")
