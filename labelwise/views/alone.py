@@ -97,6 +97,12 @@ def _rotate(images: Tensor, numbers: npt.NDArray[np.float64]) -> Tensor:
     return turned
 
 
+def _crop_of(policy: Policy) -> Policy:
+    """A policy's crop and flip, and nothing else."""
+    kept = {name: getattr(policy, name) for name in ("size", "crop_scale", "crop_ratio", "flip")}
+    return dataclasses.replace(_NOTHING, **kept)
+
+
 @dataclasses.dataclass(frozen=True)
 class OneBranch:
     """Views of which the first is one crop of an image, and the second that crop under one or two augmentations.
@@ -124,8 +130,7 @@ class OneBranch:
         normalization: Normalization,
     ) -> Tensor:
         """See `pipeline.Views`; of the policy the crop, the flip and the size are used."""
-        crop = dataclasses.replace(_NOTHING, size=policy.size, crop_scale=policy.crop_scale, crop_ratio=policy.crop_ratio, flip=policy.flip)  # fmt: skip
-        base = make_views(crop, squares, sizes, keys, seed, epoch, (0,)).contiguous()
+        base = make_views(_crop_of(policy), squares, sizes, keys, seed, epoch, (0,)).contiguous()
         made = []
         for view in views:
             images = base
@@ -183,10 +188,9 @@ def auto_augmented(
 
     Source: Cubuk et al. 2019 (arXiv 1805.09501), the policies found on CIFAR-10 and ImageNet, as torchvision has them.
     """
-    crop = dataclasses.replace(_NOTHING, size=policy.size, crop_scale=policy.crop_scale, crop_ratio=policy.crop_ratio, flip=policy.flip)  # fmt: skip
     small = policy.size <= _CIFAR_SIDE
     augmented = AutoAugment(AutoAugmentPolicy.CIFAR10 if small else AutoAugmentPolicy.IMAGENET)
-    images = make_views(crop, squares, sizes, keys, seed, epoch, views)
+    images = make_views(_crop_of(policy), squares, sizes, keys, seed, epoch, views)
     shades = (255 * images).round().to(torch.uint8).cpu()
     drawn = np.concatenate([seeding.combine(seed, epoch, _DRAW + view, keys) for view in views])
     with torch.random.fork_rng(devices=[]):
