@@ -11,8 +11,8 @@ if TYPE_CHECKING:
     from labelwise.config import FinetuneSettings, PretrainSettings, StudySettings
     from labelwise.errors import LabelwiseError
     from labelwise.models.weights import load_encoder
-    from labelwise.stages.comparing import finetune
     from labelwise.stages.pretraining import pretrain
+    from labelwise.stages.repeating import finetune
     from labelwise.stages.reporting import report
     from labelwise.stages.scanning import scan
     from labelwise.studies.studying import study
@@ -22,7 +22,7 @@ _HOMES = {
     "LabelwiseError": "labelwise.errors",
     "PretrainSettings": "labelwise.config",
     "StudySettings": "labelwise.config",
-    "finetune": "labelwise.stages.comparing",
+    "finetune": "labelwise.stages.repeating",
     "load_encoder": "labelwise.models.weights",
     "pretrain": "labelwise.stages.pretraining",
     "report": "labelwise.stages.reporting",

@@ -119,7 +119,7 @@ def _pretrain(recipe: Recipe = None, json: Json = False, **given: Any) -> None:
 
 def _finetune(recipe: Recipe = None, json: Json = False, **given: Any) -> None:
     """Fine-tune on few labels, compare with training from scratch, and say who wins."""
-    from labelwise.stages.comparing import finetune
+    from labelwise.stages.repeating import finetune
     from labelwise.stages.reporting import report, show
 
     document = report(finetune(_resolve(FinetuneSettings, recipe, given)))
@@ -245,8 +245,8 @@ def runs_compare(
 
 
 @runs_app.command("remove")
-def runs_remove(run: Annotated[Path, typer.Argument(help="run folder")]) -> None:
-    """Delete a run folder."""
+def runs_remove(run: Annotated[Path, typer.Argument(help="folder of a run or a study")]) -> None:
+    """Delete the folder of a run or a study."""
     from labelwise.stages.running import remove_run
 
     remove_run(run)

@@ -9,7 +9,7 @@ import json
 import re
 import tomllib
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self, get_args
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
@@ -251,6 +251,11 @@ class PretrainSettings(Settings):
     temperature: float = Field(
         0.2, gt=0, description="temperature of NT-Xent", json_schema_extra={"panel": "Training"}
     )
+    similarity: Literal["cosine", "dot"] = Field(
+        "cosine",
+        description="of projections; dot: not normalised, for temperatures of 10 and more",
+        json_schema_extra={"panel": "Training"},
+    )
     optimizer: Literal["lars", "sgd", "adamw"] = Field(
         "adamw", description="lars is for batches of 1,024 and more", json_schema_extra={"panel": "Training"}
     )
@@ -356,6 +361,13 @@ class FinetuneSettings(Settings):
         description="steps of supervised; default four times as many",
         json_schema_extra={"panel": "Training"},
     )
+    pretrain_seeds: int = Field(
+        1,
+        ge=1,
+        le=20,
+        description="encoders to compare, the others pretrained beside the run; 3 give the gain an interval over them too",
+        json_schema_extra={"panel": "Training"},
+    )
     time_limit: Duration | None = Field(
         None,
         description="for example 30m or 2h: compare what fits; the same command goes on",
@@ -365,6 +377,13 @@ class FinetuneSettings(Settings):
     seed: int = Field(
         0, ge=0, lt=2**32, description="seed of every random draw", json_schema_extra={"panel": "Training"}
     )
+
+
+Augmentation = Literal["crop", "cutout", "color", "sobel", "noise", "blur", "rotate"]  # SimCLR, Fig. 5
+
+
+def _in_the_papers_order(names: tuple[Augmentation, ...]) -> tuple[Augmentation, ...]:
+    return tuple(name for name in get_args(Augmentation) if name in names)
 
 
 class StudySettings(Settings):
@@ -413,6 +432,16 @@ class StudySettings(Settings):
     symmetric: bool = Field(
         False,
         description="augmentations: in both branches, not in one as the paper does",
+        json_schema_extra={"panel": "Training"},
+    )
+    pairs: Annotated[tuple[Augmentation, ...], AfterValidator(_in_the_papers_order)] | None = Field(
+        None,
+        description="augmentations: pairs of these only, e.g. crop,color; default all seven",
+        json_schema_extra={"panel": "Training"},
+    )
+    temperature: bool = Field(
+        False,
+        description="batch: temperature and normalisation of the loss too",
         json_schema_extra={"panel": "Training"},
     )
     time_limit: Duration = Field(

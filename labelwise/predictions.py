@@ -27,6 +27,7 @@ _SCHEMA = pa.schema(
         ("probabilities", pa.list_(pa.float32())),
     ]
 )
+_KEY = ("method", "labels", "draw")  # of a classifier
 _ROWS = 8192  # of a group in a Parquet file
 COLUMNS = tuple(_SCHEMA.names)
 CONFIDENCE = "confidence"
@@ -74,8 +75,25 @@ def store_predictions(
             pc.equal(before["draw"], draw),
         )
         table = pa.concat_tables([before.filter(pc.invert(same)), table])
-        table = table.sort_by([(key, "ascending") for key in ("method", "labels", "draw")])
+        table = table.sort_by([(key, "ascending") for key in _KEY])
     rundir.write_atomically(path, lambda fresh: pq.write_table(table, fresh))
+
+
+def copy_predictions(source: Path, target: Path, keys: set[tuple[str, int, int]]) -> None:
+    """Add the predictions of some classifiers to another file, in place of any that it has of these.
+
+    Args:
+        source, target: predictions.parquet; the target may not be there yet.
+        keys: Method, number of labels and draw of each.
+
+    Raises:
+        CheckpointError: One of the files is damaged.
+    """
+    table = _of_classifiers(_read(source), keys, kept=True)
+    if target.exists():
+        table = pa.concat_tables([_of_classifiers(_read(target), keys, kept=False), table])
+    table = table.sort_by([(key, "ascending") for key in _KEY])
+    rundir.write_atomically(target, lambda fresh: pq.write_table(table, fresh))
 
 
 def keep_predictions(path: Path, keys: set[tuple[str, int, int]]) -> None:
@@ -89,10 +107,14 @@ def keep_predictions(path: Path, keys: set[tuple[str, int, int]]) -> None:
         CheckpointError: The file is damaged.
     """
     if path.exists():
-        table = _read(path)
-        rows = zip(*(table[name].to_pylist() for name in ("method", "labels", "draw")), strict=True)
-        kept = table.filter(pa.array([row in keys for row in rows], pa.bool_()))
-        rundir.write_atomically(path, lambda fresh: pq.write_table(kept, fresh))
+        table = _of_classifiers(_read(path), keys, kept=True)
+        rundir.write_atomically(path, lambda fresh: pq.write_table(table, fresh))
+
+
+def _of_classifiers(table: pa.Table, keys: set[tuple[str, int, int]], *, kept: bool) -> pa.Table:
+    """The rows of these classifiers, or all others."""
+    rows = zip(*(table[name].to_pylist() for name in _KEY), strict=True)
+    return table.filter(pa.array([(row in keys) is kept for row in rows], pa.bool_()))
 
 
 def read_predictions(path: Path, names: Sequence[str] = COLUMNS) -> dict[str, list[Any]]:

@@ -24,7 +24,7 @@ from labelwise.models.encoder import EncoderSpec, create_encoder, keep_resolutio
 from labelwise.models.weights import load_backbone, load_encoder
 from labelwise.predictions import read_predictions
 from labelwise.rundir import RunDirectory
-from labelwise.stages.comparing import finetune
+from labelwise.stages.repeating import finetune
 from labelwise.stages.reporting import report
 from labelwise.stages.verifying import verify
 

@@ -96,7 +96,18 @@ def test_version_names_what_matters(labelwise: Command) -> None:
 def test_help_names_every_command(labelwise: Command) -> None:
     code, out, err = labelwise("--help")
     assert (code, err) == (0, "")
-    for name in ("demo", "scan", "pretrain", "finetune", "report", "verify", "recipes", "doctor", "runs"):
+    for name in (
+        "demo",
+        "scan",
+        "pretrain",
+        "finetune",
+        "study",
+        "report",
+        "verify",
+        "recipes",
+        "doctor",
+        "runs",
+    ):
         assert f" {name} " in out
     assert "Add --debug to any command for a traceback." in out
 
@@ -236,7 +247,7 @@ def test_exit_codes_of_real_processes(photos: Path, tmp_path: Path) -> None:
         (("scan", "photos"), dict, {"images", "quarantined", "notes", "duplicates", "layout", "estimate"}),
         (("recipes",), list, None),
         (("doctor",), dict, {"checks"}),
-        (("runs", "list"), dict, {"runs", "caches"}),
+        (("runs", "list"), dict, {"runs", "studies", "caches"}),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
 )

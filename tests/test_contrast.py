@@ -81,6 +81,25 @@ def test_loss_and_gradient_equal_the_oracles(
     assert (gradient - expected_gradient).abs().max() / scale < TOLERANCE
 
 
+@pytest.mark.parametrize(("batch", "width", "temperature"), [(4, 128, 100.0), (7, 16, 10.0), (16, 8, 5.0)])
+def test_loss_of_inner_products_equals_that_of_rows_that_are_not_normalized(
+    batch: int, width: int, temperature: float
+) -> None:
+    def of_inner_products(projections: Tensor, temperature: float) -> Tensor:
+        similarity = projections @ projections.T / temperature
+        similarity = similarity.masked_fill(torch.eye(len(projections), dtype=torch.bool), -torch.inf)
+        partners = torch.arange(len(projections)).roll(len(projections) // 2)
+        return torch.nn.functional.cross_entropy(similarity, partners)
+
+    projections = random_projections(batch, width)
+    value, gradient = value_and_gradient(
+        lambda z, t: nt_xent(z, t, normalized=False), projections, temperature
+    )
+    expected, expected_gradient = value_and_gradient(of_inner_products, projections.double(), temperature)
+    assert value == pytest.approx(expected, rel=TOLERANCE)
+    assert (gradient - expected_gradient).abs().max() / expected_gradient.abs().max() < TOLERANCE
+
+
 @pytest.mark.parametrize("batch", [1, 2, 8, 300])
 @pytest.mark.parametrize("temperature", [0.07, 0.5, 1.0])
 def test_loss_of_equal_rows_is_the_logarithm_of_all_other_views(batch: int, temperature: float) -> None:

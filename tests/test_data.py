@@ -16,8 +16,8 @@ import pytest
 from labelwise import rundir
 from labelwise.config import FinetuneSettings, PretrainSettings, read_recipe
 from labelwise.recipes import find_recipe
-from labelwise.stages.comparing import finetune
 from labelwise.stages.pretraining import pretrain
+from labelwise.stages.repeating import finetune
 from labelwise.stages.reporting import report
 
 SCRIPT = Path(__file__).parent.parent / "data" / "subset.py"
@@ -78,7 +78,7 @@ def test_a_little_of_cifar10_is_learned_from(tmp_path: Path) -> None:
     assert subset(source, tmp_path / "cifar", "--train", "2000", "--test", "500").returncode == 0
     recipe = read_recipe(find_recipe("cifar10-cpu"), PretrainSettings)
     settings = PretrainSettings.resolve(
-        {"images": tmp_path / "cifar", "out": tmp_path / "run", "epochs": 4}, recipe
+        {"images": tmp_path / "cifar", "out": tmp_path / "run", "epochs": 12}, recipe
     )
     run = pretrain(settings)
     losses = [row["loss"] for row in rundir.read_jsonl(run.metrics) if row["kind"] == "epoch"]

@@ -18,9 +18,9 @@ from labelwise.measures.linear import macro_accuracy, stratified_folds
 from labelwise.measures.statistics import HELPS, UNCLEAR, Folds, resampled_interval, verdict
 from labelwise.predictions import read_predictions
 from labelwise.rundir import RunDirectory
-from labelwise.stages.comparing import finetune
 from labelwise.stages.demo import write_digits
 from labelwise.stages.pretraining import pretrain
+from labelwise.stages.repeating import finetune
 from labelwise.stages.reporting import report
 from labelwise.stages.verifying import verify
 

@@ -22,8 +22,8 @@ from labelwise.images.grouping import MOST_IN_A_SECOND, Groups, group_images
 from labelwise.images.source import open_images
 from labelwise.images.splits import lock_test, pool_indices
 from labelwise.reports import html, markdown
-from labelwise.stages.comparing import finetune
 from labelwise.stages.pretraining import pretrain
+from labelwise.stages.repeating import finetune
 from labelwise.stages.reporting import report
 from labelwise.stages.verifying import verify
 

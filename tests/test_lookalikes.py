@@ -17,8 +17,8 @@ from labelwise.measures.knn import resembling
 from labelwise.predictions import read_predictions
 from labelwise.stages import comparing, pretraining
 from labelwise.stages.checking import _crop_a_little
-from labelwise.stages.comparing import finetune
 from labelwise.stages.pretraining import pretrain
+from labelwise.stages.repeating import finetune
 from labelwise.stages.reporting import report
 from labelwise.stages.verifying import verify
 

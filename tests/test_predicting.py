@@ -24,10 +24,10 @@ from labelwise.errors import CheckpointError, DataError, UsageError
 from labelwise.images.cache import build_cache
 from labelwise.images.source import open_images
 from labelwise.rundir import RunDirectory
-from labelwise.stages.comparing import finetune
 from labelwise.stages.demo import write_digits
 from labelwise.stages.finetuning import predict as probabilities_of
 from labelwise.stages.predicting import load_classifier, predict
+from labelwise.stages.repeating import finetune
 
 
 @pytest.fixture(scope="module")

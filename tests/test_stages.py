@@ -19,18 +19,18 @@ from safetensors.torch import load_file
 
 from labelwise import rundir
 from labelwise.config import METHODS, FinetuneSettings, PretrainSettings, read_run_config
-from labelwise.errors import CheckpointError, DataError, UsageError
+from labelwise.errors import CheckpointError, DataError, Interrupted, UsageError
 from labelwise.images.splits import hash_names
 from labelwise.predictions import read_predictions, store_predictions
 from labelwise.reports import html, markdown, model_card
 from labelwise.reports.markdown import escape
 from labelwise.rundir import RunDirectory
 from labelwise.stages import comparing, methods, pretraining
-from labelwise.stages.comparing import finetune
 from labelwise.stages.demo import write_digits
 from labelwise.stages.guarding import Guard
 from labelwise.stages.pretraining import pretrain
-from labelwise.stages.reporting import report
+from labelwise.stages.repeating import finetune
+from labelwise.stages.reporting import report, show
 from labelwise.stages.running import compare_runs, list_runs, remove_run, show_comparison
 from labelwise.stages.scanning import scan
 from labelwise.stages.verifying import verify
@@ -502,18 +502,33 @@ def test_runs_can_be_listed_compared_and_removed(finished: RunDirectory, tmp_pat
         remove_run(tmp_path / "mine")
 
 
-def test_runs_of_several_seeds_give_a_gain_over_encoders(
-    digits: Path, finished: RunDirectory, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_encoders_of_other_seeds_give_a_gain_over_all_of_them(
+    finished: RunDirectory, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    runs = [finished]
-    for seed in (1, 2):
-        run = pretrain(PretrainSettings(images=digits, out=tmp_path / f"seed-{seed}", **SMALL, seed=seed))
-        report(finetune(FinetuneSettings(run=run.path, **FEW)))
-        runs.append(run)
+    shutil.copytree(finished.path, tmp_path / "one [a]")
+    settings = FinetuneSettings(run=tmp_path / "one [a]", **FEW)
+    one = finetune(settings.model_copy(update={"pretrain_seeds": 3}))
+    runs = [one, *(RunDirectory(tmp_path / f"one [a]-seed-{seed}") for seed in (1, 2))]
     assert len({rundir.read_json(run.test_lock)["sha256"] for run in runs}) == 1, (
         "the same images are held out"
     )
+    before = {file: file.stat().st_mtime_ns for run in runs[1:] for file in (run.encoder, run.predictions)}
+    finetune(settings.model_copy(update={"pretrain_seeds": 3}))
+    assert before == {file: file.stat().st_mtime_ns for file in before}, "what is there is not done again"
+    document = report(one)
     found = compare_runs([run.path for run in runs])
+    assert document["over_encoders"] == {
+        "runs": ["one [a]", "one [a]-seed-1", "one [a]-seed-2"],
+        "gains": found["over_encoders"],
+        "unfinished": [],
+        "damaged": "",
+    }
+    show(document)
+    assert "seeds gain over 3 encoders with 20 labels: " in " ".join(capsys.readouterr().out.split())
+    assert "gain over 3 encoders with 20 labels: " in one.report_html.read_text()
+    verify(one)
+    assert "The table is of one of 3 encoders" in " ".join(document["limits"])
+    assert "One encoder was compared" in " ".join(report(runs[1])["limits"]), "it has none beside it"
     assert found["settings"]["pretrain.seed"] == [0, 1, 2]
     gains = [rundir.read_json(run.report_json)["summary"][0]["gain"]["mean"] for run in runs]
     entry = found["over_encoders"][0]
@@ -529,6 +544,7 @@ def test_runs_of_several_seeds_give_a_gain_over_encoders(
         in words
     )
     finetune(FinetuneSettings(run=runs[1].path, **{**FEW, "steps": 3}))
+    assert [report(one)["over_encoders"]["runs"]] == [["one [a]", "one [a]-seed-2"]], "the other differs now"
     found = compare_runs([run.path for run in runs])
     assert found["over_encoders"] == []
     assert found["not_over_encoders"] == "they were compared with different labels, test images or settings"
@@ -542,6 +558,140 @@ def test_runs_of_several_seeds_give_a_gain_over_encoders(
     lock = rundir.read_json(runs[1].test_lock)
     rundir.write_json(runs[1].test_lock, {**lock, "sha256": "another"})
     assert not compare_runs([run.path for run in runs[1:]])["same_test"]
+
+
+def test_what_no_encoder_has_a_part_in_is_lent_and_would_be_the_same(
+    finished: RunDirectory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(finished.path, tmp_path / "one")
+    trained: list[tuple[str, str]] = []
+    run_method = comparing.run_method
+
+    def spy(method: str, bench: Any, *rest: Any) -> Any:
+        trained.append((bench.run.path.name, method))
+        return run_method(method, bench, *rest)
+
+    monkeypatch.setattr(comparing, "run_method", spy)
+    one = finetune(FinetuneSettings(run=tmp_path / "one", **FEW, pretrain_seeds=2))
+    more = FinetuneSettings(run=one.path, **{**FEW, "draws": 3})
+    finetune(more.model_copy(update={"pretrain_seeds": 2}))
+    ours = ("simclr", "simclr_probe")
+    assert {method for name, method in trained if name == "one-seed-1"} == set(ours)
+    assert {method for name, method in trained if name == "one"} == set(METHODS), "of the third draw"
+    other = RunDirectory(tmp_path / "one-seed-1")
+
+    def results(run: RunDirectory) -> dict[Any, Any]:
+        keys, left_out = ("method", "labels", "draw"), ("seconds",)
+        rows = [row for row in rundir.read_jsonl(run.results) if row["method"] not in ours]
+        return {
+            tuple(row[key] for key in keys): {key: row[key] for key in row if key not in left_out}
+            for row in rows
+        }
+
+    def predictions(run: RunDirectory) -> list[Any]:
+        names = ("method", "labels", "draw", "name", "probabilities")
+        rows = zip(*read_predictions(run.predictions, names).values(), strict=True)
+        return sorted(row for row in rows if row[0] not in ours)
+
+    lent = results(other), predictions(other)
+    assert lent == (results(one), predictions(one))
+    shutil.rmtree(other.results.parent)
+    finetune(more.model_copy(update={"run": other.path}))
+    assert lent == (results(other), predictions(other)), "trained here"
+
+
+def test_an_encoder_that_is_not_compared_as_far_does_not_take_the_others_away(
+    finished: RunDirectory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(finished.path, tmp_path / "one")
+    settings = FinetuneSettings(run=tmp_path / "one", **FEW)
+    one = finetune(settings.model_copy(update={"pretrain_seeds": 2}))
+    before = report(one)["over_encoders"]["gains"]
+    run_method = comparing.run_method
+
+    def stops(method: str, *rest: Any) -> Any:
+        if method == "simclr":
+            raise Interrupted("stopped", 15)
+        return run_method(method, *rest)
+
+    with monkeypatch.context() as patch, pytest.raises(Interrupted):
+        patch.setattr(comparing, "run_method", stops)
+        finetune(settings.model_copy(update={"pretrain_seeds": 3}))
+    document = report(one)
+    assert document["over_encoders"]["gains"] == before
+    assert document["over_encoders"]["unfinished"] == ["one-seed-2"]
+    assert "Not compared as far as this one, and left out: one-seed-2." in " ".join(document["limits"])
+    finetune(settings.model_copy(update={"pretrain_seeds": 3}))
+    assert len(report(one)["over_encoders"]["runs"]) == 3
+    config = tmp_path / "one-seed-1" / "config.toml"
+    config.write_text("not TOML")
+    document = report(one)
+    assert document["over_encoders"]["runs"] == []
+    assert "Others are left out: " in " ".join(document["limits"])
+    assert str(config) in " ".join(document["limits"])
+
+
+def test_other_encoders_are_of_this_run_however_its_labels_were_named(
+    digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flat = tmp_path / "photos"
+    flat.mkdir()
+    rows = ["file,label"]
+    for number, file in enumerate(sorted(digits.glob("*/*.png"))[::2]):
+        shutil.copy(file, flat / f"{number}.png")
+        rows.append(f"{number}.png,{file.parent.name}")
+    labels = tmp_path / "labels.csv"
+    labels.write_text("\n".join(rows[:-20]) + "\n")
+    monkeypatch.chdir(tmp_path)
+    run = pretrain(PretrainSettings(images=Path("photos"), labels=Path("labels.csv"), **SMALL))
+    newer = pretrain(PretrainSettings(images=Path("photos"), labels=Path("labels.csv"), **SMALL, seed=9))
+    config = run.config.read_text()
+    assert 'labels = "labels.csv"' in config
+    assert 'similarity = "cosine"\n' in config
+    run.config.write_text(config.replace('similarity = "cosine"\n', ""))  # as an earlier version wrote it
+    labels.write_text("\n".join(rows) + "\n")  # some were labeled since
+    settings = FinetuneSettings(run=run.path, **FEW)
+    finetune(settings.model_copy(update={"pretrain_seeds": 2}))
+    assert report(run)["over_encoders"]["runs"] == ["photos", "photos-seed-1"]
+    assert Path("runs/latest").resolve() == newer.path, "as it was"
+    shutil.copytree(run.path.with_name("photos-seed-1"), tmp_path / "runs" / "photos-seed-7")
+    assert report(run)["over_encoders"]["runs"] == ["photos", "photos-seed-1"], "a seed counts once"
+    shutil.copy(flat / "0.png", flat / "new.png")
+    with pytest.raises(DataError, match="other encoders would not be its equals"):
+        finetune(settings.model_copy(update={"pretrain_seeds": 3}))
+    (flat / "new.png").unlink()
+    finetune(settings.model_copy(update={"time_limit": "0.01s", "pretrain_seeds": 3}))
+    assert "encoders are left; the same command goes on" in " ".join(capsys.readouterr().err.split())
+    finetune(FinetuneSettings(run=newer.path, **FEW, time_limit="0.01s", pretrain_seeds=2))
+    assert "encoder 2 takes about" in " ".join(capsys.readouterr().err.split())
+    assert {path.name for path in (tmp_path / "runs").iterdir()} == {
+        "latest", "photos", "photos-2", "photos-seed-1", "photos-seed-7",
+    }  # fmt: skip
+
+
+def test_encoders_are_not_compared_without_a_test_set(digits: Path, tmp_path: Path) -> None:
+    run = pretrain(PretrainSettings(images=digits, out=tmp_path / "run", **{**SMALL, "holdout": 0}))
+    with pytest.raises(UsageError, match="has no test set, so encoders cannot be compared"):
+        finetune(FinetuneSettings(run=run.path, **FEW, pretrain_seeds=3))
+    assert not run.results.exists()
+
+
+def test_encoders_are_not_compared_without_the_methods_that_the_gain_is_made_of(
+    finished: RunDirectory,
+) -> None:
+    with pytest.raises(UsageError, match="needs --methods with simclr and supervised"):
+        finetune(FinetuneSettings(run=finished.path, **FEW, methods=("simclr", "pixels"), pretrain_seeds=3))
+
+
+def test_another_run_where_an_encoder_would_lie_is_met_before_anything_is_trained(
+    finished: RunDirectory, digits: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(finished.path, tmp_path / "one")
+    shutil.rmtree(tmp_path / "one" / "finetune")
+    pretrain(PretrainSettings(images=digits, out=tmp_path / "one-seed-1", **{**SMALL, "epochs": 1}, seed=1))
+    with pytest.raises(UsageError, match=r"one-seed-1: lies where .* they also differ in pretrain.epochs"):
+        finetune(FinetuneSettings(run=tmp_path / "one", **FEW, pretrain_seeds=3))
+    assert not (tmp_path / "one" / "finetune").exists()
 
 
 def test_a_run_from_before_a_setting_existed_goes_on(digits: Path, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import time
 import tomllib
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -21,12 +21,13 @@ from scipy import ndimage
 from torchvision.transforms import AutoAugment, AutoAugmentPolicy
 
 from labelwise import rundir, seeding
-from labelwise.config import PretrainSettings, StudySettings, to_toml
+from labelwise.config import Augmentation, PretrainSettings, StudySettings, to_toml
 from labelwise.errors import DataError, Interrupted, UsageError
 from labelwise.images.source import open_images
 from labelwise.measures.linear import fit_network, fit_probe
 from labelwise.measures.statistics import HELPS, HURTS, UNCLEAR
 from labelwise.stages.demo import write_digits
+from labelwise.stages.running import list_runs, remove_run, show_runs
 from labelwise.studies import augmentations, batch, color, head, preparing, readout
 from labelwise.studies.findings import compare, why_unclear
 from labelwise.studies.preparing import Costs, Size, fit
@@ -263,7 +264,7 @@ def test_a_difference_is_claimed_from_three_seeds_on() -> None:
     assert "too little was reached" in why_unclear([missing])
 
 
-def described(module: Any, levels: dict[tuple[tuple[str, ...], str], float]) -> Any:
+def described(module: Any, levels: dict[tuple[tuple[str, ...], str], float], **asked: Any) -> Any:
     """What a study makes of known levels."""
 
     class Pool:
@@ -276,7 +277,9 @@ def described(module: Any, levels: dict[tuple[tuple[str, ...], str], float]) -> 
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(color, "_pictures", lambda material: [])
-        return module.describe(outcomes_of(levels), Stub(), StudySettings(name="color", images=Path()))
+        return module.describe(
+            outcomes_of(levels), Stub(), StudySettings(name="color", images=Path(), **asked)
+        )
 
 
 def test_advice_follows_from_what_is_shown() -> None:
@@ -325,18 +328,30 @@ def test_advice_follows_from_what_is_shown() -> None:
     assert "longer training pays" in found.advice
     assert "batch 512 against 64" in found.advice
     assert found.recipe == {"batch_size": 512, "rate_scaling": "sqrt"}
+    losses = {(("cosine", value), "h"): 0.5 for value in ("0.05", "0.1", "0.2", "0.5", "1")}
+    losses |= {(("dot", value), "h"): 0.3 for value in ("10", "100")}
+    found = described(batch, losses, temperature=True)
+    assert found.recipe == {}
+    assert "+7.2 points (Table 5)" in {each.paper for each in found.comparisons}
+    found = described(
+        batch, losses | {(("cosine", "0.5"), "h"): 0.9, (("dot", "10"), "h"): 0.7}, temperature=True
+    )
+    assert found.recipe == {"similarity": "cosine", "temperature": 0.5}
+    assert "cosine similarity at temperature 0.5 is better than the usual loss: +" in found.advice
 
 
+@pytest.mark.parametrize("temperature", [False, True])
 @pytest.mark.parametrize("name", STUDIES)
-def test_trials_have_names_of_their_own_and_the_table_asks_for_those(name: str) -> None:
+def test_trials_have_names_of_their_own_and_the_table_asks_for_those(name: str, temperature: bool) -> None:
     usual = PretrainSettings(images=Path(), rotation=10, blur=0.5)
-    trials = STUDIES[name].plan(StudySettings(name=name, images=Path()), usual, 64)
+    settings = StudySettings(name=name, images=Path(), temperature=temperature)
+    trials = STUDIES[name].plan(settings, usual, 64)
     names = [trial.name for trial in trials]
     assert len(set(names)) == len(names)
     asked = {"h", "g"} if name in ("head", "readout") else {"h"}
     levels = {(each, what): 0.5 for each in names for what in asked}
     levels |= {(each, "found"): 0.5 for each in names if each[0] == "histogram"}
-    found = described(STUDIES[name], levels)
+    found = described(STUDIES[name], levels, temperature=temperature)
     assert all(cell is not None for table in found.tables for row in table.cells for cell in row)
     assert len(found.comparisons) >= 3
     assert all(each.difference is not None for each in found.comparisons)
@@ -344,6 +359,36 @@ def test_trials_have_names_of_their_own_and_the_table_asks_for_those(name: str) 
         assert np.shape(table.cells) == (len(table.rows), len(table.columns))
         if table.paper is not None:
             assert np.shape(table.paper.cells) == (len(table.paper.rows), len(table.paper.columns))
+
+
+def test_pairs_of_some_augmentations_are_all_that_is_tried() -> None:
+    settings = StudySettings(name="augmentations", images=Path(), pairs=("color", "crop"))
+    usual = PretrainSettings(images=Path())
+    pairs = {trial.name[1:] for trial in augmentations.plan(settings, usual, 64) if trial.name[0] == "pair"}
+    assert pairs == {(first, second) for first in ("crop", "color") for second in ("crop", "color")}
+    found = described(augmentations, {}, pairs=("crop", "color"))
+    assert found.tables[1].rows == found.tables[1].columns == ["crop", "color"]
+    assert [each.words for each in found.comparisons[:1]] == ["crop then color against crop alone"]
+    found = described(augmentations, {}, pairs=("crop",))
+    assert found.comparisons[0].words.startswith("all augmentations against")
+    assert settings.pairs == ("crop", "color"), "in one order, so that they are one study"
+    assert get_args(Augmentation) == ALONE
+    with pytest.raises(UsageError, match="pairs"):
+        StudySettings.resolve({"name": "augmentations", "images": Path(), "pairs": ("sharpen",)}, {})
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "of"),
+    [
+        ("symmetric", True, "augmentations"),
+        ("pairs", ("crop",), "augmentations"),
+        ("temperature", True, "batch"),
+    ],
+)
+def test_an_option_of_another_study_is_refused(option: str, value: Any, of: str, digits: Path) -> None:
+    settings = StudySettings(name="head", images=digits, **{option: value})
+    with pytest.raises(UsageError, match=f"--{option} is for `labelwise study {of}`, not for head"):
+        study(settings, TINY)
 
 
 def test_a_small_network_learns_what_a_line_cannot() -> None:
@@ -431,7 +476,6 @@ def test_a_signal_leaves_a_table_and_the_same_command_ends_it(digits: Path, tmp_
         str(digits),
         "--out",
         str(out),
-        "--symmetric",
     ]
     command += ["--recipe", str(recipe), "--most-images", "128", "--epochs", "4", "--seeds", "1", "--json"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -564,3 +608,19 @@ def test_test_images_are_neither_trained_on_nor_scored(digits: Path, tmp_path: P
     assert len(material.pool.rows) == len(material.scored) == 128
     assert {splits[row] for row in material.pool.rows} == {"train"}
     assert set(material.rows.tolist()) <= set(material.pool.rows.tolist())
+
+
+def test_studies_are_listed_and_removed_like_runs(
+    tmp_path: Path, done: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(done["folder"], tmp_path / "study-head")
+    found = list_runs(tmp_path)
+    assert found["runs"] == []
+    assert [(each["name"], each["study"], each["missing"]) for each in found["studies"]] == [
+        ("study-head", "head", 0)
+    ]
+    assert found["studies"][0]["bytes"] > 1000
+    show_runs(found)
+    assert re.search(r"study-head +head +(\d+) of \1 ", capsys.readouterr().out)
+    remove_run(tmp_path / "study-head")
+    assert list_runs(tmp_path)["studies"] == []

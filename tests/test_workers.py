@@ -21,7 +21,7 @@ from labelwise.models.encoder import EncoderSpec, create_encoder
 from labelwise.predictions import read_predictions
 from labelwise.rundir import RunDirectory
 from labelwise.stages import comparing
-from labelwise.stages.comparing import finetune
+from labelwise.stages.repeating import finetune
 
 NARROW: dict[str, Any] = {"layers": [1, 1, 1, 1], "channels": [8, 8, 16, 16]}
 CPU = torch.device("cpu")

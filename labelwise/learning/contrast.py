@@ -10,7 +10,9 @@ from torch import Tensor
 _TILE = 2**22  # similarities held at a time, 16 MiB of float32
 
 
-def nt_xent(projections: Tensor, temperature: float, *, decoupled: bool = False) -> Tensor:
+def nt_xent(
+    projections: Tensor, temperature: float, *, decoupled: bool = False, normalized: bool = True
+) -> Tensor:
     """Contrast each image's two views against every other view in the batch (NT-Xent).
 
     Computed in float32 whatever the input type: exp(1 / temperature) overflows float16 below 0.09.
@@ -18,8 +20,9 @@ def nt_xent(projections: Tensor, temperature: float, *, decoupled: bool = False)
     Args:
         projections: All first views, then all second views in the same order, (2B, D); need not be
             normalized.
-        temperature: Divides the cosine similarities; smaller is sharper.
+        temperature: Divides the similarities; smaller is sharper.
         decoupled: Leave the positive pair out of the denominator (DCL), which helps small batches.
+        normalized: Similarities are cosines; else plain inner products, which the paper found worse (Table 5).
 
     Returns:
         Mean loss over the 2B views, a scalar; `chance_loss` when all rows agree. The official code
@@ -29,7 +32,8 @@ def nt_xent(projections: Tensor, temperature: float, *, decoupled: bool = False)
     (arXiv 2110.06848), Eq. 6.
     """
     with torch.autocast(projections.device.type, enabled=False):
-        z = F.normalize(projections.float(), dim=1)  # (2B, D), unit rows
+        z = projections.float()
+        z = F.normalize(z, dim=1) if normalized else z  # (2B, D)
         loss: Tensor = _Contrast.apply(z, temperature, decoupled)
         return loss
 
@@ -40,7 +44,7 @@ def chance_loss(batch_size: int, *, decoupled: bool = False) -> float:
 
 
 class _Contrast(torch.autograd.Function):
-    """Mean of logsumexp over the others minus the similarity of the partner, for unit rows z, (2B, D).
+    """Mean of logsumexp over the others minus the similarity of the partner, for rows z, (2B, D).
 
     The similarities are made a tile of rows at a time, and once more in the backward pass. With
     p_ij = exp(s_ij - lse_i), the gradient of row i is sum_j (p_ij + p_ji) z_j - 2 z_partner(i), over

@@ -24,6 +24,7 @@ class Learner:
     temperature: float
     micro_batch_size: int
     decoupled: bool
+    normalized: bool = True
 
     @property
     def modules(self) -> dict[str, nn.Module]:
@@ -56,4 +57,4 @@ class Learner:
 
     def loss_of(self, projections: Tensor) -> Tensor:
         """Contrast the projections of a batch, (2B, D) -> scalar."""
-        return nt_xent(projections, self.temperature, decoupled=self.decoupled)
+        return nt_xent(projections, self.temperature, decoupled=self.decoupled, normalized=self.normalized)

@@ -209,7 +209,7 @@ def interval_over_encoders(values: Floats) -> Interval:
         values: (E, R, T): of each encoder and draw, one value per test image, as 1 where it was right.
 
     Returns:
-        Without bounds where there is one encoder, draw or image; `n` is the number of encoders, or of draws if they are fewer.
+        Within -1 and 1; without bounds where there is one encoder, draw or image; `n` is the number of encoders, or of draws if they are fewer.
     """
     count = len(values)
     within = interval(values.mean(axis=0))
@@ -218,7 +218,7 @@ def interval_over_encoders(values: Floats) -> Interval:
         return Interval(within.mean, None, None, n)
     spread = float(values.mean(axis=(1, 2)).std(ddof=1)) / math.sqrt(count)
     half = math.hypot(float(stats.t.ppf((1 + CONFIDENCE) / 2, count - 1)) * spread, within.mean - within.low)
-    return Interval(within.mean, within.mean - half, within.mean + half, n)
+    return Interval(within.mean, max(within.mean - half, -1.0), min(within.mean + half, 1.0), n)
 
 
 def resampled_interval(splits: Sequence[Floats], share: float) -> Interval:

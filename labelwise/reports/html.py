@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 from markupsafe import Markup
 
 from labelwise import rundir
@@ -25,24 +25,17 @@ def render(document: dict[str, Any], run: RunDirectory) -> str:
         document: report.json.
         run: Where the curves, the view mosaic and the neighbours lie.
     """
-    environment = Environment(
-        loader=PackageLoader("labelwise.reports"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
+    template = get_template(
+        "report.html.jinja",
+        percent=text.percent,
+        count=lambda value: f"{value:,}",
+        doubts=text.doubts_in_words,
+        suspicion=text.suspicion_in_words,
     )
-    filters: dict[str, Callable[[Any], str]] = {
-        "percent": text.percent,
-        "count": lambda value: f"{value:,}",
-        "doubts": text.doubts_in_words,
-        "suspicion": text.suspicion_in_words,
-    }
-    environment.filters |= filters
     columns, rows = text.table(document)
     calibration = _calibration(document)
     metrics, confusion = rundir.read_jsonl(run.metrics), document["confusion"]
-    return environment.get_template("report.html.jinja").render(
+    return template.render(
         document=document,
         data_line=text.data_line(document["data"]),
         test_line=text.test_line(document),
@@ -51,6 +44,7 @@ def render(document: dict[str, Any], run: RunDirectory) -> str:
         note=text.table_note(document),
         interval_of=text.interval_of(document),
         saved=[text.saved_in_words(saved, document["label_cost"]) for saved in document["labels_saved"]],
+        over_encoders=[text.over_encoders_in_words(gain) for gain in document["over_encoders"]["gains"]],
         accuracy_plot=_figure(plots.accuracy_against_labels(document) if document["summary"] else ""),
         curves=_figure(plots.learning_curves(metrics) if metrics else ""),
         confusion=_confusion(confusion),
@@ -76,6 +70,19 @@ def render(document: dict[str, Any], run: RunDirectory) -> str:
         lookalike_pairs=_pairs(run.lookalikes),
         environment_rows=_environment_rows(document["environment"]),
     )
+
+
+def get_template(name: str, **filters: Callable[[Any], str]) -> Template:
+    """Open a page's template, in which all text is escaped, with filters of its own."""
+    environment = Environment(
+        loader=PackageLoader("labelwise.reports"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= filters
+    return environment.get_template(name)
 
 
 def _table_rows(document: dict[str, Any], rows: list[list[str]]) -> list[dict[str, Any]]:

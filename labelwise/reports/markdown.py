@@ -16,6 +16,7 @@ def render(document: dict[str, Any]) -> str:
             "",
             text.table_note(document),
             "",
+            *(f"- {text.over_encoders_in_words(gain)}" for gain in document["over_encoders"]["gains"]),
             *(
                 f"- {text.saved_in_words(saved, document['label_cost'])}"
                 for saved in document["labels_saved"]

@@ -7,11 +7,11 @@ from functools import partial
 from typing import Any
 
 import matplotlib as mpl
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure, FigureBase
 
+from labelwise.reports.html import get_template
 from labelwise.reports.plots import INK, OTHER, STYLE, as_svg
 
 _LINES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#B07A00", OTHER)
@@ -67,16 +67,9 @@ def render(document: dict[str, Any], surroundings: dict[str, Any]) -> str:
         document: study.json.
         surroundings: environment.json.
     """
-    environment = Environment(
-        loader=PackageLoader("labelwise.reports"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {"cell": cell_in_words, "difference": difference_in_words}
+    template = get_template("study.html.jinja", cell=cell_in_words, difference=difference_in_words)
     colours = document["pictures"].get("histograms")
-    return environment.get_template("study.html.jinja").render(
+    return template.render(
         document=document,
         figures=[_as_markup(partial(_figure_of, table)) for table in document["tables"]],
         shortcut=_as_markup(partial(_histograms, colours)) if colours else "",

@@ -72,6 +72,16 @@ def gain_in_words(entry: dict[str, Any]) -> str:
     return f"{100 * entry['mean']:+.1f} \u00b1 {50 * (entry['high'] - entry['low']):.1f} points"
 
 
+def over_encoders_in_words(gain: dict[str, Any]) -> str:
+    """`gain over 3 encoders with 13 labels: +15.2 points [+9.1, +21.3] (each: +15.9, +14.1, +15.6): helps`.
+
+    Fewer than three encoders or draws claim nothing, and say so.
+    """
+    each = ", ".join(f"{100 * mean:+.1f}" for mean in gain["of_each"])
+    over = f"gain over {len(gain['of_each'])} encoders with {gain['labels']:,} labels"
+    return f"{over}: {points(gain)} (each: {each}): {gain['verdict'] if gain['claims'] else 'nothing is claimed'}"
+
+
 def saved_in_words(saved: dict[str, Any], label_cost: float | None) -> str:
     """`13 labels with pretraining match 62 without [40, more than 135]`, and what the difference costs.
 

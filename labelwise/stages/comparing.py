@@ -56,7 +56,7 @@ LADDER = (2, 5, 10, 25, 50, 100)  # labels per class when nothing is asked
 FEWEST_FOLDS, MOST_FOLDS = 2, 5  # where no test images are there
 
 
-def finetune(settings: FinetuneSettings) -> RunDirectory:
+def compare(settings: FinetuneSettings) -> RunDirectory:
     """Train and compare classifiers on few labels; interrupted, the same call goes on.
 
     Raises:
@@ -457,16 +457,7 @@ def _finished(bench: Bench, alternatives: dict[str, Alternative]) -> set[Job]:
 
     Those of other weights under a name that is used now are dropped.
     """
-    signature, here = _signature(bench), bench.run.results.parent
-    rows = rundir.read_jsonl(bench.run.results)
-    if any(row["signature"] != signature for row in rows):
-        aside = here / rows[0]["signature"]
-        _move_results(bench.run, here, aside)
-        terminal.warn(f"earlier results were made with other settings or labels; they now lie in {aside}.")
-        rows = []
-    if not rows:
-        _move_results(bench.run, here / signature, here)  # of these settings, from before the others
-        rows = rundir.read_jsonl(bench.run.results)
+    rows = set_aside(bench.run, _signature(bench))
     predictions = read_predictions(bench.run.predictions, ("method", "labels", "draw"))
     predicted = set(zip(*predictions.values(), strict=True))
     kept = [
@@ -480,6 +471,20 @@ def _finished(bench: Bench, alternatives: dict[str, Alternative]) -> set[Job]:
         rundir.rewrite_jsonl(bench.run.results, kept)
         keep_predictions(bench.run.predictions, {_key(row) for row in kept})
     return {_key(row) for row in kept} & predicted
+
+
+def set_aside(run: RunDirectory, signature: str) -> list[dict[str, Any]]:
+    """Move results that were made with other settings or labels aside, and those of these settings back; give these."""
+    here, rows = run.results.parent, rundir.read_jsonl(run.results)
+    if any(row["signature"] != signature for row in rows):
+        aside = here / rows[0]["signature"]
+        _move_results(run, here, aside)
+        terminal.warn(f"earlier results were made with other settings or labels; they now lie in {aside}.")
+        rows = []
+    if not rows:
+        _move_results(run, here / signature, here)  # of these settings, from before the others
+        rows = rundir.read_jsonl(run.results)
+    return rows
 
 
 def _move_results(run: RunDirectory, source: Path, target: Path) -> None:
@@ -602,5 +607,7 @@ def _keep_classifier(bench: Bench) -> None:
 
 
 def _write_settings(run: RunDirectory, settings: FinetuneSettings) -> None:
-    resolved = settings.model_dump(mode="json", exclude={"run", "time_limit"}, exclude_none=True)
+    resolved = settings.model_dump(
+        mode="json", exclude={"run", "time_limit", "pretrain_seeds"}, exclude_none=True
+    )
     rundir.write_text(run.config, to_toml({"pretrain": read_run_config(run.config), "finetune": resolved}))

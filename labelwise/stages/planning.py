@@ -257,9 +257,16 @@ def make_learner(
     precision.arrange(encoder)
     parts = [(encoder, plan.learning_rate), (head, plan.learning_rate)]
     optimizer = create_optimizer(settings.optimizer, parts, plan.weight_decay)
-    decoupled = settings.loss == "dcl"
     return Learner(
-        encoder, head, optimizer, precision, device, settings.temperature, plan.micro_batch_size, decoupled
+        encoder,
+        head,
+        optimizer,
+        precision,
+        device,
+        settings.temperature,
+        plan.micro_batch_size,
+        decoupled=settings.loss == "dcl",
+        normalized=settings.similarity == "cosine",
     )
 
 

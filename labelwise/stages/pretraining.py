@@ -65,10 +65,14 @@ SAVE_SECONDS = 120.0
 CHECKS = 10  # such looks per run
 
 
-def pretrain(settings: PretrainSettings) -> RunDirectory:
+def pretrain(settings: PretrainSettings, *, becomes_latest: bool = True) -> RunDirectory:
     """Train an encoder on unlabeled images.
 
     The same call again goes on where an interrupted one stopped.
+
+    Args:
+        settings: Which images, and how.
+        becomes_latest: `runs/latest` names this run then.
 
     Raises:
         DataError: The images cannot be used.
@@ -80,7 +84,8 @@ def pretrain(settings: PretrainSettings) -> RunDirectory:
     run, is_new = _open_run(settings)
     if run.encoder.exists():
         terminal.say(f"{run.path}: is pretrained already, {run.encoder}")
-        rundir.point_latest(run)
+        if becomes_latest:
+            rundir.point_latest(run)
         return run
     keep_freed_memory()
     device = choose_device(settings.device)
@@ -137,7 +142,8 @@ def pretrain(settings: PretrainSettings) -> RunDirectory:
         save_encoder(run.encoder, learner.encoder, spec)
         shutil.rmtree(run.sound, ignore_errors=True)
         environment.finish(run, time.monotonic() - started)
-    rundir.point_latest(run)
+    if becomes_latest:
+        rundir.point_latest(run)
     terminal.say(f"encoder saved: {run.encoder}")
     return run
 

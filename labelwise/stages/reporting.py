@@ -1,7 +1,6 @@
 """`labelwise report`: from stored results to a verdict, a table and a page. Reads no model."""
 
 from collections import defaultdict
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +28,8 @@ from labelwise.models.encoder import EncoderSpec
 from labelwise.predictions import CONFIDENCE, read_predictions
 from labelwise.reports import html, markdown, model_card, text
 from labelwise.rundir import RunDirectory
+from labelwise.stages.encoders import ENCODER_METHODS, find_siblings, gains_over_encoders
+from labelwise.stages.scoring import PREDICTED, Result, Scores, read_scores, score
 
 ARMS = {
     "simclr": "SimCLR, fine-tuned",
@@ -52,27 +53,6 @@ _COMPARED = (
 SUSPECTS = 24  # labels that look wrong which the report names
 FEW_TEST_IMAGES = 100  # an accuracy is known to about ten points then (Wilson 1927)
 
-PREDICTED = ("method", "labels", "draw", "name", "label", "group", "prediction", CONFIDENCE)  # columns
-
-Result = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Scores:
-    """What every classifier got right.
-
-    Attributes:
-        right: By labels, method and draw: 1 where right, else 0, (T,).
-        test: What was tested, the same images for all or folds of the labels in turn.
-        names: Of all images that were tested, sorted.
-        groups: How many groups they are in; None where each stands for itself.
-    """
-
-    right: dict[int, dict[str, dict[int, Floats]]]
-    test: TestSet | Folds
-    names: list[str]
-    groups: int | None
-
 
 def report(run: RunDirectory, label_cost: float | None = None) -> dict[str, Any]:
     """Write report.json, report.md and report.html of a run, and return the document.
@@ -87,8 +67,11 @@ def report(run: RunDirectory, label_cost: float | None = None) -> dict[str, Any]
     data, surroundings = rundir.read_json(run.data), rundir.read_json(run.environment)
     results, predictions = rundir.read_jsonl(run.results), read_predictions(run.predictions, PREDICTED)
     lookalikes = read_lookalikes(run, results)
-    computed = compute(results, predictions, score(results, predictions), data["pool"], lookalikes)
-    summary, test_uses, check = computed["summary"], _test_uses(run), _label_check(run, results)
+    scores = score(results, predictions)
+    over = over_encoders(run, scores)
+    computed = compute(results, predictions, scores, data["pool"], lookalikes, over)
+    summary, check = computed["summary"], _label_check(run, results)
+    test_uses = _test_uses(run, computed["over_encoders"]["runs"][1:])
     classifier = kept_classifier(run, results)
     document = {
         **computed,
@@ -115,11 +98,13 @@ def compute(
     scores: Scores,
     pool: int,
     lookalikes: dict[str, Any] | None,
+    over: dict[str, Any],
 ) -> dict[str, Any]:
-    """The part of report.json that rests on results and predictions alone, on the size of the pool and on `read_lookalikes`."""
+    """The part of report.json that rests on results and predictions alone, on the size of the pool, on `read_lookalikes` and on `over_encoders`."""
     summary = _summarize(results, scores)
+    tested = len(scores.names) if scores.groups is None else scores.groups
     return {
-        "verdict": _verdict(summary, pool, len(scores.names) if scores.groups is None else scores.groups),
+        "verdict": _verdict(summary, pool, tested, over["gains"]),
         "summary": summary,
         "labels_saved": _labels_saved(results, scores),
         "results": results,
@@ -129,7 +114,26 @@ def compute(
         "tested": len(scores.names),
         "test_groups": scores.groups,
         "lookalikes": lookalikes and {**lookalikes, "gains": _gains_without(scores, lookalikes)},
+        "over_encoders": over,
     }
+
+
+def over_encoders(run: RunDirectory, scores: Scores) -> dict[str, Any]:
+    """The gain over this run's encoder and those of other seeds beside it, `--pretrain-seeds`.
+
+    Returns:
+        `runs`: names of their folders, none where there are no others; `gains`: as `gains_over_encoders`; `unfinished`: names of
+        those that are not compared as far as this run; `damaged`: what cannot be read of them.
+    """
+    nothing: dict[str, Any] = {"runs": [], "gains": [], "unfinished": [], "damaged": ""}
+    try:
+        done, rest = find_siblings(run)
+        gains = gains_over_encoders([scores, *map(read_scores, done)]) if done else []
+    except CheckpointError as error:
+        terminal.warn(f"encoders of other seeds are left out: {error}")
+        return {**nothing, "damaged": str(error)}
+    names = [each.path.name for each in (run, *done)] if gains else []
+    return {**nothing, "runs": names, "gains": gains, "unfinished": [other.path.name for other in rest]}
 
 
 def show(document: dict[str, Any]) -> None:
@@ -145,6 +149,8 @@ def show(document: dict[str, Any]) -> None:
         terminal.emit_table("", columns, rows)
         terminal.emit(text.table_note(document))
         terminal.emit("")
+    for gain in document["over_encoders"]["gains"]:
+        terminal.emit(f"seeds  {text.over_encoders_in_words(gain)}")
     for saved in document["labels_saved"]:
         terminal.emit(f"saved  {text.saved_in_words(saved, document['label_cost'])}")
     if document["label_check"]:
@@ -157,48 +163,6 @@ def show(document: dict[str, Any]) -> None:
     for step in document["next"]:
         terminal.emit(f"next   {step}")
     terminal.emit(f"page   {Path(document['run']) / 'report.html'}")
-
-
-def score(results: list[Result], predictions: dict[str, list[Any]]) -> Scores:
-    """Compare the predictions behind each result with the labels, the test images in one order for all.
-
-    Raises:
-        CheckpointError: A result has no predictions, or was tested on other images than the rest.
-    """
-    rows: dict[tuple[int, str, int], list[int]] = defaultdict(list)
-    keys = zip(predictions["labels"], predictions["method"], predictions["draw"], strict=True)
-    for row, key in enumerate(keys):
-        rows[key].append(row)
-    names, label, predicted = (np.array(predictions[key]) for key in ("name", "label", "prediction"))
-    group = dict(zip(predictions["name"], predictions["group"], strict=True))
-    right: dict[int, dict[str, dict[int, Floats]]] = defaultdict(lambda: defaultdict(dict))
-    folds = results[0].get("folds", 0) if results else 0
-    tested: dict[int, list[tuple[str, str]]] = {}  # by draw; a test set is the same for all
-    for result in results:
-        labels, method, draw = result["labels"], result["method"], result["draw"]
-        order = sorted(rows[labels, method, draw], key=names.__getitem__)
-        images = list(zip(names[order].tolist(), label[order].tolist(), strict=True)) if order else []
-        if not images or images != tested.setdefault(draw if folds else 0, images):
-            raise CheckpointError(
-                f"{method}, {labels:,} labels, draw {draw}: has no predictions of the test images that the others "
-                "have; run `labelwise finetune` again."
-            )
-        right[labels][method][draw] = (label[order] == predicted[order]).astype(float)
-    there = sorted({name for images in tested.values() for name, _ in images})
-    tied = (
-        len({group[name] for name in there}) < len(there) and None not in group.values()
-    )  # earlier versions wrote none
-    number = {name: group[name] if tied else place for place, name in enumerate(there)}
-    classes = sorted({each for images in tested.values() for _, each in images})
-    truth = {draw: np.array([classes.index(each) for _, each in images]) for draw, images in tested.items()}
-    groups = {draw: np.array([number[name] for name, _ in images]) for draw, images in tested.items()}
-    test: TestSet | Folds
-    if folds:
-        shares = [row["n_test"] / (row["labels_there"] - row["n_test"]) for row in results]
-        test = Folds(truth, groups, float(np.mean(shares)))
-    else:
-        test = TestSet(truth.get(0, np.array([])), groups[0] if tied else None)
-    return Scores(right, test, there, len(set(number.values())) if tied else None)
 
 
 def _summarize(results: list[Result], scores: Scores) -> list[dict[str, Any]]:
@@ -286,7 +250,9 @@ def _everything(results: list[Result]) -> set[int]:
     return {row["labels"] for row in results if row["labels"] >= row["labels_there"]}
 
 
-def _verdict(summary: list[dict[str, Any]], pool: int, tested: int) -> str:
+def _verdict(
+    summary: list[dict[str, Any]], pool: int, tested: int, over_encoders: list[dict[str, Any]]
+) -> str:
     """The answer in words, for every number of labels: fine-tuned SimCLR against training from scratch."""
     said: dict[str, list[str]] = {HELPS: [], UNCLEAR: [], HURTS: []}
     few: list[tuple[dict[str, Any], str]] = []
@@ -324,6 +290,7 @@ def _verdict(summary: list[dict[str, Any]], pool: int, tested: int) -> str:
         sentences.append(
             f"No difference{' is' if sentences else ' between pretraining and training from scratch is'} shown: {', '.join(said[UNCLEAR])}."
         )
+    sentences += _over_encoders_in_words(over_encoders)
     for finding, words in (
         (HURTS, "Plain pixels are better"),
         (UNCLEAR, "No difference to plain pixels is shown"),
@@ -335,6 +302,17 @@ def _verdict(summary: list[dict[str, Any]], pool: int, tested: int) -> str:
     if tested < FEW_TEST_IMAGES:
         sentences.append(f"Only {tested} independent test images: they alone may decide this.")
     return " ".join(sentences)
+
+
+def _over_encoders_in_words(gains: list[dict[str, Any]]) -> list[str]:
+    """The gain where encoders are drawn again too, once there are enough of them."""
+    said: dict[str, list[str]] = defaultdict(list)
+    for gain in gains:
+        if gain["claims"]:
+            said[gain["verdict"]].append(f"{text.gain_in_words(gain)} with {gain['labels']:,} labels")
+    findings = {HELPS: "it helps", UNCLEAR: "no difference is shown", HURTS: "it hurts"}
+    found = "; ".join(f"{findings[finding]}, {', '.join(words)}" for finding, words in said.items())
+    return [f"Over {len(gains[0]['of_each'])} encoders: {found}."] if found else []
 
 
 def _against_others(summary: list[dict[str, Any]]) -> list[str]:
@@ -428,10 +406,12 @@ def _calibration(results: list[Result], predictions: dict[str, list[Any]]) -> li
     return found
 
 
-def _test_uses(run: RunDirectory) -> int:
-    """How many classifiers were tested on the test set, those of earlier settings included."""
+def _test_uses(run: RunDirectory, others: list[str]) -> int:
+    """How many classifiers were tested on the test set, those of earlier settings and of other encoders beside this one included."""
     files = run.results.parent.rglob("results.jsonl")
-    return sum(not row.get("folds") for file in files for row in rundir.read_jsonl(file))
+    own = sum(not row.get("folds") for file in files for row in rundir.read_jsonl(file))
+    results = [RunDirectory(run.path.with_name(name)).results for name in others]
+    return own + sum(row["method"] in ENCODER_METHODS for file in results for row in rundir.read_jsonl(file))
 
 
 def _limits(
@@ -494,14 +474,7 @@ def _limits(
             limits.append(
                 f"The test set was used {test_uses:,} times, once per trained classifier; Labelwise chose nothing on it."
             )
-    limits.append(
-        "One encoder was pretrained: how much another seed of pretraining would change is not in the intervals."
-        + (
-            ""
-            if computed["folds"]
-            else " With runs of three --seed, compared alike, `labelwise runs compare` tells."
-        )
-    )
+    limits.append(_limit_of_encoders(computed))
     limits.append(
         f"SimCLR also used {data['pool']:,} images without their labels and the time to train on them; training from scratch did not."
     )
@@ -520,6 +493,27 @@ def _limits(
             f"Training was taken back from epoch {back['from']} to epoch {back['to']} and ended there: {back['reason']}."
         )
     return limits
+
+
+def _limit_of_encoders(computed: dict[str, Any]) -> str:
+    """What is not known of other seeds of pretraining."""
+    over = computed["over_encoders"]
+    left_out = (
+        f" Not compared as far as this one, and left out: {', '.join(over['unfinished'])}."
+        if over["unfinished"]
+        else ""
+    )
+    if over["damaged"]:
+        left_out = f" Others are left out: {over['damaged']}"
+    if over["runs"]:
+        few = not all(gain["claims"] for gain in over["gains"])
+        claims = f"; fewer than {FEWEST_DRAWS} encoders or draws claim nothing" if few else ""
+        return (
+            f"The table is of one of {len(over['runs'])} encoders; only the gain over all of them lets the seed of pretraining be drawn "
+            f"again{claims}.{left_out}"
+        )
+    how = "" if computed["folds"] else " (`labelwise finetune --pretrain-seeds 3` tells)"
+    return f"One encoder was compared: how much another seed of pretraining would change is not in the intervals{how}.{left_out}"
 
 
 def _label_check(run: RunDirectory, results: list[Result]) -> dict[str, Any] | None:

@@ -12,7 +12,8 @@ from labelwise.images.splits import hash_names
 from labelwise.measures.statistics import macro_values
 from labelwise.predictions import read_predictions
 from labelwise.rundir import RunDirectory
-from labelwise.stages.reporting import PREDICTED, Scores, compute, read_lookalikes, score
+from labelwise.stages.reporting import compute, over_encoders, read_lookalikes
+from labelwise.stages.scoring import PREDICTED, Scores, score
 
 _SHOWN = 5
 _TOLERANCE = 1e-6  # other processors round otherwise
@@ -33,7 +34,9 @@ def verify(run: RunDirectory) -> dict[str, Any]:
     results, predictions = rundir.read_jsonl(run.results), read_predictions(run.predictions, PREDICTED)
     scores = score(results, predictions)
     pool = rundir.read_json(run.data)["pool"]
-    computed = compute(results, predictions, scores, pool, read_lookalikes(run, results))
+    computed = compute(
+        results, predictions, scores, pool, read_lookalikes(run, results), over_encoders(run, scores)
+    )
     problems = [
         *_check_draws(run, results, predictions),
         *_check_results(results, predictions, scores),
@@ -120,8 +123,9 @@ def _check_report(run: RunDirectory, computed: dict[str, Any]) -> list[str]:
         return [
             f"report.json: has no {missing[0]}, an earlier version wrote it; `labelwise report` comes first"
         ]
+    beside = f", those of {run.path.name}-seed-* beside it included"
     return [
-        f"report.json: {key} is not what the predictions give"
+        f"report.json: {key} is not what the predictions give{beside if key == 'over_encoders' else ''}"
         for key, value in json.loads(json.dumps(computed)).items()
         if not _is_same(value, document[key], _SAMPLED if key == "labels_saved" else _TOLERANCE)
     ]

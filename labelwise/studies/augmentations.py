@@ -1,21 +1,11 @@
 """Which augmentations matter: pairs of them in one branch, and the whole pipeline without one (SimCLR, Sec. 3.1, Fig. 5)."""
 
-from collections.abc import Callable
 from typing import Any
 
 from labelwise.config import PretrainSettings, StudySettings
 from labelwise.measures.statistics import HELPS, HURTS
 from labelwise.studies.findings import Comparison, Findings, Table, compare, points, why_unclear
-from labelwise.studies.trials import (
-    Answers,
-    Material,
-    Name,
-    Outcomes,
-    Trial,
-    features_of,
-    linear_answers,
-    pretrain_briefly,
-)
+from labelwise.studies.trials import Material, Name, Outcomes, Trial, accuracy_answers
 from labelwise.views.alone import ALONE, OneBranch
 
 ANSWERING = 1.0
@@ -41,8 +31,8 @@ def plan(study: StudySettings, usual: PretrainSettings, width: int) -> list[Tria
             ("pair", first, second),
             views=OneBranch((first,) if first == second else (first, second), study.symmetric),
         )
-        for first in ALONE
-        for second in ALONE
+        for first in study.pairs or ALONE
+        for second in study.pairs or ALONE
     ]
     return [Trial(FULL), *parts, *sorted(pairs, key=_rank)]
 
@@ -58,19 +48,17 @@ def _rank(trial: Trial) -> tuple[bool, bool, bool]:
     return {first, second} not in ({"crop"}, {"crop", "color"}), first != second, "crop" not in (first, second)  # fmt: skip
 
 
-def answer(material: Material, trial: Trial, seed: int, before_step: Callable[[], None]) -> Answers:
-    """Linear accuracy of the encoder's features."""
-    learner = pretrain_briefly(material, trial, seed, before_step)
-    return {"h": linear_answers(material, features_of(material, learner.encoder), seed)}
+answer = accuracy_answers
 
 
 def describe(outcomes: Outcomes, material: Material, study: StudySettings) -> Findings:
     """The heat map, what leaving out costs, and advice."""
+    alone = study.pairs or ALONE
     pairs = Table(
         "Linear accuracy after one or two augmentations, first (row) then second (column); diagonal: one",
-        list(ALONE),
-        list(ALONE),
-        [[outcomes.level(("pair", first, second), "h") for second in ALONE] for first in ALONE],
+        list(alone),
+        list(alone),
+        [[outcomes.level(("pair", first, second), "h") for second in alone] for first in alone],
         "heat",
         note=(
             "Both branches get them, drawn apart."
@@ -99,7 +87,7 @@ def describe(outcomes: Outcomes, material: Material, study: StudySettings) -> Fi
         (("pair", "crop", "crop"), "h"),
         "better (Sec. 3.1)",
     )
-    comparisons = [stands_out, *worth.values()]
+    comparisons = [*([stands_out] if {"crop", "color"} <= set(alone) else []), *worth.values()]
     advice, recipe = _advise(worth)
     return Findings([left_out, pairs], comparisons, advice, recipe)
 

@@ -1,21 +1,12 @@
-"""What large batches and long training buy, with the rate scaled two ways (SimCLR, Sec. 5.1, Fig. 9 and Table B.1)."""
+"""What large batches and long training buy, with the rate scaled two ways (SimCLR, Sec. 5.1, Fig. 9 and Table B.1).
 
-from collections.abc import Callable
+As an option, what the temperature and the normalisation of the loss do (Table 5).
+"""
 
 from labelwise.config import PretrainSettings, StudySettings
 from labelwise.measures.statistics import HELPS, Interval
 from labelwise.studies.findings import Comparison, Findings, Paper, Table, compare, points, shown, why_unclear
-from labelwise.studies.trials import (
-    Answers,
-    Material,
-    Name,
-    Outcomes,
-    Trial,
-    features_of,
-    linear_answers,
-    pretrain_briefly,
-    supervised_answers,
-)
+from labelwise.studies.trials import Material, Name, Outcomes, Trial, accuracy_answers
 
 ANSWERING = 1.0
 EPOCH_STEP = 4  # so that a quarter is a whole number
@@ -35,6 +26,10 @@ _PAPER = {
         [64.7, 66.8, 67.9, 68.8], [64.5, 66.8, 68.0, 69.1], [64.8, 67.0, 68.3, 69.1],
     ],
 }  # fmt: skip
+_PAPER_LOSS = {  # Table 5: similarity and temperature
+    "cosine": {"0.05": 59.7, "0.1": 64.4, "0.5": 60.7, "1": 58.0},
+    "dot": {"10": 57.2, "100": 57.0},
+}
 
 
 def plan(study: StudySettings, usual: PretrainSettings, width: int) -> list[Trial]:
@@ -51,7 +46,13 @@ def plan(study: StudySettings, usual: PretrainSettings, width: int) -> list[Tria
     ]
     ends = {(batch, length) for batch in (BATCHES[0], BATCHES[-1]) for length in ("1/4", "1")}
     order = sorted(trials, key=lambda trial: (trial.changed["batch_size"], trial.name[1]) not in ends)
-    return [*order[:8], *supervised, *order[8:]]
+    losses = [
+        Trial((similarity, value), {"similarity": similarity, "temperature": float(value)})
+        for similarity in _PAPER_LOSS
+        for value in _temperatures(similarity, usual)
+        if study.temperature
+    ]
+    return [*order[:8], *supervised, *losses, *order[8:]]
 
 
 def _name(batch: int, length: str, rule: str) -> Name:
@@ -59,12 +60,13 @@ def _name(batch: int, length: str, rule: str) -> Name:
     return str(batch), length, "sqrt" if batch == _REFERENCE else rule
 
 
-def answer(material: Material, trial: Trial, seed: int, before_step: Callable[[], None]) -> Answers:
-    """Linear accuracy of the encoder, or accuracy of supervised training."""
-    if trial.supervised:
-        return {"h": supervised_answers(material, trial, seed, before_step)}
-    learner = pretrain_briefly(material, trial, seed, before_step)
-    return {"h": linear_answers(material, features_of(material, learner.encoder), seed)}
+def _temperatures(similarity: str, usual: PretrainSettings) -> list[str]:
+    """Those of the paper, ascending, and for the similarity that is usual here the usual one."""
+    own = {f"{usual.temperature:g}"} if similarity == usual.similarity else set()
+    return sorted(_PAPER_LOSS[similarity].keys() | own, key=float)
+
+
+answer = accuracy_answers
 
 
 def describe(outcomes: Outcomes, material: Material, study: StudySettings) -> Findings:
@@ -102,6 +104,8 @@ def describe(outcomes: Outcomes, material: Material, study: StudySettings) -> Fi
             "lines",
         )
     )
+    if study.temperature:
+        tables += [_by_temperature(outcomes, similarity, material.settings) for similarity in _PAPER_LOSS]
     small, large = min(batches, default=BATCHES[0]), max(batches, default=BATCHES[-1])
 
     def ends(length: str, rule: str, paper: str) -> Comparison:
@@ -121,19 +125,63 @@ def describe(outcomes: Outcomes, material: Material, study: StudySettings) -> Fi
     short_sqrt = ends("1/4", "sqrt", "+2.0 points, the same (Table B.1)")
     long_sqrt = ends("1", "sqrt", "+2.6 points, 800 epochs (Table B.1)")
     comparisons = [longer, short_linear, short_sqrt, long_sqrt]
-    advice, recipe = _advise(longer, long_sqrt, large, small)
-    return Findings(tables, comparisons, advice, recipe)
+    losses = _compare_losses(outcomes, material.settings) if study.temperature else {}
+    advice, recipe = _advise(longer, long_sqrt, large, small, *_better_loss(losses))
+    return Findings(tables, [*comparisons, *losses.values()], advice, recipe)
 
 
-def _advise(longer: Comparison, larger: Comparison, large: int, small: int) -> tuple[str, dict[str, object]]:
-    """Whether to train longer, and with which batch."""
+def _by_temperature(outcomes: Outcomes, similarity: str, usual: PretrainSettings) -> Table:
+    values, paper = _temperatures(similarity, usual), _PAPER_LOSS[similarity]
+    words = {"cosine": "cosine similarity", "dot": "inner product"}[similarity]
+    return Table(
+        f"Linear accuracy by temperature of the loss, {words}",
+        [similarity],
+        values,
+        [[outcomes.level((similarity, value), "h") for value in values]],
+        "lines",
+        paper=Paper(f"Table 5, {words}", [similarity], list(paper), [list(paper.values())]),
+    )
+
+
+def _compare_losses(outcomes: Outcomes, usual: PretrainSettings) -> dict[Name, Comparison]:
+    """Every other loss against the usual one, and cosines against inner products at the paper's best temperatures."""
+    paper: dict[Name, float] = {(similarity, value): level for similarity, found in _PAPER_LOSS.items() for value, level in found.items()}  # fmt: skip
+    own: Name = (usual.similarity, f"{usual.temperature:g}")
+
+    def against(first: Name, second: Name) -> Comparison:
+        known = f"{paper[first] - paper[second]:+.1f} points (Table 5)" if {first, second} <= paper.keys() else ""  # fmt: skip
+        words = f"{first[0]} at temperature {first[1]} against {second[0]} at {second[1]}"
+        return compare(outcomes, words, (first, "h"), (second, "h"), known)
+
+    rivals: list[Name] = [
+        (similarity, value) for similarity in _PAPER_LOSS for value in _temperatures(similarity, usual)
+    ]
+    found = {rival: against(rival, own) for rival in rivals if rival != own}
+    return {**found, ("paper",): against(("cosine", "0.1"), ("dot", "10"))}
+
+
+def _better_loss(compared: dict[Name, Comparison]) -> tuple[str, dict[str, object]]:
+    """The loss that is shown to be better than the usual one by most, if one is."""
+    better = {rival: each.difference for rival, each in compared.items() if len(rival) == 2 and each.verdict == HELPS and each.difference}  # fmt: skip
+    if not better:
+        return "", {}
+    similarity, value = best = max(better, key=lambda rival: better[rival].mean)
+    words = f"{similarity} similarity at temperature {value} is better than the usual loss: {points(better[best])}"
+    return words, {"similarity": similarity, "temperature": float(value)}
+
+
+def _advise(
+    longer: Comparison, larger: Comparison, large: int, small: int, loss: str, recipe: dict[str, object]
+) -> tuple[str, dict[str, object]]:
+    """Whether to train longer, with which batch, and with which loss."""
     parts: list[str] = []
-    recipe: dict[str, object] = {}
     if longer.verdict == HELPS and longer.difference is not None:
         parts.append(f"longer training pays: {points(longer.difference)} from four times the epochs")
     if (difference := shown(larger)) is not None:
         parts.append(f"batch {large} against {small}: {points(difference)} in the longest training")
-        recipe = {"batch_size": large if difference.mean > 0 else small, "rate_scaling": "sqrt"}
+        recipe = {"batch_size": large if difference.mean > 0 else small, "rate_scaling": "sqrt", **recipe}
+    if loss:
+        parts.append(loss)
     if not parts:
         return f"On your images: {why_unclear([longer, larger])}.", {}
     return f"On your images {'; '.join(parts)}.", recipe

@@ -20,11 +20,8 @@ from labelwise.studies.trials import (
     Name,
     Outcomes,
     Trial,
-    features_of,
-    linear_answers,
-    pretrain_briefly,
+    accuracy_answers,
     settings_of,
-    supervised_answers,
 )
 from labelwise.views.alone import auto_augmented
 from labelwise.views.mosaic import encode_thumbnail
@@ -71,10 +68,7 @@ def answer(material: Material, trial: Trial, seed: int, before_step: Callable[[]
     """Linear accuracy of the encoder, accuracy of supervised training, or whether a histogram finds the other crop."""
     if not trial.trains:
         return {"found": _histogram_finds(material, trial, seed)}
-    if trial.supervised:
-        return {"h": supervised_answers(material, trial, seed, before_step)}
-    learner = pretrain_briefly(material, trial, seed, before_step)
-    return {"h": linear_answers(material, features_of(material, learner.encoder), seed)}
+    return accuracy_answers(material, trial, seed, before_step)
 
 
 def _histogram_finds(material: Material, trial: Trial, seed: int) -> Floats:

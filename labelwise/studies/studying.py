@@ -37,6 +37,7 @@ _DATA = ("images", "labels", "labels_root", "group_column")
 _OF_THE_STUDY = ("init", "out", "epochs", "time_limit", "initial_scale", "seed")  # a recipe's are not used
 _LIMIT_SHARE = 0.95  # of the time, start and trials; the rest is for the last trial and what is written
 _QUARTERS = 4  # an answer is a share of at most four versions of an image
+_OF_ONE_STUDY = {"symmetric": "augmentations", "pairs": "augmentations", "temperature": "batch"}
 
 
 def study(settings: StudySettings, pretraining: dict[str, Any] | None = None) -> dict[str, Any]:
@@ -60,6 +61,9 @@ def study(settings: StudySettings, pretraining: dict[str, Any] | None = None) ->
     recipe = {key: value for key, value in (pretraining or {}).items() if key not in _OF_THE_STUDY}
     small = _SMALL if device.type == "cpu" and "backbone" not in recipe else {}
     usual = PretrainSettings.resolve({key: getattr(settings, key) for key in _DATA}, {**small, **recipe})
+    for option, name in _OF_ONE_STUDY.items():
+        if getattr(settings, option) and settings.name != name:
+            raise UsageError(f"--{option} is for `labelwise study {name}`, not for {settings.name}.")
     module, asked = STUDIES[settings.name], _asked(settings, usual)
     run, is_new = _open(settings, asked)
     keep_freed_memory()
@@ -104,7 +108,7 @@ def _open(settings: StudySettings, asked: dict[str, Any]) -> tuple[RunDirectory,
         rundir.check_output_folder(run.path, *inputs)
         if not run.environment.exists():
             return run, True
-        before = rundir.read_json(run.environment)["asked"]
+        before = _with_defaults(rundir.read_json(run.environment)["asked"])
         if before == asked:
             return run, False
         if settings.out is not None:
@@ -120,6 +124,14 @@ def _asked(settings: StudySettings, usual: PretrainSettings) -> dict[str, Any]:
     asked = settings.model_dump(mode="json", exclude={"out"})
     rest = usual.model_dump(mode="json", exclude={*_DATA, *_OF_THE_STUDY})
     return {**asked, "images": str(settings.images.resolve()), "pretrain": rest}
+
+
+def _with_defaults(asked: dict[str, Any]) -> dict[str, Any]:
+    """What was asked for, and the defaults of settings that were not there yet."""
+    study = {name: field.default for name, field in StudySettings.model_fields.items() if name != "out"}
+    usual = PretrainSettings.model_fields.items()
+    rest = {name: field.default for name, field in usual if name not in (*_DATA, *_OF_THE_STUDY)}
+    return {**study, **asked, "pretrain": {**rest, **asked.get("pretrain", {})}}
 
 
 def _announce(run: RunDirectory, settings: StudySettings, prepared: Prepared, is_new: bool) -> None:

@@ -235,6 +235,14 @@ def supervised_answers(
     return right
 
 
+def accuracy_answers(material: Material, trial: Trial, seed: int, before_step: Callable[[], None]) -> Answers:
+    """Linear accuracy from the features of SimCLR, h, or the accuracy of supervised training, as the trial says."""
+    if trial.supervised:
+        return {"h": supervised_answers(material, trial, seed, before_step)}
+    learner = pretrain_briefly(material, trial, seed, before_step)
+    return {"h": linear_answers(material, features_of(material, learner.encoder), seed)}
+
+
 class Outcomes:
     """The answers of all trials that are done, by trial and seed.
 

@@ -1,0 +1,85 @@
+"""What every classifier of a comparison got right, from its stored predictions."""
+
+from collections import defaultdict
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from labelwise import rundir
+from labelwise.errors import CheckpointError
+from labelwise.measures.statistics import Floats, Folds, TestSet
+from labelwise.predictions import CONFIDENCE, read_predictions
+from labelwise.rundir import RunDirectory
+
+PREDICTED = ("method", "labels", "draw", "name", "label", "group", "prediction", CONFIDENCE)  # columns
+
+Result = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What every classifier got right.
+
+    Attributes:
+        right: By labels, method and draw: 1 where right, else 0, (T,).
+        test: What was tested, the same images for all or folds of the labels in turn.
+        names: Of all images that were tested, sorted.
+        groups: How many groups they are in; None where each stands for itself.
+    """
+
+    right: dict[int, dict[str, dict[int, Floats]]]
+    test: TestSet | Folds
+    names: list[str]
+    groups: int | None
+
+
+def read_scores(run: RunDirectory) -> Scores:
+    """Read what was predicted in a run, and compare it with the labels.
+
+    Raises:
+        CheckpointError: A file of the run is damaged, or predictions are missing.
+    """
+    return score(rundir.read_jsonl(run.results), read_predictions(run.predictions, PREDICTED))
+
+
+def score(results: list[Result], predictions: dict[str, list[Any]]) -> Scores:
+    """Compare the predictions behind each result with the labels, the test images in one order for all.
+
+    Raises:
+        CheckpointError: A result has no predictions, or was tested on other images than the rest.
+    """
+    rows: dict[tuple[int, str, int], list[int]] = defaultdict(list)
+    keys = zip(predictions["labels"], predictions["method"], predictions["draw"], strict=True)
+    for row, key in enumerate(keys):
+        rows[key].append(row)
+    names, label, predicted = (np.array(predictions[key]) for key in ("name", "label", "prediction"))
+    group = dict(zip(predictions["name"], predictions["group"], strict=True))
+    right: dict[int, dict[str, dict[int, Floats]]] = defaultdict(lambda: defaultdict(dict))
+    folds = results[0].get("folds", 0) if results else 0
+    tested: dict[int, list[tuple[str, str]]] = {}  # by draw; a test set is the same for all
+    for result in results:
+        labels, method, draw = result["labels"], result["method"], result["draw"]
+        order = sorted(rows[labels, method, draw], key=names.__getitem__)
+        images = list(zip(names[order].tolist(), label[order].tolist(), strict=True)) if order else []
+        if not images or images != tested.setdefault(draw if folds else 0, images):
+            raise CheckpointError(
+                f"{method}, {labels:,} labels, draw {draw}: has no predictions of the test images that the others "
+                "have; run `labelwise finetune` again."
+            )
+        right[labels][method][draw] = (label[order] == predicted[order]).astype(float)
+    there = sorted({name for images in tested.values() for name, _ in images})
+    tied = (
+        len({group[name] for name in there}) < len(there) and None not in group.values()
+    )  # earlier versions wrote none
+    number = {name: group[name] if tied else place for place, name in enumerate(there)}
+    classes = sorted({each for images in tested.values() for _, each in images})
+    truth = {draw: np.array([classes.index(each) for _, each in images]) for draw, images in tested.items()}
+    groups = {draw: np.array([number[name] for name, _ in images]) for draw, images in tested.items()}
+    test: TestSet | Folds
+    if folds:
+        shares = [row["n_test"] / (row["labels_there"] - row["n_test"]) for row in results]
+        test = Folds(truth, groups, float(np.mean(shares)))
+    else:
+        test = TestSet(truth.get(0, np.array([])), groups[0] if tied else None)
+    return Scores(right, test, there, len(set(number.values())) if tied else None)
