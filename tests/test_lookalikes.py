@@ -90,6 +90,13 @@ def test_planted_copies_are_listed_first_and_the_gain_without_them_is_told(
         (f"test/{Path(name).parent.name}/copy.jpg", name) for name in COPIED
     }
     assert len(found["pairs"]) < 18
+    for pair in found["pairs"]:
+        test, other = (Path(name).parent.name for name in pair["names"])
+        assert pair["other_label"] is (test != other)
+    other_labels = sum(pair["other_label"] for pair in found["pairs"])
+    assert (f"{other_labels} of these pairs have two labels" in run.report_html.read_text()) is (
+        other_labels > 0
+    )
     alike = {pair["names"][0] for pair in found["pairs"]}
     predictions = read_predictions(run.predictions)
     right: dict[str, list[bool]] = {"simclr": [], "supervised": []}

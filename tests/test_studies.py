@@ -27,6 +27,8 @@ from labelwise.images.source import open_images
 from labelwise.measures.linear import fit_network, fit_probe
 from labelwise.measures.statistics import HELPS, HURTS, UNCLEAR
 from labelwise.stages.demo import write_digits
+from labelwise.stages.pretraining import pretrain
+from labelwise.stages.reporting import report
 from labelwise.stages.running import list_runs, remove_run, show_runs
 from labelwise.studies import augmentations, batch, color, head, preparing, readout
 from labelwise.studies.findings import compare, why_unclear
@@ -624,3 +626,19 @@ def test_studies_are_listed_and_removed_like_runs(
     assert re.search(r"study-head +head +(\d+) of \1 ", capsys.readouterr().out)
     remove_run(tmp_path / "study-head")
     assert list_runs(tmp_path)["studies"] == []
+
+
+def test_the_report_of_a_run_on_the_same_images_tells_what_studies_beside_it_found(
+    tmp_path: Path, digits: Path, done: dict[str, Any]
+) -> None:
+    shutil.copytree(done["folder"], tmp_path / "study head")
+    other = {**done, "images": {**done["images"], "root": "/elsewhere"}}
+    (tmp_path / "another").mkdir()
+    rundir.write_json(tmp_path / "another" / "study.json", other)
+    run = pretrain(PretrainSettings(images=digits, out=tmp_path / "run", epochs=1, **TINY))
+    document = report(run)
+    assert document["studies"] == [{"study": "head", "advice": done["advice"], "folder": "study head"}]
+    page = run.report_html.read_text()
+    assert '<a href="../study%20head/study.html">' in page
+    assert html.escape(done["advice"]) in page or done["advice"] in page
+    assert done["advice"] in run.report_md.read_text()

@@ -44,6 +44,12 @@ def render(document: dict[str, Any]) -> str:
         lines += [
             f"- {escape(each['name'])}: {escape(text.suspicion_in_words(each))}" for each in check["suspects"]
         ] + [""]
+    if document["studies"]:
+        lines += ["## The paper's findings on these images", ""]
+        lines += [
+            f"- {escape(each['advice'])} ({each['study']}, {escape(each['folder'])})"
+            for each in document["studies"]
+        ] + [""]
     lines += ["## What these numbers do not say", "", *(f"- {limit}" for limit in document["limits"]), ""]
     lines += [
         "## Commands",

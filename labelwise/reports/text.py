@@ -197,6 +197,10 @@ def lookalikes_in_words(document: dict[str, Any]) -> str:
         f"{count:,} of {found['tested']:,} test images {'is' if count == 1 else 'are'}, to the encoder, as like an image outside the "
         f"test set as like a slight crop of {'itself' if count == 1 else 'themselves'}: the same thing once more, or what it cannot tell apart."
     )
+    other = sum(pair.get("other_label", False) for pair in found["pairs"])
+    if other:
+        of_it = "It has another label" if count == 1 else f"{other:,} of these pairs have two labels"
+        words += f" {of_it}, which speaks for the latter."
     gains = {entry["labels"]: entry["gain"] for entry in document["summary"]}
     without = [
         f"{points(each)} with {each['labels']:,} labels (with {'it' if count == 1 else 'them'} {100 * gains[each['labels']]['mean']:+.1f})"

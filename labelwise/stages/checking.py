@@ -112,6 +112,7 @@ def check_lookalikes(bench: Bench, signature: str) -> None:
         both = (rows[query], bench.pool[near])
         pair = {
             "names": [bench.names[row] for row in both],
+            "other_label": bool(0 <= bench.labels[both[1]] != bench.labels[both[0]]),
             "similarity": round(similarity, 3),
             "own": round(own, 3),
         }

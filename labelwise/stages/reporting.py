@@ -80,6 +80,7 @@ def report(run: RunDirectory, label_cost: float | None = None) -> dict[str, Any]
         "label_cost": label_cost,
         "label_check": check,
         "arm_names": _arm_names(summary, results),
+        "studies": _studies(run, data["root"]),
         "test_uses": test_uses,
         "limits": _limits(computed, data, surroundings, test_uses),
         "next": _next_steps(run, computed, check, has_classifier=classifier is not None),
@@ -547,6 +548,20 @@ def kept_classifier(run: RunDirectory, results: list[Result]) -> dict[str, Any] 
     facts = rundir.read_derived(run.classifier_json)
     compared = {row["signature"] for row in results if row["method"] == "simclr"}
     return facts if facts is not None and facts["signature"] in compared else None
+
+
+def _studies(run: RunDirectory, root: str) -> list[dict[str, Any]]:
+    """What `labelwise study` found on the same images, in folders beside the run: `study`, `advice`, and the folder's name."""
+    found = []
+    for file in sorted(run.path.parent.glob("*/study.json")):
+        try:
+            study = rundir.read_json(file)
+        except CheckpointError as error:
+            terminal.warn(f"a study is left out: {error}")
+            continue
+        if study["images"]["root"] == root:
+            found.append({"study": study["study"], "advice": study["advice"], "folder": file.parent.name})
+    return found
 
 
 def _write_model_card(run: RunDirectory, document: dict[str, Any], facts: dict[str, Any] | None) -> None:
