@@ -113,8 +113,11 @@ def _pretrain(recipe: Recipe = None, json: Json = False, **given: Any) -> None:
     if json:
         terminal.emit_json({"run": str(run.path), "encoder": str(run.encoder)})
     else:
-        labels = "" if read_json(run.data)["classes"] else " --labels FILE"
-        terminal.emit(f"next: labelwise finetune --run {_shown(run.path)}{labels} --fraction 0.01")
+        data = read_json(run.data)
+        labels = "" if data["classes"] else " --labels FILE"
+        few = 5 * len(data["classes"])
+        how_many = "--fraction 0.01" if few <= data["pool"] / 100 else f"--label-counts {few or '25'}"
+        terminal.emit(f"next: labelwise finetune --run {_shown(run.path)}{labels} {how_many}")
 
 
 def _finetune(recipe: Recipe = None, json: Json = False, **given: Any) -> None:

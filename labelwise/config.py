@@ -11,7 +11,7 @@ import tomllib
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self, get_args
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PrivateAttr, ValidationError
 
 from labelwise.errors import CheckpointError, UsageError
 
@@ -26,6 +26,12 @@ class Settings(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
     table: ClassVar[str]
+    _of_recipe: frozenset[str] = PrivateAttr(frozenset())
+
+    @property
+    def given(self) -> set[str]:
+        """Names of the fields that were given as options or in Python, not by a recipe."""
+        return self.model_fields_set - self._of_recipe
 
     @classmethod
     def resolve(cls, given: dict[str, Any], recipe: dict[str, Any] | None = None) -> Self:
@@ -34,11 +40,13 @@ class Settings(BaseModel):
         Raises:
             UsageError: A key is unknown or a value is out of range; the message names it.
         """
-        merged = {**(recipe or {}), **{key: value for key, value in given.items() if value is not None}}
+        own = {key: value for key, value in given.items() if value is not None}
         try:
-            return cls.model_validate(merged)
+            made = cls.model_validate({**(recipe or {}), **own})
         except ValidationError as error:
             raise UsageError(_in_words(error, cls)) from None
+        made._of_recipe = frozenset(recipe or {}) - own.keys()
+        return made
 
 
 Unit = Annotated[float, Field(ge=0, le=1)]

@@ -135,7 +135,7 @@ class RunDirectory:
 
 def cache_root() -> Path:
     """Folder that holds decoded images and compiled code, of all runs."""
-    if "LABELWISE_CACHE" in os.environ:
+    if os.environ.get("LABELWISE_CACHE"):
         return Path(os.environ["LABELWISE_CACHE"])
     return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "labelwise"
 
@@ -166,12 +166,19 @@ def hold(run: RunDirectory) -> Iterator[None]:
         os.close(folder)
 
 
+def as_listed(path: Path) -> Path:
+    """Where a run lies that is named as `runs list` does, by its folder in `runs/`; any other path as it is."""
+    is_name = path == Path(path.name) and not (path / "environment.json").exists()
+    return DEFAULT_RUNS / path if is_name and (DEFAULT_RUNS / path).exists() else path
+
+
 def open_run(path: Path) -> RunDirectory:
     """Open a finished or interrupted run.
 
     Raises:
         UsageError: No run is there.
     """
+    path = as_listed(path)
     if not path.exists():
         hint = "start one with `labelwise pretrain IMAGES`, or name one with --run DIR"
         raise UsageError(f"{path}: no run found here; {hint}.")

@@ -293,6 +293,102 @@ def test_a_stopped_build_goes_on_where_it_stopped(
         np.testing.assert_array_equal(one, other)
 
 
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda fresh: (fresh / "squares.npy").unlink(),
+        lambda fresh: (fresh / "progress.json").write_text(""),
+        lambda fresh: (fresh / "progress.json").write_text("[]"),
+        lambda fresh: os.truncate(fresh / "squares.npy", 300),
+        lambda fresh: np.save(fresh / "sizes.npy", np.zeros((3, 2), np.int32)),
+        lambda fresh: (fresh / "progress.json").write_text('{"rows": 99, "quarantined": [], "intensity_range": null}'),
+    ],
+)  # fmt: skip
+def test_a_stopped_build_that_is_damaged_begins_again(
+    root: Path, photo: Photo, cache: Path, monkeypatch: pytest.MonkeyPatch, damage: Callable[[Path], Any]
+) -> None:
+    for seed in range(5):
+        photo(root / f"{seed}.png", seed)
+    with monkeypatch.context() as patch:
+        patch.setattr("labelwise.images.cache._CHUNK", 2)
+        patch.setattr("labelwise.images.cache._SAVE_SECONDS", 0.0)
+        seen: list[int] = []
+
+        def stop(count: int) -> None:
+            seen.append(count)
+            if sum(seen) == 5:
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            build_cache(open_images(root), side=8, evaluation_size=8, progress=stop)
+    [fresh] = cache.iterdir()
+    assert json.loads((fresh / "progress.json").read_text())["rows"] == 4
+    damage(fresh)
+    found = build(root, 8, 8)
+    shutil.rmtree(found.folder)
+    for one, other in zip(contents(found), contents(build(root, 8, 8)), strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("facts.json", "[]"),
+        ("sizes.npy", np.zeros((1, 2), np.int32)),
+        ("keys.npy", np.ones((2, 1), np.uint64)),
+        ("shots.npy", np.array(5)),
+        ("squares.npy", np.zeros((2, 24, 24), np.uint8)),
+    ],
+)
+def test_a_cache_whose_files_do_not_fit_together_is_made_again(
+    root: Path, photo: Photo, name: str, content: Any
+) -> None:
+    for seed in range(2):
+        photo(root / f"{seed}.png", seed)
+    before = build(root)
+    expected = contents(before)
+    if isinstance(content, str):
+        (before.folder / name).write_text(content)
+        assert list_caches()[0][2] == 0, "listed, though nobody knows how many"
+    else:
+        (before.folder / name).unlink()
+        np.save(before.folder / name, content)
+    for one, other in zip(contents(build(root)), expected, strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_a_cache_among_the_images_is_refused(
+    root: Path, photo: Photo, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    photo(root / "a.png")
+    monkeypatch.setenv("LABELWISE_CACHE", str(root / "sub" / "cache"))
+    with pytest.raises(DataError, match="the image cache would lie inside the image folder"):
+        build(root)
+    assert [path.name for path in root.iterdir()] == ["a.png"]
+    monkeypatch.setenv("LABELWISE_CACHE", "")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(root.parent / "home"))
+    assert cache_root() == root.parent / "home" / "labelwise", "an empty name is none"
+
+
+def test_large_squares_are_measured_a_few_at_a_time(
+    root: Path, photo: Photo, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for seed in range(5):
+        photo(root / f"{seed}.png", seed)
+    squares = build(root).squares
+    expected = channel_statistics(squares, np.arange(5))
+    taken: list[int] = []
+
+    class Spy:
+        def __getitem__(self, rows: Any) -> Any:
+            taken.append(np.size(rows))
+            return squares[rows]
+
+    monkeypatch.setattr("labelwise.images.cache._MEASURED", 2 * 24 * 24 * 3 + 1)
+    np.testing.assert_allclose(channel_statistics(Spy(), np.arange(5)), expected)  # type: ignore[arg-type]
+    assert taken[1:] == [2, 2, 1]
+
+
 def refuse(forbidden: bytes) -> Callable[..., Any]:
     """Decode, but not these bytes."""
     decode = decoding.decode_image

@@ -146,4 +146,14 @@ def test_a_backbone_of_one_size_takes_no_smaller_views(
 
 def test_a_batch_nobody_asked_for_fits_the_images(tmp_path: Path) -> None:
     default = PretrainSettings(images=tmp_path)
-    assert [batch_size_for(default, images) for images in (32, 240, 255, 256, 5000)] == [8, 32, 32, 256, 256]
+    sizes = {32: 8, 240: 32, 255: 32, 256: 64, 1023: 128, 1024: 256, 5000: 256}
+    assert {images: batch_size_for(default, images) for images in sizes} == sizes
+
+
+def test_a_batch_of_a_recipe_gives_way_to_a_small_set_and_one_that_was_asked_for_does_not() -> None:
+    given = {"images": Path()}
+    of_recipe = PretrainSettings.resolve(given, {"batch_size": 128})
+    assert "batch_size" not in of_recipe.given
+    assert [batch_size_for(of_recipe, images) for images in (100, 127, 128, 511)] == [16, 16, 128, 128]
+    asked = PretrainSettings.resolve({**given, "batch_size": 100}, {"batch_size": 128})
+    assert batch_size_for(asked, 110) == 100

@@ -413,6 +413,16 @@ def test_a_labels_folder_without_class_folders_is_refused(root: Path, photo: Pho
         open_images(root, labels=root.parent / "labeled")
 
 
+def test_classes_that_differ_in_case_or_spaces_only_are_told(tmp_path: Path) -> None:
+    for number, label in enumerate(("Shoes", "shoes", "t shirt", "T-shirt", "tshirt")):
+        (tmp_path / label).mkdir()
+        Image.new("RGB", (32, 32), (number, 0, 0)).save(tmp_path / label / "1.png")
+    assert open_images(tmp_path).notes == [
+        "classes 'Shoes' and 'shoes' differ in case or spaces only; they count as different",
+        "classes 't shirt' and 'tshirt' differ in case or spaces only; they count as different",
+    ]
+
+
 def test_a_label_file_takes_the_place_of_folder_names(root: Path, photo: Photo) -> None:
     fill(root, photo, "monday/1.png", "monday/2.png", "tuesday/3.png")
     (root.parent / "labels.csv").write_text("file_name,label\nmonday/1.png,001\ntuesday/3.png,NA\n")

@@ -17,15 +17,16 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from labelwise import rundir
+from labelwise import environment, rundir
 from labelwise.config import METHODS, FinetuneSettings, PretrainSettings, read_run_config
-from labelwise.errors import CheckpointError, DataError, Interrupted, UsageError
+from labelwise.errors import CheckpointError, DataError, Interrupted, LabelwiseError, UsageError
 from labelwise.images.splits import hash_names
 from labelwise.predictions import read_predictions, store_predictions
 from labelwise.reports import html, markdown, model_card
 from labelwise.reports.markdown import escape
+from labelwise.reports.text import doubts_in_words
 from labelwise.rundir import RunDirectory
-from labelwise.stages import comparing, methods, pretraining
+from labelwise.stages import comparing, methods, pretraining, reporting
 from labelwise.stages.demo import write_digits
 from labelwise.stages.guarding import Guard
 from labelwise.stages.pretraining import pretrain
@@ -656,10 +657,13 @@ def test_other_encoders_are_of_this_run_however_its_labels_were_named(
     assert Path("runs/latest").resolve() == newer.path, "as it was"
     shutil.copytree(run.path.with_name("photos-seed-1"), tmp_path / "runs" / "photos-seed-7")
     assert report(run)["over_encoders"]["runs"] == ["photos", "photos-seed-1"], "a seed counts once"
-    shutil.copy(flat / "0.png", flat / "new.png")
+    trained = next(name for name in sorted(path.name for path in flat.iterdir()) if name not in rundir.read_json(run.test_lock)["names"])  # fmt: skip
+    before = (flat / trained).read_bytes()
+    Image.new("RGB", (8, 8), (9, 9, 9)).save(flat / trained)
     with pytest.raises(DataError, match="other encoders would not be its equals"):
         finetune(settings.model_copy(update={"pretrain_seeds": 3}))
-    (flat / "new.png").unlink()
+    assert not (tmp_path / "runs" / "photos-seed-2").exists(), "nothing was trained"
+    (flat / trained).write_bytes(before)
     finetune(settings.model_copy(update={"time_limit": "0.01s", "pretrain_seeds": 3}))
     assert "encoders are left; the same command goes on" in " ".join(capsys.readouterr().err.split())
     finetune(FinetuneSettings(run=newer.path, **FEW, time_limit="0.01s", pretrain_seeds=2))
@@ -667,6 +671,79 @@ def test_other_encoders_are_of_this_run_however_its_labels_were_named(
     assert {path.name for path in (tmp_path / "runs").iterdir()} == {
         "latest", "photos", "photos-2", "photos-seed-1", "photos-seed-7",
     }  # fmt: skip
+
+
+def test_what_is_left_and_what_is_wrong_with_the_encoder_is_said(
+    finished: RunDirectory, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(finished.path, tmp_path / "run")
+    run = RunDirectory(tmp_path / "run")
+    finetune(
+        FinetuneSettings(run=run.path, **{**FEW, "draws": 3, "label_counts": (20, 30)}, time_limit="0.01s")
+    )
+    assert re.search(r"time +about \d", capsys.readouterr().err)
+    document = report(run)
+    done, asked = len(document["results"]), 2 * 3 * len(METHODS)
+    assert done < asked
+    assert document["next"][0].startswith(f"{asked - done} of {asked} classifiers are left: ")
+    assert document["limits"][0].startswith(f"{asked - done} of {asked} classifiers were not trained yet")
+    trouble = rundir.read_json(run.environment)["trouble"]
+    assert re.match(r"the loss \(.*\) is no better than chance", trouble)
+    assert f"But the encoder is hardly one yet: {trouble}." in document["verdict"]
+    environment.note(run, trouble=None)
+    document = report(run)
+    assert "hardly one" not in document["verdict"]
+    verify(run)
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "words"), [(-0.2, -0.1, "pretraining hurts at few labels"), (-0.1, 0.1, "is not clear"), (0.1, 0.2, "")]
+)  # fmt: skip
+def test_advice_fits_the_verdict(low: float, high: float, words: str, finished: RunDirectory) -> None:
+    gain = {"mean": (low + high) / 2, "low": low, "high": high}
+    computed = {"summary": [{"gain": gain, "comparisons": []}], "results": [], "folds": 0}
+    said = reporting._next_steps(finished, computed, None, {}, has_classifier=False)
+    assert [words in each for each in said] == [True] * bool(words)
+    check = {
+        "checked": 30,
+        "doubted": 10,
+        "unlabeled": 5,
+        "classes": [{"name": "x", "labels": 9, "agreed": 0.4}],
+    }
+    more = reporting._next_steps(finished, computed, check, {}, has_classifier=False)
+    assert more == [*said, "class x has 9 labels and 40% of them fit: label more of it first"]
+    weak = {**check, "doubted": 11}
+    assert reporting._next_steps(finished, computed, weak, {}, has_classifier=False) == said
+
+
+def test_labels_are_not_judged_by_an_encoder_that_doubts_a_third_of_them() -> None:
+    check = {"checked": 30, "doubted": 10, "suspects": [{"name": "a.png", "label": "x", "looks_like": "y", "has_other_copy": False}]}  # fmt: skip
+    assert doubts_in_words(check).startswith("10 of 30 labels are worth a second look")
+    assert doubts_in_words({**check, "doubted": 11}) == (
+        "11 of 30 labels do not fit: the encoder is too weak to judge labels by"
+    )
+
+
+def test_runs_are_opened_by_the_name_they_are_listed_by_and_the_newest_one_left_is_the_latest(
+    finished: RunDirectory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "one").mkdir()  # the images, say
+    for name in ("one", "two"):
+        shutil.copytree(finished.path, tmp_path / "runs" / name)
+        os.utime(
+            tmp_path / "runs" / name / "encoder.safetensors", (len(name), {"one": 1e9, "two": 2e9}[name])
+        )
+    rundir.point_latest(RunDirectory(tmp_path / "runs" / "two"))
+    assert rundir.open_run(Path("one")).path == tmp_path / "runs" / "one"
+    with pytest.raises(UsageError, match="is a link to two; name that run itself"):
+        remove_run(Path("latest"))
+    remove_run(Path("two"))
+    assert Path("runs/latest").readlink() == Path("one")
+    assert [each["name"] for each in list_runs(Path("runs"))["runs"]] == ["one"]
+    remove_run(Path("one"))
+    assert not os.path.lexists("runs/latest")
+    assert (tmp_path / "one").is_dir()
 
 
 def test_encoders_are_not_compared_without_a_test_set(digits: Path, tmp_path: Path) -> None:
@@ -692,6 +769,60 @@ def test_another_run_where_an_encoder_would_lie_is_met_before_anything_is_traine
     with pytest.raises(UsageError, match=r"one-seed-1: lies where .* they also differ in pretrain.epochs"):
         finetune(FinetuneSettings(run=tmp_path / "one", **FEW, pretrain_seeds=3))
     assert not (tmp_path / "one" / "finetune").exists()
+    shutil.rmtree(tmp_path / "one-seed-1")
+    (tmp_path / "one-seed-1" / "splits").mkdir(parents=True)
+    for name in ("notes.txt", "splits/test.json"):
+        (tmp_path / "one-seed-1" / name).write_text("mine")
+    with pytest.raises(UsageError, match=r"one-seed-1: lies where .* Move it away"):
+        finetune(FinetuneSettings(run=tmp_path / "one", **FEW, pretrain_seeds=3))
+    assert (tmp_path / "one-seed-1" / "splits" / "test.json").read_text() == "mine"
+    shutil.rmtree(tmp_path / "one-seed-1")
+    (tmp_path / "one-seed-1").write_text("mine")
+    with pytest.raises(UsageError, match=r"one-seed-1: lies where"):
+        finetune(FinetuneSettings(run=tmp_path / "one", **FEW, pretrain_seeds=3))
+    (tmp_path / "one-seed-1").unlink()
+    pretrain(PretrainSettings(images=digits, out=tmp_path / "one-seed-1", **SMALL, seed=5))
+    with pytest.raises(UsageError, match=r"one-seed-1: lies where .* it has another seed"):
+        finetune(FinetuneSettings(run=tmp_path / "one", **FEW, pretrain_seeds=3))
+
+
+def test_a_training_whose_weights_are_no_numbers_ends_in_one_sentence(digits: Path, tmp_path: Path) -> None:
+    settings = PretrainSettings(
+        images=digits,
+        out=tmp_path / "run",
+        **{**SMALL, "epochs": 1, "batch_size": 400, "learning_rate": 1e30},
+    )
+    with pytest.raises(LabelwiseError, match="the features are not numbers any more; lower --learning-rate"):
+        pretrain(settings)
+    assert not (tmp_path / "run" / "encoder.safetensors").exists()
+
+
+def test_a_run_goes_on_however_its_label_file_is_spelt_and_a_study_is_no_run(
+    digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    labels = tmp_path / "labels.csv"
+    labels.write_text("file,label\n" + "".join(f"{file.relative_to(digits)},{file.parent.name}\n" for file in sorted(digits.glob("*/*.png"))[::3]))  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    asked: dict[str, Any] = {"images": digits, "out": tmp_path / "run", **SMALL}
+    run = pretrain(PretrainSettings(labels=Path("labels.csv"), **asked))
+    record = rundir.read_json(run.environment)
+    rundir.write_json(
+        run.environment, {**record, "asked": {**record["asked"], "labels": "labels.csv"}}
+    )  # as it once was
+    assert pretrain(PretrainSettings(labels=labels, **asked)).path == run.path
+    rundir.write_json(run.environment, {**record, "asked": {"name": "color", "pretrain": {}}})
+    with pytest.raises(UsageError, match="holds a study, not a run"):
+        pretrain(PretrainSettings(labels=labels, **asked))
+
+
+def test_one_damaged_run_does_not_hide_the_others(
+    finished: RunDirectory, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("one", "two"):
+        shutil.copytree(finished.path, tmp_path / name)
+    (tmp_path / "one" / "data.json").write_text("")
+    assert [each["name"] for each in list_runs(tmp_path)["runs"]] == ["two"]
+    assert "one is left out: " in " ".join(capsys.readouterr().err.split())
 
 
 def test_a_run_from_before_a_setting_existed_goes_on(digits: Path, tmp_path: Path) -> None:
@@ -908,7 +1039,8 @@ def test_labels_that_look_wrong_are_listed_with_pictures(
     for page in (copy.report_html, copy.report_md):
         assert "Labels to look at again" in page.read_text()
         assert words in page.read_text()
-    assert "label more of it first" in json.dumps(rundir.read_json(copy.report_json)["next"])
+    weak = check["doubted"] > check["checked"] / 3
+    assert ("label more of it first" in json.dumps(rundir.read_json(copy.report_json)["next"])) is not weak
 
 
 def test_copies_with_different_labels_are_suspects_and_a_class_of_one_is_not_judged(

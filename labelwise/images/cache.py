@@ -33,6 +33,7 @@ from labelwise.rundir import cache_root, write_json
 _VERSION = 4  # of what the files in a cache mean
 _SAMPLED = 10_000  # images whose mean and spread stand for the set's
 _CHUNK = 512
+_MEASURED = 2**25  # bytes of squares that are measured together; sixteen times as much is held
 _DECODED = 64  # images held at once that are not kept
 _SAVE_SECONDS = 5.0
 _SQUARES, _EVALUATIONS = "squares.npy", "evaluations.npy"
@@ -72,7 +73,11 @@ def list_caches() -> list[tuple[Path, int, int]]:
     found = []
     for facts in sorted(cache_root().glob("[!.]*/facts.json")):
         size = sum(file.stat().st_size for file in facts.parent.iterdir())
-        found.append((facts.parent, size, int(json.loads(facts.read_text(encoding="utf-8"))["images"])))
+        try:
+            images = int(json.loads(facts.read_text(encoding="utf-8"))["images"])
+        except (ValueError, KeyError, TypeError):
+            images = 0  # damaged; it is made again when it is needed
+        found.append((facts.parent, size, images))
     return found
 
 
@@ -88,9 +93,14 @@ def build_cache(
         progress: Called with the number of images just done.
 
     Raises:
-        DataError: No image can be read.
-        ResourceError: The disk is full.
+        DataError: No image can be read, or the cache would lie among them.
+        ResourceError: The disk is full, or the cache cannot be written.
     """
+    if cache_root().resolve().is_relative_to(images.root.resolve()):
+        raise DataError(
+            f"{cache_root()}: the image cache would lie inside the image folder {images.root}, which is never written to; "
+            "name another place in LABELWISE_CACHE."
+        )
     folder = cache_root() / _fingerprint(images, side, evaluation_size)
     if not folder.exists():
         _remove_abandoned(cache_root())
@@ -108,8 +118,13 @@ def build_cache(
                 return _open_cache(folder)
     try:
         cache = _open_cache(folder)
-    except (OSError, ValueError, KeyError, EOFError):
-        shutil.rmtree(folder)  # damaged; the images are still there
+    except (OSError, ValueError, KeyError, TypeError, EOFError):
+        try:
+            shutil.rmtree(folder)  # damaged; the images are still there
+        except OSError as error:
+            raise ResourceError(
+                f"{folder}: this image cache is damaged and cannot be deleted ({error.strerror}); name another place in LABELWISE_CACHE."
+            ) from None
         return build_cache(images, side=side, evaluation_size=evaluation_size, progress=progress)
     progress(len(images.names))
     return cache
@@ -189,8 +204,9 @@ def channel_statistics(
     """Mean and standard deviation of each channel over some squares, in 0-1."""
     rows = rows[np.linspace(0, len(rows) - 1, min(_SAMPLED, len(rows))).astype(int)]
     total, squared, pixels = np.zeros(3), np.zeros(3), 0
-    for start in range(0, len(rows), _CHUNK):
-        values = squares[rows[start : start + _CHUNK]].reshape(-1, 3) / 255.0
+    together = max(1, min(_CHUNK, _MEASURED // squares[0].size))
+    for start in range(0, len(rows), together):
+        values = squares[rows[start : start + together]].reshape(-1, 3) / 255.0
         total, squared, pixels = total + values.sum(0), squared + (values**2).sum(0), pixels + len(values)
     means = total / pixels
     mean, std = means.tolist(), np.sqrt(np.maximum(squared / pixels - means**2, 1e-4)).tolist()
@@ -232,14 +248,14 @@ def _fill(
 ) -> None:
     """Decode what is not decoded yet; `done.json` says how far an earlier process came."""
     count = len(images.names)
-    squares = _open_array(folder / _SQUARES, np.uint8, (count, side, side, 3))
-    evaluations = _open_array(folder / _EVALUATIONS, np.uint8, (count, evaluation_size, evaluation_size, 3))
-    sizes = _open_array(folder / "sizes.npy", np.int32, (count, 2))
-    keys = _open_array(folder / "keys.npy", np.uint64, (count,))
-    shots = _open_array(folder / "shots.npy", np.int64, (count, 2))
+    forms = _forms(count, side, evaluation_size)
+    before = _read_progress(folder, forms)
+    squares, evaluations, sizes, keys, shots = (
+        _open_array(folder / name, *form, go_on=before is not None) for name, form in forms.items()
+    )
     shortest = max(decoding.SHORTEST, side, decoding.evaluation_short_side(evaluation_size))
     with decoding.without_warnings(), ThreadPoolExecutor(os.cpu_count()) as pool:
-        facts = _read_progress(folder) or {
+        facts = before or {
             "rows": 0,
             "quarantined": [],
             "intensity_range": _set_range(images, pool),
@@ -292,9 +308,30 @@ def _fill(
     )
 
 
-def _open_array(path: Path, kind: type[np.generic], shape: tuple[int, ...]) -> np.memmap[Any, Any]:
+Form = tuple[type[np.generic], tuple[int, ...]]
+
+
+def _forms(count: int, side: int, evaluation_size: int) -> dict[str, Form]:
+    """Number type and shape of each array of a cache."""
+    return {
+        _SQUARES: (np.uint8, (count, side, side, 3)),
+        _EVALUATIONS: (np.uint8, (count, evaluation_size, evaluation_size, 3)),
+        "sizes.npy": (np.int32, (count, 2)),
+        "keys.npy": (np.uint64, (count,)),
+        "shots.npy": (np.int64, (count, 2)),
+    }
+
+
+def _check_form(array: npt.NDArray[Any], form: Form) -> None:
+    if (array.dtype.type, array.shape) != form:
+        raise ValueError(f"{array.dtype} {array.shape}, not {form}")
+
+
+def _open_array(
+    path: Path, kind: type[np.generic], shape: tuple[int, ...], *, go_on: bool
+) -> np.memmap[Any, Any]:
     """Open an array that an earlier process began, or make one whose disk space is taken at once."""
-    if (path.parent / _PROGRESS).exists():
+    if go_on:
         return np.lib.format.open_memmap(path, "r+")
     array = np.lib.format.open_memmap(path, "w+", kind, shape)
     if hasattr(os, "posix_fallocate"):  # a map into a full disk would end the process by SIGBUS
@@ -309,9 +346,22 @@ def _open_array(path: Path, kind: type[np.generic], shape: tuple[int, ...]) -> n
     return array
 
 
-def _read_progress(folder: Path) -> dict[str, Any] | None:
+def _read_progress(folder: Path, forms: dict[str, Form]) -> dict[str, Any] | None:
+    """How far an earlier process came; None where none did, or what it left is damaged."""
     path = folder / _PROGRESS
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+    try:
+        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        for name, form in forms.items():
+            _check_form(np.load(folder / name, mmap_mode="r"), form)
+        if (
+            0 <= found["rows"] <= forms["keys.npy"][1][0]
+            and {"quarantined", "intensity_range"} <= found.keys()
+        ):
+            return found
+    except (OSError, ValueError, KeyError, TypeError, EOFError):
+        pass
+    path.unlink(missing_ok=True)
+    return None
 
 
 def _forget_pages(array: np.memmap[Any, Any]) -> None:
@@ -321,14 +371,18 @@ def _forget_pages(array: np.memmap[Any, Any]) -> None:
 
 def _open_cache(folder: Path) -> ImageCache:
     facts: dict[str, Any] = json.loads((folder / "facts.json").read_text(encoding="utf-8"))
-    keys = np.load(folder / "keys.npy")
+    squares, evaluations = (np.load(folder / name, mmap_mode="r") for name in (_SQUARES, _EVALUATIONS))
+    sizes, keys, shots = (np.load(folder / name) for name in ("sizes.npy", "keys.npy", "shots.npy"))
+    forms = _forms(int(facts["images"]), squares.shape[1], evaluations.shape[1]).values()
+    for array, form in zip((squares, evaluations, sizes, keys, shots), forms, strict=True):
+        _check_form(array, form)
     return ImageCache(
         folder=folder,
-        squares=np.load(folder / _SQUARES, mmap_mode="r"),
-        evaluations=np.load(folder / _EVALUATIONS, mmap_mode="r"),
-        sizes=np.load(folder / "sizes.npy"),
+        squares=squares,
+        evaluations=evaluations,
+        sizes=sizes,
         keys=keys,
-        shots=np.load(folder / "shots.npy"),
+        shots=shots,
         readable=keys != 0,
         quarantined=facts["quarantined"],
         intensity_range=tuple(facts["intensity_range"]) if facts["intensity_range"] else None,

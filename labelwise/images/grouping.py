@@ -1,5 +1,6 @@
 """Images that may not be torn apart: one on the test side and one on the training side would be a leak."""
 
+import errno
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass
@@ -119,10 +120,20 @@ def _near_copies(
     file: Path = cache.folder / _FILE
     try:
         near = NearCopies.load(file)
+        if near.pairs.max(initial=0) >= len(cache.keys):
+            raise ValueError("of other images")
         progress(len(rows))
     except (OSError, ValueError, KeyError, EOFError, BadZipFile):  # not there, or damaged; the images are
         near = find_near_copies(cache.squares, cache.sizes.min(axis=1), rows, progress)
-        write_atomically(file, near.save)
+        try:
+            write_atomically(file, near.save)
+        except OSError as error:
+            if error.errno not in (
+                errno.EACCES,
+                errno.EPERM,
+                errno.EROFS,
+            ):  # a shared cache that others write
+                raise
     notes = []
     if not near.is_whole:
         notes.append(

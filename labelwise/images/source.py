@@ -3,7 +3,7 @@
 import glob
 import os
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 
@@ -121,7 +121,19 @@ def open_images(
             notes=images.notes + found.notes,
             groups=[found.groups.get(name) for name in images.names],
         )
-    return images
+    return replace(images, notes=images.notes + _classes_alike(images.labels))
+
+
+def _classes_alike(labels: list[str | None]) -> list[str]:
+    """Notes on classes whose names differ in case or spaces only."""
+    spelt: dict[str, set[str]] = defaultdict(set)
+    for label in set(labels) - {None}:
+        spelt["".join(str(label).casefold().split())].add(str(label))
+    return [
+        f"classes {' and '.join(map(repr, sorted(names)))} differ in case or spaces only; they count as different"
+        for _, names in sorted(spelt.items())
+        if len(names) > 1
+    ]
 
 
 def open_files(files: list[Path]) -> ImageSet:

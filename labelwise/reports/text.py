@@ -108,12 +108,19 @@ def saved_in_words(saved: dict[str, Any], label_cost: float | None) -> str:
 
 
 def doubts_in_words(check: dict[str, Any]) -> str:
-    """`12 of 1,348 labels are worth a second look, first of all 3/0123.png (3, looks like 8)`."""
+    """`12 of 1,348 labels are worth a second look, first of all 3/0123.png (3, looks like 8)`; of a weak encoder, that it is one."""
+    if is_too_weak(check):
+        return f"{check['doubted']:,} of {check['checked']:,} labels do not fit: the encoder is too weak to judge labels by"
     doubted = f"{check['doubted']:,} of {check['checked']:,} labels are worth a second look"
     if not check["suspects"]:
         return doubted
     first = check["suspects"][0]
     return f"{doubted}, first of all {first['name']} ({suspicion_in_words(first)})"
+
+
+def is_too_weak(check: dict[str, Any]) -> bool:
+    """Whether so many labels are doubted that it is the encoder that had better be."""
+    return bool(check["doubted"] > check["checked"] / 3)
 
 
 def suspicion_in_words(suspect: dict[str, Any]) -> str:

@@ -47,12 +47,14 @@ from labelwise.stages.methods import (
     run_method,
     steps_of,
     tested_in,
+    time_a_step,
     workers_for,
 )
 from labelwise.views.draws import Policy
 
 Job = tuple[str, int, int]  # method, number of labels, draw
 LADDER = (2, 5, 10, 25, 50, 100)  # labels per class when nothing is asked
+_LONG = 1800.0  # seconds
 FEWEST_FOLDS, MOST_FOLDS = 2, 5  # where no test images are there
 
 
@@ -90,7 +92,13 @@ def _compare(run: RunDirectory, settings: FinetuneSettings) -> None:
     jobs = _with_weights(bench, alternatives, jobs, finished)
     done = [job for job in jobs if job in finished]
     _announce(bench, list(counts), len(jobs), len(done))
+    draws = {str(count): sum(job[:2] == (jobs[0][0], count) for job in jobs) for count in counts}
+    environment.note(run, comparison={"methods": sorted({method for method, _, _ in jobs}), "draws": draws})
     costs = {job: steps_of(job[0], bench, bench.labeled[orders[job[2]][: job[1]]]) for job in jobs}
+
+    waiting_steps = sum(costs[job] for job in jobs if job not in finished and is_trained(job[0], bench))
+    if waiting_steps:
+        _say_how_long(waiting_steps * time_a_step(bench), settings)
 
     def train(job: Job) -> tuple[Floats, dict[str, Any]] | None:
         """Train one classifier, unless the time for it is over."""
@@ -583,6 +591,11 @@ def _announce(bench: Bench, counts: Sequence[int], jobs: int, done: int) -> None
         terminal.say(f"           fewer than {FEWEST_DRAWS} draws: nothing will be claimed (--draws 5)")
     if done:
         terminal.say(f"going on   {done} of {jobs} classifiers are there already")
+
+
+def _say_how_long(seconds: float, settings: FinetuneSettings) -> None:
+    limit = "" if settings.time_limit or seconds < _LONG else "; --time-limit 30m compares what fits"
+    terminal.say(f"time       about {terminal.duration(seconds)}{limit}")
 
 
 def _keep_classifier(bench: Bench) -> None:

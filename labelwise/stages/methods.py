@@ -8,6 +8,7 @@ import copy
 import dataclasses
 import math
 import threading
+import time
 from collections.abc import Callable
 
 import numpy as np
@@ -182,6 +183,18 @@ def workers_for(method: str, bench: Bench) -> int:
         frozen_features(bench, "network")  # filled once, before threads ask for it
     network = create_encoder(_spec(method, bench))
     return count_workers(network, bench.spec.image_size, bench.settings.batch_size, bench.device)
+
+
+def time_a_step(bench: Bench) -> float:
+    """Seconds that one training step takes, on all cores: an upper estimate where several classifiers train side by side."""
+    trial = dataclasses.replace(_scratch_trials(bench, len(bench.labeled))[0], steps=1)
+    with bench.building:
+        encoder = create_encoder(bench.spec)
+    classifier = Classifier(encoder, encoder.features, len(bench.classes)).to(bench.device)
+    clock = time.monotonic()
+    _train(bench, classifier, trial, bench.labeled, bench.settings.seed, bench.spec)
+    classifier.linear.bias.sum().item()  # a GPU has done it then
+    return time.monotonic() - clock
 
 
 def refit(bench: Bench) -> tuple[Classifier, Trial]:

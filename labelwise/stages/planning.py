@@ -61,7 +61,7 @@ _TWICE_FORWARD = 4 / 3  # a step in parts runs forward, forward, backward; backw
 _RESIDENT_SHARE = 0.25  # of a GPU's free memory may hold the decoded images
 _COPIED = 4096  # squares copied to a GPU at a time
 INITIAL_SHARE = 0.6  # of the epochs are trained at the initial scale; measured 2026-11-25, recipes/LOG.md
-_FEW_STEPS = 100
+FEW_STEPS = 100
 _LIMIT_SHARE = 0.93  # of a time limit goes to steps; the rest to monitoring, start and end
 
 
@@ -182,7 +182,7 @@ def make_pool(images: ImageSet, cache: ImageCache, lock: dict[str, Any], setting
         raise DataError(
             f"{settings.images}: {len(rows)} images to train on; SimCLR needs at least {SMALLEST_POOL}."
         )
-    if settings.batch_size > len(rows) and "batch_size" in settings.model_fields_set:
+    if settings.batch_size > len(rows) and "batch_size" in settings.given:
         raise UsageError(
             f"--batch-size {settings.batch_size}: larger than the {len(rows)} images to train on; use at most "
             f"{len(rows)}, better {_small_batch(len(rows))}."
@@ -191,13 +191,19 @@ def make_pool(images: ImageSet, cache: ImageCache, lock: dict[str, Any], setting
 
 
 def batch_size_for(settings: PretrainSettings, images: int) -> int:
-    """The batch that was asked for, or the default where so many images are there."""
-    if settings.batch_size <= images:
+    """The batch that was asked for; that of a recipe where so many images are there; by default one with four steps an epoch or more."""
+    if "batch_size" in settings.model_fields_set and settings.batch_size <= images:
         return settings.batch_size
-    return _small_batch(images)
+    return min(settings.batch_size, _small_batch(images))
+
+
+def few_steps_in_words(steps: int) -> str:
+    """What is said of a training that hardly is one."""
+    return f"{steps:,} step{'s' if steps > 1 else ''} teach{'' if steps > 1 else 'es'} little"
 
 
 def _small_batch(images: int) -> int:
+    """The largest power of two of which so many images are four batches or more."""
     return int(2 ** int(math.log2(images / 4)))
 
 
@@ -411,6 +417,7 @@ class _TrialStep:
 
 def announce(
     run: RunDirectory,
+    settings: PretrainSettings,
     plan: Plan,
     spec: EncoderSpec,
     pool: Pool,
@@ -451,8 +458,15 @@ def announce(
     parts = plan.batch_size // plan.micro_batch_size
     passes = f" in {parts} passes of {plan.micro_batch_size} (batch norm sees one pass)" if parts > 1 else ""
     terminal.say(f"training   {plan.epochs} epochs, batch {plan.batch_size}{passes}, {steps:,} steps{hours}")
-    if steps < _FEW_STEPS:
-        terminal.warn(f"{steps:,} steps teach little; use more --epochs.")
+    if plan.batch_size < settings.batch_size:
+        terminal.say(f"           batch {settings.batch_size} is too large for so few images")
+    elif (better := _small_batch(len(pool.rows))) < plan.batch_size:
+        terminal.say(
+            f"           an epoch is {len(pool.rows) // plan.batch_size} steps; --batch-size {better} makes it four or more"
+        )
+    if steps < FEW_STEPS:
+        more = "more --epochs" if settings.time_limit is None else "a longer --time-limit"
+        terminal.warn(f"{few_steps_in_words(steps)}; use {more}.")
     terminal.say(
         f"precision  {plan.precision}, {plan.layout.replace('_', ' ')}"
         + (f" ({plan.reason})" if plan.reason else "")

@@ -45,10 +45,12 @@ from labelwise.stages.monitoring import (
     save_neighbours,
 )
 from labelwise.stages.planning import (
+    FEW_STEPS,
     Plan,
     Pool,
     announce,
     choose_sizes,
+    few_steps_in_words,
     inherit_model,
     is_run,
     keep_on_device,
@@ -111,7 +113,7 @@ def pretrain(settings: PretrainSettings, *, becomes_latest: bool = True) -> RunD
 
     if plan is None:
         plan = make_plan(settings, spec, pool, side, device)
-    elif rundir.read_json(run.data)["pool_sha256"] != _pool_hash(images, pool):
+    elif rundir.read_json(run.data)["pool_sha256"] != pool_hash(images, pool):
         raise DataError(
             f"{settings.images}: its images changed since {run.path} was started; put them back, or start a new run with another --out."
         )
@@ -121,7 +123,7 @@ def pretrain(settings: PretrainSettings, *, becomes_latest: bool = True) -> RunD
             _write_start(run, settings, plan, device, images, cache, groups, lock, pool)
         if not run.near_copies.exists():
             save_near_copies(run, images, cache, groups.near, lock)
-        announce(run, plan, spec, pool, lock, images, groups, is_new)
+        announce(run, settings, plan, spec, pool, lock, images, groups, is_new)
         save_mosaic(run, view_policy(settings, plan, plan.image_size), pool, settings.seed)
 
         precision = Precision(plan.precision, plan.layout, plan.reason)
@@ -201,9 +203,8 @@ def _train(
                 torch.manual_seed(settings.seed * 1_000_003 + at.step)  # stochastic depth, dropout
                 loss = learner.step(functools.partial(make, epoch=at.epoch), members)
                 if not math.isfinite(loss):
-                    raise LabelwiseError(
-                        f"{run.path}: the loss is {loss} at step {at.step}; lower --learning-rate."
-                    )
+                    advice = "lower --learning-rate" if at.step else "choose a larger --temperature"
+                    raise LabelwiseError(f"{run.path}: the loss is {loss} at step {at.step}; {advice}.")
 
                 losses.append(loss)
                 must_save = bool(stop) or time.monotonic() - saved_at > SAVE_SECONDS
@@ -241,10 +242,17 @@ def _train(
             at = Position(at.step, at.epoch + 1, 0)
             if at.epoch % look_every == 0 or at.epoch == plan.epochs:
                 now = features()
+                if not torch.isfinite(now).all():
+                    raise LabelwiseError(
+                        f"{run.path}: after epoch {at.epoch} the features are not numbers any more; lower --learning-rate."
+                    )
                 row |= look(pool, now)
                 figures = {name: row[name] for name in ("effective_rank", "knn") if row[name] is not None}
                 progress, width = at.epoch / plan.epochs, learner.encoder.features
                 trouble = health.diagnose(row["loss"], chance, row["effective_rank"], width, progress)
+                if at.epoch == plan.epochs:
+                    trouble = trouble or (few_steps_in_words(steps) if steps < FEW_STEPS else None)
+                    environment.note(run, trouble=trouble)
                 if trouble and not said:
                     bar.note(f"epoch {at.epoch}: {trouble}")
                     said = trouble
@@ -281,7 +289,9 @@ def _open_run(settings: PretrainSettings) -> tuple[RunDirectory, bool]:
         rundir.check_output_folder(run.path, *inputs)
         if not run.environment.exists():
             return run, True
-        before = rundir.read_json(run.environment)["asked"]
+        before = _with_whole_paths(rundir.read_json(run.environment)["asked"])
+        if "pretrain" in before:
+            raise UsageError(f"{settings.out}: holds a study, not a run; choose another --out.")
         changed = [key for key in asked if asked[key] != before.get(key, _default(key))]
         if changed:
             key = changed[0]
@@ -298,7 +308,7 @@ def _open_run(settings: PretrainSettings) -> tuple[RunDirectory, bool]:
         rundir.check_output_folder(run.path, *inputs)
         if not run.environment.exists():
             return run, True
-        before = rundir.read_json(run.environment)["asked"]
+        before = _with_whole_paths(rundir.read_json(run.environment)["asked"])
         if all(asked[key] == before.get(key, _default(key)) for key in asked):
             return run, False
         number += 1
@@ -306,8 +316,12 @@ def _open_run(settings: PretrainSettings) -> tuple[RunDirectory, bool]:
 
 def _asked(settings: PretrainSettings) -> dict[str, Any]:
     """What decides which run the settings belong to; one folder is one folder however it is spelt."""
-    asked = settings.model_dump(mode="json", exclude={"out"})
-    return {**asked, "images": str(settings.images.resolve())}
+    return _with_whole_paths(settings.model_dump(mode="json", exclude={"out"}))
+
+
+def _with_whole_paths(asked: dict[str, Any]) -> dict[str, Any]:
+    paths = {name: asked.get(name) for name in ("images", "labels", "labels_root", "test")}
+    return {**asked, **{name: str(Path(path).resolve()) for name, path in paths.items() if path}}
 
 
 def _default(key: str) -> Any:
@@ -364,7 +378,7 @@ def _write_start(
         "images": len(images.names),
         "readable": int(cache.readable.sum()),
         "pool": len(pool.rows),
-        "pool_sha256": _pool_hash(images, pool),
+        "pool_sha256": pool_hash(images, pool),
         "test": len(lock["names"]),
         "test_method": lock["method"],
         "excluded_duplicates": len(lock["excluded_duplicates"]),
@@ -408,7 +422,8 @@ def _write_start(
     )
 
 
-def _pool_hash(images: ImageSet, pool: Pool) -> str:
+def pool_hash(images: ImageSet, pool: Pool) -> str:
+    """Hash of names and content of the images that are trained on."""
     return hash_names(
         [f"{images.names[row]} {key}" for row, key in zip(pool.rows, pool.keys.tolist(), strict=True)]
     )

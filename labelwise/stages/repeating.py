@@ -5,13 +5,16 @@ import time
 
 from labelwise import rundir, terminal
 from labelwise.config import FinetuneSettings, PretrainSettings, parse_duration, read_recipe, read_run_config
-from labelwise.errors import DataError, UsageError
+from labelwise.errors import CheckpointError, DataError, UsageError
+from labelwise.images.cache import build_cache
 from labelwise.images.source import open_images
+from labelwise.measures.statistics import FEWEST_DRAWS
 from labelwise.predictions import copy_predictions
 from labelwise.rundir import RunDirectory
 from labelwise.stages.comparing import compare, set_aside
 from labelwise.stages.encoders import ENCODER_METHODS, sibling, why_not_alike
-from labelwise.stages.pretraining import pretrain
+from labelwise.stages.planning import make_pool
+from labelwise.stages.pretraining import pool_hash, pretrain
 from labelwise.stages.reporting import report
 
 
@@ -22,7 +25,7 @@ def finetune(settings: FinetuneSettings) -> RunDirectory:
     The same call again goes on.
 
     Raises:
-        DataError: As `compare`; or images were added or removed since the run was pretrained.
+        DataError: As `compare`; or images changed since the run was pretrained.
         UsageError: As `compare`; or the gain is not measured, there is no test set, or another run lies where an encoder would.
     """
     started = time.monotonic()
@@ -31,6 +34,8 @@ def finetune(settings: FinetuneSettings) -> RunDirectory:
     others = _other_seeds(run, settings.pretrain_seeds)
     if others:
         _check(run, settings, others)
+        if min(settings.pretrain_seeds, settings.draws) < FEWEST_DRAWS:
+            terminal.warn(f"fewer than {FEWEST_DRAWS} encoders or draws claim nothing.")
     compare(settings)
     if not others:
         return run
@@ -48,6 +53,7 @@ def finetune(settings: FinetuneSettings) -> RunDirectory:
                     "allow more, and the same command goes on."
                 )
                 break
+            _check_images(run, how)
             if not other.environment.exists():
                 rundir.write_json(
                     other.test_lock, rundir.read_json(run.test_lock)
@@ -73,7 +79,9 @@ def _other_seeds(run: RunDirectory, encoders: int) -> list[tuple[RunDirectory, P
     for number in range(1, encoders):
         seed = (table["seed"] + number) % 2**32
         other = sibling(run, seed)
-        others.append((other, PretrainSettings.resolve({**sources, "seed": seed, "out": other.path}, table)))
+        others.append(
+            (other, PretrainSettings.resolve({**table, **sources, "seed": seed, "out": other.path}))
+        )
     return others
 
 
@@ -91,27 +99,45 @@ def _check(
         raise UsageError(
             f"{run.path}: has no test set, so encoders cannot be compared on the same images; give --test FOLDER, or leave --pretrain-seeds out."
         )
-    data = rundir.read_json(run.data)
-    how = others[0][1]
-    there = len(
-        open_images(
-            how.images,
-            labels=how.labels,
-            labels_root=how.labels_root,
-            group_column=how.group_column,
-            test=how.test,
-        ).names
-    )
-    if there != data["images"]:
-        raise DataError(
-            f"{data['root']}: holds {there:,} images, and {data['images']:,} when {run.path} was pretrained; other encoders would not be "
-            "its equals. Put it back as it was, or pretrain anew."
+    for other, how in others:
+        _check_place(run, other, how)
+
+
+def _check_place(run: RunDirectory, other: RunDirectory, how: PretrainSettings) -> None:
+    """Refuse a place for another encoder where something else lies."""
+    reason = ""
+    try:
+        rundir.check_output_folder(other.path)
+        if other.path.exists() and not other.path.is_dir():
+            reason = "it is a file"
+        elif other.encoder.exists():
+            reason = why_not_alike([run, other])
+        if other.config.exists() and read_run_config(other.config)["seed"] != how.seed:
+            reason = "it has another seed"
+    except (UsageError, CheckpointError) as error:
+        reason = str(error).split(":", 1)[-1].strip()
+    if reason:
+        raise UsageError(
+            f"{other.path}: lies where another encoder of {run.path.name} would, and does not go with it: {reason}. Move it away."
         )
-    for other, _ in others:
-        if other.encoder.exists() and (reason := why_not_alike([run, other])):
-            raise UsageError(
-                f"{other.path}: lies where another encoder of {run.path.name} would, and does not go with it: {reason}. Move it away."
-            )
+
+
+def _check_images(run: RunDirectory, how: PretrainSettings) -> None:
+    """Refuse to pretrain on images that are not those of this run any more."""
+    data, lock = rundir.read_json(run.data), {"excluded_groups": [], **rundir.read_json(run.test_lock)}
+    images = open_images(
+        how.images,
+        labels=how.labels,
+        labels_root=how.labels_root,
+        group_column=how.group_column,
+        test=how.test,
+    )
+    cache = build_cache(images, side=data["cache_side"], evaluation_size=data["image_size"])
+    if pool_hash(images, make_pool(images, cache, lock, how)) != data["pool_sha256"]:
+        raise DataError(
+            f"{data['root']}: its images changed since {run.path} was pretrained, so other encoders would not be its equals. "
+            "Put it back as it was, or pretrain anew."
+        )
 
 
 def _compare_alike(run: RunDirectory, other: RunDirectory, left: float) -> None:

@@ -69,7 +69,9 @@ def report(run: RunDirectory, label_cost: float | None = None) -> dict[str, Any]
     lookalikes = read_lookalikes(run, results)
     scores = score(results, predictions)
     over = over_encoders(run, scores)
-    computed = compute(results, predictions, scores, data["pool"], lookalikes, over)
+    computed = compute(
+        results, predictions, scores, data["pool"], lookalikes, over, surroundings.get("trouble")
+    )
     summary, check = computed["summary"], _label_check(run, results)
     test_uses = _test_uses(run, computed["over_encoders"]["runs"][1:])
     classifier = kept_classifier(run, results)
@@ -83,7 +85,7 @@ def report(run: RunDirectory, label_cost: float | None = None) -> dict[str, Any]
         "studies": _studies(run, data["root"]),
         "test_uses": test_uses,
         "limits": _limits(computed, data, surroundings, test_uses),
-        "next": _next_steps(run, computed, check, has_classifier=classifier is not None),
+        "next": _next_steps(run, computed, check, surroundings, has_classifier=classifier is not None),
         "run": str(run.path),
     }
     rundir.write_json(run.report_json, document)
@@ -100,12 +102,22 @@ def compute(
     pool: int,
     lookalikes: dict[str, Any] | None,
     over: dict[str, Any],
+    trouble: str | None,
 ) -> dict[str, Any]:
-    """The part of report.json that rests on results and predictions alone, on the size of the pool, on `read_lookalikes` and on `over_encoders`."""
+    """The part of report.json that rests on results and predictions alone, and on what the arguments say.
+
+    Args:
+        results, predictions, scores: Of the run.
+        pool: How many images were pretrained on.
+        lookalikes: See `read_lookalikes`.
+        over: See `over_encoders`.
+        trouble: What was wrong with pretraining at its end, if anything was.
+    """
     summary = _summarize(results, scores)
     tested = len(scores.names) if scores.groups is None else scores.groups
     return {
-        "verdict": _verdict(summary, pool, tested, over["gains"]),
+        "verdict": _verdict(summary, pool, tested, over["gains"])
+        + (f" But the encoder is hardly one yet: {trouble}." if summary and trouble else ""),
         "summary": summary,
         "labels_saved": _labels_saved(results, scores),
         "results": results,
@@ -424,6 +436,11 @@ def _limits(
     """What these numbers do not say, in plain sentences."""
     summary, results = computed["summary"], computed["results"]
     limits = []
+    left, wanted = _left_to_compare(surroundings, results)
+    if results and left:
+        limits.append(
+            f"{left:,} of {wanted:,} classifiers were not trained yet, so numbers in one column may be means over different draws."
+        )
     if results:
         tested, groups = computed["tested"], computed["test_groups"]
         best = max(arm["mean"] for entry in summary for arm in entry["arms"].values())
@@ -550,6 +567,18 @@ def kept_classifier(run: RunDirectory, results: list[Result]) -> dict[str, Any] 
     return facts if facts is not None and facts["signature"] in compared else None
 
 
+def _left_to_compare(surroundings: dict[str, Any], results: list[Result]) -> tuple[int, int]:
+    """How many classifiers of the last comparison that was asked for are missing, and how many there shall be."""
+    comparison = surroundings.get("comparison", {"methods": [], "draws": {}})
+    asked = {
+        (method, int(labels), draw)
+        for method in comparison["methods"]
+        for labels, draws in comparison["draws"].items()
+        for draw in range(draws)
+    }
+    return len(asked - {(row["method"], row["labels"], row["draw"]) for row in results}), len(asked)
+
+
 def _studies(run: RunDirectory, root: str) -> list[dict[str, Any]]:
     """What `labelwise study` found on the same images, in folders beside the run: `study`, `advice`, and the folder's name."""
     found = []
@@ -575,7 +604,12 @@ def _write_model_card(run: RunDirectory, document: dict[str, Any], facts: dict[s
 
 
 def _next_steps(
-    run: RunDirectory, computed: dict[str, Any], check: dict[str, Any] | None, *, has_classifier: bool
+    run: RunDirectory,
+    computed: dict[str, Any],
+    check: dict[str, Any] | None,
+    surroundings: dict[str, Any],
+    *,
+    has_classifier: bool,
 ) -> list[str]:
     summary = computed["summary"]
     where = (
@@ -587,11 +621,25 @@ def _next_steps(
         return [f"labelwise finetune {where} --fraction 0.01"]
     steps = []
     gain = summary[0]["gain"]
-    if gain and gain["low"] is not None and gain["low"] <= 0 and _against_pixels(summary[0]) != HURTS:
+    left, asked = _left_to_compare(surroundings, computed["results"])
+    if left:
+        steps.append(
+            f"{left:,} of {asked:,} classifiers are left: the same `labelwise finetune {where}` goes on"
+        )
+    if gain and gain["high"] is not None and gain["high"] < 0:
+        steps.append(
+            "pretraining hurts at few labels: pretrain longer (--epochs), or with other augmentations"
+        )
+    elif gain and gain["low"] is not None and gain["low"] <= 0 and _against_pixels(summary[0]) != HURTS:
         steps.append(
             f"the few-label gain is not clear: pretrain longer (--epochs), or take more draws (--draws {4 * computed['folds'] or 10})"
         )
-    if check and check["unlabeled"] and (weakest := check["classes"][0])["agreed"] != 1:
+    if (
+        check
+        and check["unlabeled"]
+        and not text.is_too_weak(check)
+        and (weakest := check["classes"][0])["agreed"] != 1
+    ):
         labels = f"{weakest['labels']:,} label{'s' if weakest['labels'] > 1 else ''}"
         fit = f" and {weakest['agreed']:.0%} of them fit" if weakest["agreed"] is not None else ""
         steps.append(f"class {weakest['name']} has {labels}{fit}: label more of it first")

@@ -1,12 +1,12 @@
 """`labelwise runs`: list, compare and remove run folders, and show what lies in the image cache."""
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from labelwise import rundir, terminal
-from labelwise.errors import UsageError
+from labelwise.errors import CheckpointError, UsageError
 from labelwise.images.cache import list_caches
 from labelwise.measures.statistics import FEWEST_DRAWS
 from labelwise.predictions import read_predictions
@@ -33,8 +33,8 @@ def list_runs(folder: Path) -> dict[str, Any]:
     begun = (path.parent for path in folder.glob("*/environment.json") if not path.parent.is_symlink())
     found = [RunDirectory(path.resolve()) for path in sorted(begun)]
     return {
-        "runs": [_describe(run) for run in found if run.config.exists()],
-        "studies": [_describe_study(run) for run in found if (run.path / "study.json").exists()],
+        "runs": _described(_describe, [run for run in found if run.config.exists()]),
+        "studies": _described(_describe_study, [run for run in found if (run.path / "study.json").exists()]),
         "caches": [
             {"path": str(path), "images": images, "bytes": size} for path, size, images in list_caches()
         ],
@@ -141,6 +141,7 @@ def remove_run(path: Path) -> None:
     Raises:
         UsageError: It is neither, or a link to one.
     """
+    path = rundir.as_listed(path)
     if path.is_symlink():
         raise UsageError(f"{path}: is a link to {path.resolve().name}; name that run itself.")
     run = RunDirectory(path.resolve())
@@ -150,9 +151,26 @@ def remove_run(path: Path) -> None:
             f"{path}: has no environment.json of ours, so it may not be a run; delete it yourself if you are sure."
         )
     link = run.path.parent / rundir.LATEST.name
-    if link.is_symlink() and link.resolve() == run.path:
+    was_latest = link.is_symlink() and link.resolve() == run.path
+    if was_latest:
         link.unlink()
     shutil.rmtree(run.path)
+    left = [RunDirectory(each.parent) for each in run.path.parent.glob("*/encoder.safetensors")]
+    if was_latest and left:
+        rundir.point_latest(max(left, key=lambda other: other.encoder.stat().st_mtime))
+
+
+def _described(
+    describe: Callable[[RunDirectory], dict[str, Any]], runs: list[RunDirectory]
+) -> list[dict[str, Any]]:
+    """Describe each; one that is damaged is named and left out."""
+    found = []
+    for run in runs:
+        try:
+            found.append(describe(run))
+        except (CheckpointError, KeyError, TypeError) as error:
+            terminal.warn(f"{run.path.name} is left out: {error}")
+    return found
 
 
 def _describe(run: RunDirectory) -> dict[str, Any]:

@@ -35,7 +35,13 @@ def verify(run: RunDirectory) -> dict[str, Any]:
     scores = score(results, predictions)
     pool = rundir.read_json(run.data)["pool"]
     computed = compute(
-        results, predictions, scores, pool, read_lookalikes(run, results), over_encoders(run, scores)
+        results,
+        predictions,
+        scores,
+        pool,
+        read_lookalikes(run, results),
+        over_encoders(run, scores),
+        rundir.read_json(run.environment).get("trouble"),
     )
     problems = [
         *_check_draws(run, results, predictions),

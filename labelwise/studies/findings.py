@@ -123,5 +123,5 @@ def why_unclear(comparisons: list[Comparison]) -> str:
         return "too little was reached to say anything; allow a longer --time-limit"
     if seeds < FEWEST_DRAWS:
         seen = "one seed" if seeds == 1 else f"{seeds} seeds"
-        return f"{seen} can claim nothing; allow a longer --time-limit, for three"
+        return f"{seen} can claim nothing; three can (--seeds, and a --time-limit they fit in)"
     return "no difference is shown by the intervals; a longer --time-limit or more --seeds may show one"

@@ -108,7 +108,10 @@ def _open(settings: StudySettings, asked: dict[str, Any]) -> tuple[RunDirectory,
         rundir.check_output_folder(run.path, *inputs)
         if not run.environment.exists():
             return run, True
-        before = _with_defaults(rundir.read_json(run.environment)["asked"])
+        before = rundir.read_json(run.environment)["asked"]
+        if settings.out is not None and "pretrain" not in before:
+            raise UsageError(f"{settings.out}: holds a run, not a study; choose another --out.")
+        before = _with_defaults(before)
         if before == asked:
             return run, False
         if settings.out is not None:
