@@ -106,6 +106,7 @@ def scan(
 
 def _pretrain(recipe: Recipe = None, json: Json = False, **given: Any) -> None:
     """Train an encoder on a folder of unlabeled images (SimCLR). The same command again goes on."""
+    from labelwise.reports.text import few_labels
     from labelwise.rundir import read_json
     from labelwise.stages.pretraining import pretrain
 
@@ -115,8 +116,7 @@ def _pretrain(recipe: Recipe = None, json: Json = False, **given: Any) -> None:
     else:
         data = read_json(run.data)
         labels = "" if data["classes"] else " --labels FILE"
-        few = 5 * len(data["classes"])
-        how_many = "--fraction 0.01" if few <= data["pool"] / 100 else f"--label-counts {few or '25'}"
+        how_many = few_labels(data)
         terminal.emit(f"next: labelwise finetune --run {_shown(run.path)}{labels} {how_many}")
 
 

@@ -28,6 +28,13 @@ class Settings(BaseModel):
     table: ClassVar[str]
     _of_recipe: frozenset[str] = PrivateAttr(frozenset())
 
+    def __eq__(self, other: object) -> bool:
+        """Settings are their values, wherever those came from."""
+        return type(other) is type(self) and dict(self) == dict(other)
+
+    def __hash__(self) -> int:
+        return hash(self.model_dump_json())
+
     @property
     def given(self) -> set[str]:
         """Names of the fields that were given as options or in Python, not by a recipe."""

@@ -40,7 +40,7 @@ def compiled() -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Folder that the test's image caches lie in."""
-    folder = tmp_path / "cache"
+    folder = tmp_path.with_name(f"{tmp_path.name}-cache")  # not among images that a test puts there
     monkeypatch.setenv("LABELWISE_CACHE", str(folder))
     return folder
 

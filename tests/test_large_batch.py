@@ -46,7 +46,9 @@ def gradients(module: nn.Module) -> Tensor:
     return torch.cat([each.grad.flatten() for each in module.parameters() if each.grad is not None])
 
 
-def assert_same(found: Tensor, expected: Tensor, tolerance: float = 1e-6) -> None:
+def assert_same(
+    found: Tensor, expected: Tensor, tolerance: float = 2e-6
+) -> None:  # float32, summed in another order
     assert ((found - expected).abs().max() / expected.abs().max()).item() < tolerance
 
 

@@ -22,9 +22,9 @@ from labelwise.config import METHODS, FinetuneSettings, PretrainSettings, read_r
 from labelwise.errors import CheckpointError, DataError, Interrupted, LabelwiseError, UsageError
 from labelwise.images.splits import hash_names
 from labelwise.predictions import read_predictions, store_predictions
-from labelwise.reports import html, markdown, model_card
+from labelwise.reports import html, markdown, model_card, text
 from labelwise.reports.markdown import escape
-from labelwise.reports.text import doubts_in_words
+from labelwise.reports.text import doubts_in_words, is_too_weak
 from labelwise.rundir import RunDirectory
 from labelwise.stages import comparing, methods, pretraining, reporting
 from labelwise.stages.demo import write_digits
@@ -661,8 +661,9 @@ def test_other_encoders_are_of_this_run_however_its_labels_were_named(
     before = (flat / trained).read_bytes()
     Image.new("RGB", (8, 8), (9, 9, 9)).save(flat / trained)
     with pytest.raises(DataError, match="other encoders would not be its equals"):
-        finetune(settings.model_copy(update={"pretrain_seeds": 3}))
+        finetune(settings.model_copy(update={"pretrain_seeds": 3, "draws": 3}))
     assert not (tmp_path / "runs" / "photos-seed-2").exists(), "nothing was trained"
+    assert len(rundir.read_jsonl(run.results)) == 10, "and nothing compared before it was found out"
     (flat / trained).write_bytes(before)
     finetune(settings.model_copy(update={"time_limit": "0.01s", "pretrain_seeds": 3}))
     assert "encoders are left; the same command goes on" in " ".join(capsys.readouterr().err.split())
@@ -702,7 +703,7 @@ def test_what_is_left_and_what_is_wrong_with_the_encoder_is_said(
 def test_advice_fits_the_verdict(low: float, high: float, words: str, finished: RunDirectory) -> None:
     gain = {"mean": (low + high) / 2, "low": low, "high": high}
     computed = {"summary": [{"gain": gain, "comparisons": []}], "results": [], "folds": 0}
-    said = reporting._next_steps(finished, computed, None, {}, has_classifier=False)
+    said = reporting._next_steps(finished, computed, None, {}, {}, has_classifier=False)
     assert [words in each for each in said] == [True] * bool(words)
     check = {
         "checked": 30,
@@ -710,10 +711,10 @@ def test_advice_fits_the_verdict(low: float, high: float, words: str, finished: 
         "unlabeled": 5,
         "classes": [{"name": "x", "labels": 9, "agreed": 0.4}],
     }
-    more = reporting._next_steps(finished, computed, check, {}, has_classifier=False)
+    more = reporting._next_steps(finished, computed, check, {}, {}, has_classifier=False)
     assert more == [*said, "class x has 9 labels and 40% of them fit: label more of it first"]
     weak = {**check, "doubted": 11}
-    assert reporting._next_steps(finished, computed, weak, {}, has_classifier=False) == said
+    assert reporting._next_steps(finished, computed, weak, {}, {}, has_classifier=False) == said
 
 
 def test_labels_are_not_judged_by_an_encoder_that_doubts_a_third_of_them() -> None:
@@ -722,6 +723,8 @@ def test_labels_are_not_judged_by_an_encoder_that_doubts_a_third_of_them() -> No
     assert doubts_in_words({**check, "doubted": 11}) == (
         "11 of 30 labels do not fit: the encoder is too weak to judge labels by"
     )
+    assert not is_too_weak({**check, "doubted": 11, "copies": 1}), "copies with two labels are no opinion"
+    assert not is_too_weak({"checked": 0, "doubted": 2, "copies": 2})
 
 
 def test_runs_are_opened_by_the_name_they_are_listed_by_and_the_newest_one_left_is_the_latest(
@@ -738,8 +741,10 @@ def test_runs_are_opened_by_the_name_they_are_listed_by_and_the_newest_one_left_
     assert rundir.open_run(Path("one")).path == tmp_path / "runs" / "one"
     with pytest.raises(UsageError, match="is a link to two; name that run itself"):
         remove_run(Path("latest"))
+    shutil.copytree(finished.path, tmp_path / "runs" / "one-seed-1")
     remove_run(Path("two"))
-    assert Path("runs/latest").readlink() == Path("one")
+    assert Path("runs/latest").readlink() == Path("one"), "one of its other encoders is newer"
+    remove_run(Path("one-seed-1"))
     assert [each["name"] for each in list_runs(Path("runs"))["runs"]] == ["one"]
     remove_run(Path("one"))
     assert not os.path.lexists("runs/latest")
@@ -822,7 +827,7 @@ def test_one_damaged_run_does_not_hide_the_others(
         shutil.copytree(finished.path, tmp_path / name)
     (tmp_path / "one" / "data.json").write_text("")
     assert [each["name"] for each in list_runs(tmp_path)["runs"]] == ["two"]
-    assert "one is left out: " in " ".join(capsys.readouterr().err.split())
+    assert "one is left out, it is damaged: " in " ".join(capsys.readouterr().err.split())
 
 
 def test_a_run_from_before_a_setting_existed_goes_on(digits: Path, tmp_path: Path) -> None:
@@ -1016,8 +1021,9 @@ def test_a_test_image_among_the_labels_is_found(copy: RunDirectory) -> None:
 
 
 def test_labels_that_look_wrong_are_listed_with_pictures(
-    copy: RunDirectory, digits: Path, tmp_path: Path
+    copy: RunDirectory, digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(text, "is_too_weak", lambda check: False)  # this small encoder is
     test = rundir.read_json(copy.test_lock)["names"]
     rest = sorted({file.relative_to(digits).as_posix() for file in digits.glob("*/*.png")} - set(test))
     labeled = np.random.default_rng(0).choice(rest, 100, replace=False).tolist()
@@ -1039,8 +1045,12 @@ def test_labels_that_look_wrong_are_listed_with_pictures(
     for page in (copy.report_html, copy.report_md):
         assert "Labels to look at again" in page.read_text()
         assert words in page.read_text()
-    weak = check["doubted"] > check["checked"] / 3
-    assert ("label more of it first" in json.dumps(rundir.read_json(copy.report_json)["next"])) is not weak
+    assert "label more of it first" in json.dumps(rundir.read_json(copy.report_json)["next"])
+    monkeypatch.undo()
+    weak = report(copy)
+    assert is_too_weak(weak["label_check"]) == (weak["label_check"]["suspects"] == [])
+    assert "label more of it first" not in json.dumps(weak["next"])
+    assert words not in copy.report_html.read_text(), "of a weak encoder nothing is listed"
 
 
 def test_copies_with_different_labels_are_suspects_and_a_class_of_one_is_not_judged(
@@ -1119,7 +1129,7 @@ def test_the_report_of_an_earlier_version_is_named_so(copy: RunDirectory) -> Non
 def test_a_name_cannot_become_markdown_of_its_own(finished: RunDirectory) -> None:
     document = rundir.read_json(finished.report_json)
     name = "a\n# b|c![x](https://d)`<script>"
-    suspect = {**document["label_check"]["suspects"][0], "name": name, "label": name}
+    suspect = {"name": name, "label": name, "looks_like": "1", "doubt": 1.0, "has_other_copy": False}
     page = markdown.render({**document, "label_check": {**document["label_check"], "suspects": [suspect]}})
     assert "\n# b" not in page
     assert "<script>" not in page

@@ -115,12 +115,15 @@ def build_cache(
             else:
                 _fill(fresh, images, side, evaluation_size, progress)
                 fresh.rename(folder)
-                return _open_cache(folder)
+                return _open_cache(folder, _forms(len(images.names), side, evaluation_size))
+    forms = _forms(len(images.names), side, evaluation_size)
     try:
-        cache = _open_cache(folder)
+        cache = _open_cache(folder, forms)
     except (OSError, ValueError, KeyError, TypeError, EOFError):
         try:
             shutil.rmtree(folder)  # damaged; the images are still there
+        except FileNotFoundError:  # another process is mending it
+            pass
         except OSError as error:
             raise ResourceError(
                 f"{folder}: this image cache is damaged and cannot be deleted ({error.strerror}); name another place in LABELWISE_CACHE."
@@ -369,12 +372,11 @@ def _forget_pages(array: np.memmap[Any, Any]) -> None:
     array._mmap.madvise(mmap.MADV_DONTNEED)  # type: ignore[attr-defined]  # numpy's, not in its stubs
 
 
-def _open_cache(folder: Path) -> ImageCache:
+def _open_cache(folder: Path, forms: dict[str, Form]) -> ImageCache:
     facts: dict[str, Any] = json.loads((folder / "facts.json").read_text(encoding="utf-8"))
     squares, evaluations = (np.load(folder / name, mmap_mode="r") for name in (_SQUARES, _EVALUATIONS))
     sizes, keys, shots = (np.load(folder / name) for name in ("sizes.npy", "keys.npy", "shots.npy"))
-    forms = _forms(int(facts["images"]), squares.shape[1], evaluations.shape[1]).values()
-    for array, form in zip((squares, evaluations, sizes, keys, shots), forms, strict=True):
+    for array, form in zip((squares, evaluations, sizes, keys, shots), forms.values(), strict=True):
         _check_form(array, form)
     return ImageCache(
         folder=folder,

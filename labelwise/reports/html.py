@@ -61,7 +61,9 @@ def render(document: dict[str, Any], run: RunDirectory) -> str:
         ),
         costs=text.costs(document, metrics),
         mosaic=_picture(run.views),
-        suspects=_suspects(run) if document["label_check"] else [],
+        suspects=text.worth_a_look(document["label_check"], _suspects(run))
+        if document["label_check"]
+        else [],
         check_note=text.check_note(document),
         queries=rundir.read_json(run.neighbours)["queries"] if run.neighbours.exists() else [],
         pairs=_pairs(run.near_copies),

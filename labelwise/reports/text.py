@@ -119,8 +119,14 @@ def doubts_in_words(check: dict[str, Any]) -> str:
 
 
 def is_too_weak(check: dict[str, Any]) -> bool:
-    """Whether so many labels are doubted that it is the encoder that had better be."""
-    return bool(check["doubted"] > check["checked"] / 3)
+    """Whether the encoder doubts so many labels that it is the encoder that had better be."""
+    by_encoder = check["doubted"] - check.get("copies", 0)
+    return bool(check["checked"] and by_encoder > check["checked"] / 3)
+
+
+def worth_a_look(check: dict[str, Any], suspects: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Suspects to show: of a weak encoder only exact copies with two labels."""
+    return [each for each in suspects if each["has_other_copy"]] if is_too_weak(check) else suspects
 
 
 def suspicion_in_words(suspect: dict[str, Any]) -> str:
@@ -172,6 +178,12 @@ def costs(document: dict[str, Any], metrics: list[dict[str, Any]]) -> list[tuple
         seconds = [row["seconds"] for row in results if (row["method"], row["labels"]) == (arm, most)]
         rows.append((name, f"{words(median(seconds))} a classifier with {most:,} labels"))
     return rows
+
+
+def few_labels(data: dict[str, Any]) -> str:
+    """The option of `finetune` to begin with: 1 % of the images, or five a class where that is more."""
+    few = 5 * len(data["classes"]) or 25
+    return "--fraction 0.01" if few <= data["pool"] / 100 else f"--label-counts {few}"
 
 
 def data_line(data: dict[str, Any]) -> str:

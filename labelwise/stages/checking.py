@@ -78,6 +78,7 @@ def check_labels(bench: Bench, signature: str) -> None:
         "groups": len(np.unique(bench.groups[rows])) if agreed else 0,
         "unlabeled": len(bench.pool) - len(bench.labeled),
         "doubted": len(suspects),
+        "copies": sum(suspect["has_other_copy"] for suspect in suspects),
         "suspects": suspects,
         "classes": _classes(bench, agreed),
     }

@@ -98,6 +98,8 @@ def _compare(run: RunDirectory, settings: FinetuneSettings) -> None:
 
     waiting_steps = sum(costs[job] for job in jobs if job not in finished and is_trained(job[0], bench))
     if waiting_steps:
+        if "simclr" in settings.methods and not bench.run.classifier.exists():
+            waiting_steps += steps_of("simclr", bench, bench.labeled)  # the classifier that is kept
         _say_how_long(waiting_steps * time_a_step(bench), settings)
 
     def train(job: Job) -> tuple[Floats, dict[str, Any]] | None:

@@ -194,7 +194,7 @@ def batch_size_for(settings: PretrainSettings, images: int) -> int:
     """The batch that was asked for; that of a recipe where so many images are there; by default one with four steps an epoch or more."""
     if "batch_size" in settings.model_fields_set and settings.batch_size <= images:
         return settings.batch_size
-    return min(settings.batch_size, _small_batch(images))
+    return min(settings.batch_size, max(_small_batch(images), settings.micro_batch_size or 0))
 
 
 def few_steps_in_words(steps: int) -> str:
@@ -229,7 +229,7 @@ def copy_squares(pool: Pool, device: torch.device) -> Tensor:
 def specify_encoder(settings: PretrainSettings, size: int, pool: Pool) -> EncoderSpec:
     """Decide backbone, stem and normalisation."""
     if is_run(settings.init):
-        return load_encoder(Path(str(settings.init)))[1]
+        return load_encoder(rundir.open_run(Path(str(settings.init))).path)[1]
     if settings.init == "pretrained":
         mean, std = pretrained_spec(settings.backbone).normalization
     else:
@@ -460,7 +460,7 @@ def announce(
     terminal.say(f"training   {plan.epochs} epochs, batch {plan.batch_size}{passes}, {steps:,} steps{hours}")
     if plan.batch_size < settings.batch_size:
         terminal.say(f"           batch {settings.batch_size} is too large for so few images")
-    elif (better := _small_batch(len(pool.rows))) < plan.batch_size:
+    elif (better := _small_batch(len(pool.rows))) < plan.batch_size and len(pool.rows) // plan.batch_size < 4:
         terminal.say(
             f"           an epoch is {len(pool.rows) // plan.batch_size} steps; --batch-size {better} makes it four or more"
         )

@@ -83,7 +83,7 @@ def pretrain(settings: PretrainSettings, *, becomes_latest: bool = True) -> RunD
     """
     started = time.monotonic()
     settings = inherit_model(settings)
-    run, is_new = _open_run(settings)
+    run, is_new = find_run(settings)
     if run.encoder.exists():
         terminal.say(f"{run.path}: is pretrained already, {run.encoder}")
         if becomes_latest:
@@ -250,9 +250,6 @@ def _train(
                 figures = {name: row[name] for name in ("effective_rank", "knn") if row[name] is not None}
                 progress, width = at.epoch / plan.epochs, learner.encoder.features
                 trouble = health.diagnose(row["loss"], chance, row["effective_rank"], width, progress)
-                if at.epoch == plan.epochs:
-                    trouble = trouble or (few_steps_in_words(steps) if steps < FEW_STEPS else None)
-                    environment.note(run, trouble=trouble)
                 if trouble and not said:
                     bar.note(f"epoch {at.epoch}: {trouble}")
                     said = trouble
@@ -269,6 +266,9 @@ def _train(
                         )
                         break
                     guard.keep(at)
+                if at.epoch == plan.epochs:
+                    few = few_steps_in_words(steps) if steps < FEW_STEPS and not settings.init else None
+                    environment.note(run, trouble=trouble or few)
             rundir.append_jsonl(run.metrics, row)
             losses = []
             if time.monotonic() - saved_at > SAVE_SECONDS / 4 or at.epoch == plan.epochs:
@@ -279,7 +279,7 @@ def _train(
 # --- before the loop
 
 
-def _open_run(settings: PretrainSettings) -> tuple[RunDirectory, bool]:
+def find_run(settings: PretrainSettings) -> tuple[RunDirectory, bool]:
     """Find the run these settings belong to, or name a new one."""
     asked = _asked(settings)
     folders = (settings.images, settings.labels, settings.test)
@@ -289,7 +289,7 @@ def _open_run(settings: PretrainSettings) -> tuple[RunDirectory, bool]:
         rundir.check_output_folder(run.path, *inputs)
         if not run.environment.exists():
             return run, True
-        before = _with_whole_paths(rundir.read_json(run.environment)["asked"])
+        before = with_whole_paths(rundir.read_json(run.environment)["asked"])
         if "pretrain" in before:
             raise UsageError(f"{settings.out}: holds a study, not a run; choose another --out.")
         changed = [key for key in asked if asked[key] != before.get(key, _default(key))]
@@ -308,7 +308,7 @@ def _open_run(settings: PretrainSettings) -> tuple[RunDirectory, bool]:
         rundir.check_output_folder(run.path, *inputs)
         if not run.environment.exists():
             return run, True
-        before = _with_whole_paths(rundir.read_json(run.environment)["asked"])
+        before = with_whole_paths(rundir.read_json(run.environment)["asked"])
         if all(asked[key] == before.get(key, _default(key)) for key in asked):
             return run, False
         number += 1
@@ -316,10 +316,11 @@ def _open_run(settings: PretrainSettings) -> tuple[RunDirectory, bool]:
 
 def _asked(settings: PretrainSettings) -> dict[str, Any]:
     """What decides which run the settings belong to; one folder is one folder however it is spelt."""
-    return _with_whole_paths(settings.model_dump(mode="json", exclude={"out"}))
+    return with_whole_paths(settings.model_dump(mode="json", exclude={"out"}))
 
 
-def _with_whole_paths(asked: dict[str, Any]) -> dict[str, Any]:
+def with_whole_paths(asked: dict[str, Any]) -> dict[str, Any]:
+    """Settings with paths as they are however they were spelt, for comparing."""
     paths = {name: asked.get(name) for name in ("images", "labels", "labels_root", "test")}
     return {**asked, **{name: str(Path(path).resolve()) for name, path in paths.items() if path}}
 

@@ -14,7 +14,7 @@ from labelwise.rundir import RunDirectory
 from labelwise.stages.comparing import compare, set_aside
 from labelwise.stages.encoders import ENCODER_METHODS, sibling, why_not_alike
 from labelwise.stages.planning import make_pool
-from labelwise.stages.pretraining import pool_hash, pretrain
+from labelwise.stages.pretraining import find_run, pool_hash, pretrain
 from labelwise.stages.reporting import report
 
 
@@ -53,7 +53,6 @@ def finetune(settings: FinetuneSettings) -> RunDirectory:
                     "allow more, and the same command goes on."
                 )
                 break
-            _check_images(run, how)
             if not other.environment.exists():
                 rundir.write_json(
                     other.test_lock, rundir.read_json(run.test_lock)
@@ -101,6 +100,8 @@ def _check(
         )
     for other, how in others:
         _check_place(run, other, how)
+    if not all(other.encoder.exists() for other, _ in others):
+        _check_images(run, others[0][1])
 
 
 def _check_place(run: RunDirectory, other: RunDirectory, how: PretrainSettings) -> None:
@@ -112,6 +113,8 @@ def _check_place(run: RunDirectory, other: RunDirectory, how: PretrainSettings) 
             reason = "it is a file"
         elif other.encoder.exists():
             reason = why_not_alike([run, other])
+        else:
+            find_run(how)
         if other.config.exists() and read_run_config(other.config)["seed"] != how.seed:
             reason = "it has another seed"
     except (UsageError, CheckpointError) as error:

@@ -85,7 +85,7 @@ def report(run: RunDirectory, label_cost: float | None = None) -> dict[str, Any]
         "studies": _studies(run, data["root"]),
         "test_uses": test_uses,
         "limits": _limits(computed, data, surroundings, test_uses),
-        "next": _next_steps(run, computed, check, surroundings, has_classifier=classifier is not None),
+        "next": _next_steps(run, computed, check, surroundings, data, has_classifier=classifier is not None),
         "run": str(run.path),
     }
     rundir.write_json(run.report_json, document)
@@ -539,7 +539,8 @@ def _label_check(run: RunDirectory, results: list[Result]) -> dict[str, Any] | N
     found = _of_these_results(run.label_check, results)
     if found is None or "groups" not in found:  # of an earlier version
         return None
-    return {**found, "suspects": _without_pictures(found["suspects"][:SUSPECTS])}
+    suspects = text.worth_a_look(found, found["suspects"])
+    return {**found, "suspects": _without_pictures(suspects[:SUSPECTS])}
 
 
 def read_lookalikes(run: RunDirectory, results: list[Result]) -> dict[str, Any] | None:
@@ -608,6 +609,7 @@ def _next_steps(
     computed: dict[str, Any],
     check: dict[str, Any] | None,
     surroundings: dict[str, Any],
+    data: dict[str, Any],
     *,
     has_classifier: bool,
 ) -> list[str]:
@@ -618,14 +620,12 @@ def _next_steps(
         else f"--run {run.path}"
     )
     if not summary:
-        return [f"labelwise finetune {where} --fraction 0.01"]
+        return [f"labelwise finetune {where} {text.few_labels(data)}"]
     steps = []
     gain = summary[0]["gain"]
     left, asked = _left_to_compare(surroundings, computed["results"])
     if left:
-        steps.append(
-            f"{left:,} of {asked:,} classifiers are left: the same `labelwise finetune {where}` goes on"
-        )
+        steps.append(f"{left:,} of {asked:,} classifiers are left: give the same finetune command again")
     if gain and gain["high"] is not None and gain["high"] < 0:
         steps.append(
             "pretraining hurts at few labels: pretrain longer (--epochs), or with other augmentations"

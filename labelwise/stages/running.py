@@ -155,7 +155,9 @@ def remove_run(path: Path) -> None:
     if was_latest:
         link.unlink()
     shutil.rmtree(run.path)
-    left = [RunDirectory(each.parent) for each in run.path.parent.glob("*/encoder.safetensors")]
+    folders = {each.parent for each in run.path.parent.glob("*/encoder.safetensors")}
+    names = {folder.name for folder in folders}
+    left = [RunDirectory(each) for each in folders if each.name.rpartition("-seed-")[0] not in names]
     if was_latest and left:
         rundir.point_latest(max(left, key=lambda other: other.encoder.stat().st_mtime))
 
@@ -168,8 +170,8 @@ def _described(
     for run in runs:
         try:
             found.append(describe(run))
-        except (CheckpointError, KeyError, TypeError) as error:
-            terminal.warn(f"{run.path.name} is left out: {error}")
+        except (CheckpointError, KeyError, TypeError, AttributeError, OSError) as error:
+            terminal.warn(f"{run.path.name} is left out, it is damaged: {error}")
     return found
 
 

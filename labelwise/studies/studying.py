@@ -15,6 +15,7 @@ from labelwise.learning.memory import keep_freed_memory
 from labelwise.learning.precision import choose_device, device_name
 from labelwise.reports import study_page
 from labelwise.rundir import RunDirectory
+from labelwise.stages.pretraining import with_whole_paths
 from labelwise.studies import augmentations, batch, color, head, readout
 from labelwise.studies.findings import CAPTION, Findings
 from labelwise.studies.preparing import Prepared, prepare
@@ -111,7 +112,7 @@ def _open(settings: StudySettings, asked: dict[str, Any]) -> tuple[RunDirectory,
         before = rundir.read_json(run.environment)["asked"]
         if settings.out is not None and "pretrain" not in before:
             raise UsageError(f"{settings.out}: holds a run, not a study; choose another --out.")
-        before = _with_defaults(before)
+        before = with_whole_paths(_with_defaults(before))
         if before == asked:
             return run, False
         if settings.out is not None:
@@ -126,7 +127,7 @@ def _asked(settings: StudySettings, usual: PretrainSettings) -> dict[str, Any]:
     """What decides the trials of a study."""
     asked = settings.model_dump(mode="json", exclude={"out"})
     rest = usual.model_dump(mode="json", exclude={*_DATA, *_OF_THE_STUDY})
-    return {**asked, "images": str(settings.images.resolve()), "pretrain": rest}
+    return with_whole_paths({**asked, "pretrain": rest})
 
 
 def _with_defaults(asked: dict[str, Any]) -> dict[str, Any]:
