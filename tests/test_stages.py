@@ -691,6 +691,13 @@ def test_what_is_left_and_what_is_wrong_with_the_encoder_is_said(
     trouble = rundir.read_json(run.environment)["trouble"]
     assert re.match(r"the loss \(.*\) is no better than chance", trouble)
     assert f"But the encoder is hardly one yet: {trouble}." in document["verdict"]
+    heading, lead = re.search(
+        r"<h1>(.*?)</h1>\s*<p class=\"lead\">(.*?)</p>", run.report_html.read_text()
+    ).groups()  # type: ignore[union-attr]
+    assert f"{heading} {lead}" == document["verdict"], (
+        "the first sentence is the headline, all of it is on the page"
+    )
+    assert heading.count(". ") == 0
     environment.note(run, trouble=None)
     document = report(run)
     assert "hardly one" not in document["verdict"]

@@ -1,6 +1,7 @@
 """report.html: one page that opens anywhere, offline, without scripts."""
 
 import base64
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -35,8 +36,11 @@ def render(document: dict[str, Any], run: RunDirectory) -> str:
     columns, rows = text.table(document)
     calibration = _calibration(document)
     metrics, confusion = rundir.read_jsonl(run.metrics), document["confusion"]
+    answer, *rest = re.split(r"(?<=\.) (?=[A-Z])", document["verdict"], maxsplit=1)
     return template.render(
         document=document,
+        answer=answer,
+        rest=" ".join(rest),
         data_line=text.data_line(document["data"]),
         test_line=text.test_line(document),
         columns=columns,
