@@ -102,6 +102,7 @@ def build_cache(
             "name another place in LABELWISE_CACHE."
         )
     folder = cache_root() / _fingerprint(images, side, evaluation_size)
+    forms = _forms(len(images.names), side, evaluation_size)
     if not folder.exists():
         _remove_abandoned(cache_root())
         fresh = folder.with_name(f".building-{folder.name}")
@@ -115,8 +116,7 @@ def build_cache(
             else:
                 _fill(fresh, images, side, evaluation_size, progress)
                 fresh.rename(folder)
-                return _open_cache(folder, _forms(len(images.names), side, evaluation_size))
-    forms = _forms(len(images.names), side, evaluation_size)
+                return _open_cache(folder, forms)
     try:
         cache = _open_cache(folder, forms)
     except (OSError, ValueError, KeyError, TypeError, EOFError):

@@ -50,6 +50,7 @@ from labelwise.stages.methods import (
     time_a_step,
     workers_for,
 )
+from labelwise.stages.scoring import classifier_of
 from labelwise.views.draws import Policy
 
 Job = tuple[str, int, int]  # method, number of labels, draw
@@ -83,16 +84,16 @@ def _compare(run: RunDirectory, settings: FinetuneSettings) -> None:
     alternatives = find_alternatives(settings.methods, bench.spec)
     finished = _finished(bench, alternatives)
     orders = _draw(bench, counts.keys(), finished)
+    draws = {count: 1 if count == len(bench.labeled) else settings.draws for count in counts}  # all are one
     jobs = [
         (method, count, draw)
         for method in _methods_in_order(settings.methods, alternatives)
         for count in counts
-        for draw in range(1 if count == len(bench.labeled) else settings.draws)  # all labels are one draw
+        for draw in range(draws[count])
     ]
     jobs = _with_weights(bench, alternatives, jobs, finished)
     done = [job for job in jobs if job in finished]
     _announce(bench, list(counts), len(jobs), len(done))
-    draws = {str(count): sum(job[:2] == (jobs[0][0], count) for job in jobs) for count in counts}
     environment.note(run, comparison={"methods": sorted({method for method, _, _ in jobs}), "draws": draws})
     costs = {job: steps_of(job[0], bench, bench.labeled[orders[job[2]][: job[1]]]) for job in jobs}
 
@@ -479,8 +480,8 @@ def _finished(bench: Bench, alternatives: dict[str, Alternative]) -> set[Job]:
         other = ", ".join(sorted({row["method"] for row in rows if row not in kept}))
         terminal.warn(f"earlier results of {other} came from other weights and are dropped.")
         rundir.rewrite_jsonl(bench.run.results, kept)
-        keep_predictions(bench.run.predictions, {_key(row) for row in kept})
-    return {_key(row) for row in kept} & predicted
+        keep_predictions(bench.run.predictions, {classifier_of(row) for row in kept})
+    return {classifier_of(row) for row in kept} & predicted
 
 
 def set_aside(run: RunDirectory, signature: str) -> list[dict[str, Any]]:
@@ -551,12 +552,10 @@ def _store(
         "draw_sha256": hash_names([bench.names[row] for row in rows]),
         "signature": _signature(bench),
     }
-    others = [old for old in rundir.read_jsonl(bench.run.results) if _key(old) != _key(result)]
+    others = [
+        old for old in rundir.read_jsonl(bench.run.results) if classifier_of(old) != classifier_of(result)
+    ]
     rundir.rewrite_jsonl(bench.run.results, [*others, result])
-
-
-def _key(result: dict[str, Any]) -> Job:
-    return result["method"], result["labels"], result["draw"]
 
 
 def _line(bench: Bench, method: str, count: int) -> str:

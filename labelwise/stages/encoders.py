@@ -9,7 +9,7 @@ from labelwise import rundir
 from labelwise.config import FinetuneSettings, PretrainSettings, read_run_config
 from labelwise.measures.statistics import FEWEST_DRAWS, by_group, interval_over_encoders, verdict
 from labelwise.rundir import RunDirectory
-from labelwise.stages.scoring import Result, Scores
+from labelwise.stages.scoring import Result, Scores, classifier_of
 
 ENCODER_METHODS = ("simclr", "simclr_probe")  # whose results are an encoder's own
 SEED = "pretrain.seed"
@@ -49,11 +49,7 @@ def find_siblings(run: RunDirectory) -> tuple[list[RunDirectory], list[RunDirect
 def _compared(run: RunDirectory) -> set[tuple[str, int, int]]:
     """Which classifiers the gain rests on are there."""
     rows = rundir.read_jsonl(run.results)
-    return {
-        (row["method"], row["labels"], row["draw"])
-        for row in rows
-        if row["method"] in ("simclr", "supervised")
-    }
+    return {classifier_of(row) for row in rows if row["method"] in ("simclr", "supervised")}
 
 
 def differing_settings(runs: list[RunDirectory]) -> dict[str, list[Any]]:

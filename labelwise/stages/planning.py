@@ -18,7 +18,7 @@ from labelwise.errors import DataError, UsageError
 from labelwise.images.cache import ImageCache, channel_statistics, sample_sizes
 from labelwise.images.duplicates import unique_keys
 from labelwise.images.grouping import Groups
-from labelwise.images.source import ImageSet
+from labelwise.images.source import ImageSet, open_images
 from labelwise.images.splits import pool_indices
 from labelwise.learning.large_batch import largest_part, step_bytes
 from labelwise.learning.memory import TRAINING_SHARE, available_memory
@@ -168,6 +168,17 @@ def choose_sizes(settings: PretrainSettings, images: ImageSet, device: torch.dev
             f"--cache-side {settings.cache_side}: smaller than a view of {size} px; use at least {size}, better {side}."
         )
     return size, settings.cache_side or side
+
+
+def open_sources(settings: PretrainSettings) -> ImageSet:
+    """Find the images, with labels, groups and test split, that the settings name."""
+    return open_images(
+        settings.images,
+        labels=settings.labels,
+        labels_root=settings.labels_root,
+        group_column=settings.group_column,
+        test=settings.test,
+    )
 
 
 def make_pool(images: ImageSet, cache: ImageCache, lock: dict[str, Any], settings: PretrainSettings) -> Pool:

@@ -19,7 +19,7 @@ from labelwise.config import PretrainSettings, to_toml
 from labelwise.errors import DataError, Interrupted, LabelwiseError, UsageError
 from labelwise.images.cache import ImageCache, build_cache
 from labelwise.images.grouping import Groups, group_images
-from labelwise.images.source import ImageSet, open_images
+from labelwise.images.source import ImageSet
 from labelwise.images.splits import hash_names, lock_test
 from labelwise.interruption import stop_between_steps
 from labelwise.learning.checkpoint import Position, load_checkpoint, save_checkpoint
@@ -57,6 +57,7 @@ from labelwise.stages.planning import (
     make_learner,
     make_plan,
     make_pool,
+    open_sources,
     size_at,
     specify_encoder,
     view_policy,
@@ -94,13 +95,7 @@ def pretrain(settings: PretrainSettings, *, becomes_latest: bool = True) -> RunD
     check_backbone(settings.backbone)
     torch.manual_seed(settings.seed)
 
-    images = open_images(
-        settings.images,
-        labels=settings.labels,
-        labels_root=settings.labels_root,
-        group_column=settings.group_column,
-        test=settings.test,
-    )
+    images = open_sources(settings)
     plan = _read_plan(run)
     size, side = (plan.image_size, plan.cache_side) if plan else choose_sizes(settings, images, device)
     with terminal.track("reading images", len(images.names)) as bar:

@@ -7,15 +7,15 @@ from labelwise import rundir, terminal
 from labelwise.config import FinetuneSettings, PretrainSettings, parse_duration, read_recipe, read_run_config
 from labelwise.errors import CheckpointError, DataError, UsageError
 from labelwise.images.cache import build_cache
-from labelwise.images.source import open_images
 from labelwise.measures.statistics import FEWEST_DRAWS
 from labelwise.predictions import copy_predictions
 from labelwise.rundir import RunDirectory
 from labelwise.stages.comparing import compare, set_aside
 from labelwise.stages.encoders import ENCODER_METHODS, sibling, why_not_alike
-from labelwise.stages.planning import make_pool
+from labelwise.stages.planning import make_pool, open_sources
 from labelwise.stages.pretraining import find_run, pool_hash, pretrain
 from labelwise.stages.reporting import report
+from labelwise.stages.scoring import classifier_of
 
 
 def finetune(settings: FinetuneSettings) -> RunDirectory:
@@ -128,13 +128,7 @@ def _check_place(run: RunDirectory, other: RunDirectory, how: PretrainSettings) 
 def _check_images(run: RunDirectory, how: PretrainSettings) -> None:
     """Refuse to pretrain on images that are not those of this run any more."""
     data, lock = rundir.read_json(run.data), {"excluded_groups": [], **rundir.read_json(run.test_lock)}
-    images = open_images(
-        how.images,
-        labels=how.labels,
-        labels_root=how.labels_root,
-        group_column=how.group_column,
-        test=how.test,
-    )
+    images = open_sources(how)
     cache = build_cache(images, side=data["cache_side"], evaluation_size=data["image_size"])
     if pool_hash(images, make_pool(images, cache, lock, how)) != data["pool_sha256"]:
         raise DataError(
@@ -160,12 +154,8 @@ def _lend(run: RunDirectory, other: RunDirectory) -> None:
         return
     set_aside(other, rows[0]["signature"])
     there = rundir.read_jsonl(other.results)
-    known = {(row["method"], row["labels"], row["draw"]) for row in there}
-    lent = {
-        (row["method"], row["labels"], row["draw"]): row
-        for row in rows
-        if row["method"] not in ENCODER_METHODS
-    }
+    known = set(map(classifier_of, there))
+    lent = {classifier_of(row): row for row in rows if row["method"] not in ENCODER_METHODS}
     missing = {key: row for key, row in lent.items() if key not in known}
     if missing:
         copy_predictions(run.predictions, other.predictions, set(missing))

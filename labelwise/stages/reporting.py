@@ -29,7 +29,7 @@ from labelwise.predictions import CONFIDENCE, read_predictions
 from labelwise.reports import html, markdown, model_card, text
 from labelwise.rundir import RunDirectory
 from labelwise.stages.encoders import ENCODER_METHODS, find_siblings, gains_over_encoders
-from labelwise.stages.scoring import PREDICTED, Result, Scores, read_scores, score
+from labelwise.stages.scoring import PREDICTED, Result, Scores, classifier_of, read_scores, score
 
 ARMS = {
     "simclr": "SimCLR, fine-tuned",
@@ -577,7 +577,7 @@ def _left_to_compare(surroundings: dict[str, Any], results: list[Result]) -> tup
         for labels, draws in comparison["draws"].items()
         for draw in range(draws)
     }
-    return len(asked - {(row["method"], row["labels"], row["draw"]) for row in results}), len(asked)
+    return len(asked - set(map(classifier_of, results))), len(asked)
 
 
 def _studies(run: RunDirectory, root: str) -> list[dict[str, Any]]:

@@ -17,6 +17,11 @@ PREDICTED = ("method", "labels", "draw", "name", "label", "group", "prediction",
 Result = dict[str, Any]
 
 
+def classifier_of(result: Result) -> tuple[str, int, int]:
+    """Method, number of labels and draw: which classifier a result is of."""
+    return result["method"], result["labels"], result["draw"]
+
+
 @dataclass(frozen=True)
 class Scores:
     """What every classifier got right.

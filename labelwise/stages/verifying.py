@@ -13,7 +13,7 @@ from labelwise.measures.statistics import macro_values
 from labelwise.predictions import read_predictions
 from labelwise.rundir import RunDirectory
 from labelwise.stages.reporting import compute, over_encoders, read_lookalikes
-from labelwise.stages.scoring import PREDICTED, Scores, score
+from labelwise.stages.scoring import PREDICTED, Scores, classifier_of, score
 
 _SHOWN = 5
 _TOLERANCE = 1e-6  # other processors round otherwise
@@ -115,7 +115,7 @@ def _check_results(
             if not _is_same(float(value), row[key], _TOLERANCE)
         ]
     keys = zip(*(predictions[key] for key in ("method", "labels", "draw")), strict=True)
-    left_out = set(keys) - {(row["method"], row["labels"], row["draw"]) for row in results}
+    left_out = set(keys) - set(map(classifier_of, results))
     return problems + [
         f"{method}, {labels} labels, draw {draw}: has predictions and no result"
         for method, labels, draw in sorted(left_out)

@@ -16,7 +16,6 @@ from labelwise.errors import DataError, UsageError
 from labelwise.images.cache import build_cache
 from labelwise.images.duplicates import unique_keys
 from labelwise.images.grouping import group_images
-from labelwise.images.source import open_images
 from labelwise.images.splits import draw_labels, hash_names, lock_test
 from labelwise.measures.linear import one_of_each
 from labelwise.measures.statistics import FEWEST_DRAWS
@@ -29,6 +28,7 @@ from labelwise.stages.planning import (
     keep_on_device,
     make_plan,
     make_pool,
+    open_sources,
     specify_encoder,
     view_policy,
 )
@@ -133,13 +133,7 @@ def prepare(
         DataError: The images or labels cannot be used, or are others than before.
         UsageError: The time is too short for one trial.
     """
-    images = open_images(
-        usual.images,
-        labels=usual.labels,
-        labels_root=usual.labels_root,
-        group_column=usual.group_column,
-        test=usual.test,
-    )
+    images = open_sources(usual)
     image_size, side = choose_sizes(usual, images, device)
     with terminal.track("reading images", len(images.names)) as bar:
         cache = build_cache(images, side=side, evaluation_size=image_size, progress=bar.advance)
