@@ -502,6 +502,14 @@ def test_the_range_of_deep_images_is_kept_in_the_facts(root: Path, photo: Photo)
     assert facts["images"] == 2
 
 
+def test_one_broken_deep_image_among_hundreds_does_not_darken_the_others(root: Path) -> None:
+    root.mkdir()
+    for number in range(200):
+        Image.fromarray(np.array([[300 + number, 4000]], np.uint16)).save(root / f"{number}.png")
+    Image.fromarray(np.array([[0, 65535]], np.uint16)).save(root / "broken.png")
+    assert build(root).intensity_range == (301, 4000)
+
+
 def test_caches_are_listed_with_their_bytes_and_images(root: Path, photo: Photo, cache: Path) -> None:
     assert list_caches() == []
     photo(root / "a.png", 0)

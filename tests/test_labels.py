@@ -24,7 +24,7 @@ def written(tmp_path: Path, text: str | bytes, name: str = "labels.csv") -> Path
 
 
 def pairs(file: Path) -> list[tuple[str, str]]:
-    return [(row.path, row.label) for row in read_label_table(file)]
+    return [(row.path, row.label) for row in read_label_table(file)[0]]
 
 
 def rows(*paths_and_labels: tuple[str, str]) -> list[LabelRow]:
@@ -47,7 +47,7 @@ def test_tables_are_read_whatever_separates_the_cells(
 ) -> None:
     lines = [["file_name", "note", "label"], ["a b.jpg", "x", "cat"], ["c.jpg", "", "dog"]]
     file = written(tmp_path, end.join(mark.join(line) for line in lines) + end, f"labels{suffix}")
-    assert read_label_table(file) == [
+    assert read_label_table(file)[0] == [
         LabelRow(2, "a b.jpg", "cat", None),
         LabelRow(3, "c.jpg", "dog", None),
     ]
@@ -57,7 +57,10 @@ def test_tables_are_read_whatever_separates_the_cells(
 def test_json_lines_are_read(tmp_path: Path, suffix: str) -> None:
     lines = [{"label": "cat", "file_name": "a.jpg"}, {"label": "dog", "file_name": "b.jpg", "split": "Test"}]
     file = written(tmp_path, "\n".join(json.dumps(line) for line in lines), f"labels{suffix}")
-    assert read_label_table(file) == [LabelRow(1, "a.jpg", "cat", None), LabelRow(2, "b.jpg", "dog", "test")]
+    assert read_label_table(file)[0] == [
+        LabelRow(1, "a.jpg", "cat", None),
+        LabelRow(2, "b.jpg", "dog", "test"),
+    ]
 
 
 @pytest.mark.parametrize("column", ["file_name", "image_path", "image", "path", "filename", "file"])
@@ -113,7 +116,7 @@ def test_numbers_of_json_lines_become_text(tmp_path: Path) -> None:
 
 def test_spaces_around_a_label_do_not_make_another_class(tmp_path: Path) -> None:
     file = written(tmp_path, "file_name,label\na.jpg, cat \nb.jpg,cat\n")
-    assert {row.label for row in read_label_table(file)} == {"cat"}
+    assert {row.label for row in read_label_table(file)[0]} == {"cat"}
 
 
 def test_quotes_hold_separators_and_line_ends_together(tmp_path: Path) -> None:
@@ -123,14 +126,16 @@ def test_quotes_hold_separators_and_line_ends_together(tmp_path: Path) -> None:
 
 def test_rows_without_a_label_are_left_out(tmp_path: Path) -> None:
     file = written(tmp_path, "file_name,label\na.jpg,\nb.jpg,dog\nc.jpg,  \n,cat\n")
-    assert read_label_table(file) == [LabelRow(3, "b.jpg", "dog", None)]
+    assert read_label_table(file)[0] == [LabelRow(3, "b.jpg", "dog", None)]
     lines = '{"file_name": "a.jpg", "label": null}\n{"file_name": "b.jpg", "label": "dog"}\n'
-    assert read_label_table(written(tmp_path, lines, "labels.jsonl")) == [LabelRow(2, "b.jpg", "dog", None)]
+    assert read_label_table(written(tmp_path, lines, "labels.jsonl"))[0] == [
+        LabelRow(2, "b.jpg", "dog", None)
+    ]
 
 
 def test_the_split_column_is_read(tmp_path: Path) -> None:
     file = written(tmp_path, "file_name,label,split\na.jpg,cat,Test\nb.jpg,dog, train \nc.jpg,cat,\n")
-    assert [row.split for row in read_label_table(file)] == ["test", "train", None]
+    assert [row.split for row in read_label_table(file)[0]] == ["test", "train", None]
 
 
 def test_a_label_file_in_a_folder_with_brackets_is_read(tmp_path: Path) -> None:
@@ -170,13 +175,40 @@ def test_the_line_named_is_the_line_of_the_file(tmp_path: Path, before: str) -> 
 
 
 def test_a_missing_column_is_refused_with_the_columns_found(tmp_path: Path) -> None:
-    file = written(tmp_path, "file_name,breed\na.jpg,cat\n")
+    file = written(tmp_path, "file_name,breed,age\na.jpg,cat,3\n")
     assert refusal(file) == (
-        f"{file}: no label column; looked for label, class, choice, category, tag, found file_name, breed."
+        f"{file}: no label column; looked for label, class, choice, category, tag, found file_name, breed, age."
     )
     assert "no path column; looked for file_name, image_path, image" in refusal(
-        written(tmp_path, "name,label\na.jpg,cat\n")
+        written(tmp_path, "name,label\na,cat\n")
     )
+
+
+def test_columns_of_any_name_are_found_by_what_is_in_them_and_told(tmp_path: Path) -> None:
+    file = written(tmp_path, "foto;soort\na.jpg;cat\nb.JPEG;dog\nc.png;cat\nd.png;dog\n")
+    found, note = read_label_table(file)
+    assert [(row.path, row.label) for row in found] == [
+        ("a.jpg", "cat"),
+        ("b.JPEG", "dog"),
+        ("c.png", "cat"),
+        ("d.png", "dog"),
+    ]
+    assert note == "labels.csv: images from its column 'foto', labels from its column 'soort'"
+    assert read_label_table(written(tmp_path, "file,label\na.jpg,cat\n"))[1] == ""
+
+
+@pytest.mark.parametrize(
+    ("text", "missing"),
+    [
+        ("foto,soort,weight\na.jpg,cat,1\nb.jpg,cat,2\n", "label"),
+        ("foto,weight\na.jpg,1\nb.jpg,2\nc.jpg,3\n", "label"),  # as many values as images are not classes
+        ("foto,mask,label\na.jpg,a.png,cat\n", "path"),
+        ("number,label\n1,cat\n", "path"),
+    ],
+    ids=["two others", "measurements", "two of images", "no file names"],
+)
+def test_columns_that_are_in_doubt_are_not_guessed(tmp_path: Path, text: str, missing: str) -> None:
+    assert f"no {missing} column" in refusal(written(tmp_path, text))
 
 
 @pytest.mark.parametrize("text", ["file_name,label\n", "file_name,label\na.jpg,\nb.jpg,\n"])
@@ -265,6 +297,18 @@ def test_a_base_name_is_matched_where_it_is_unique(root: Path, tmp_path: Path) -
     labels, note = matched(found, tmp_path / "labels.csv", NAMES, root)
     assert labels == {"a/2.jpg": "cat", "b/3.jpg": "dog"}
     assert note == "3 rows: 2 matched (2 of them by file name alone), 1 unknown: old/place/1.jpg (line 4)"
+
+
+def test_a_name_without_its_suffix_is_matched_where_it_is_unique(root: Path) -> None:
+    names = [*NAMES, "c/x.png", "c/x.jpg", "c/img.v2.jpg"]
+    found = rows(
+        ("a/1", "cat"), ("3", "dog"), ("c/x", "cow"), ("img.v2", "owl"), ("1", "ape"), ("c/3.png", "emu")
+    )
+    labels, note = matched(found, root / "labels.csv", names, root)
+    assert labels == {"a/1.jpg": "cat", "b/3.jpg": "dog", "c/img.v2.jpg": "owl"}
+    assert note == (
+        "6 rows: 3 matched (2 of them by file name alone), 3 unknown: c/x (line 4), 1 (line 6), c/3.png (line 7)"
+    )
 
 
 def test_unknown_rows_are_counted_and_the_first_are_listed_with_their_lines(root: Path) -> None:

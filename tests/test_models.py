@@ -114,6 +114,10 @@ def test_arguments_that_timm_refuses_are_named() -> None:
         create_encoder(_spec(no_such_argument=3))
     with pytest.raises(UsageError, match="timm refuses this"):
         choose_stem("resnet18", {"no_such_argument": 3}, 32, "auto")
+    with pytest.raises(UsageError, match=r"'channels': 8.*timm refuses this: TypeError: "):
+        create_encoder(_spec(channels=8))
+    with pytest.raises(UsageError, match=r"'block': 'x'.*timm refuses this: AttributeError: "):
+        create_encoder(_spec(block="x"))
 
 
 # --- choice of the stem

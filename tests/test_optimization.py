@@ -7,7 +7,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from labelwise.learning.large_batch import Rows
 from labelwise.learning.optimization import DEFAULTS, create_optimizer, scaled_rate, set_rate, warmup_cosine
+from labelwise.learning.precision import Precision
+from labelwise.learning.simclr import Diverged, Learner
+from labelwise.models.encoder import Encoder
 
 KINDS = ["lars", "sgd", "adamw"]
 ETA = 0.001  # trust coefficient, official SimCLR code
@@ -234,3 +238,34 @@ def test_adamw_equals_its_first_step_by_hand() -> None:
             before[name] * (1 - rate * decay) - rate * parameter.grad.sign()
         )  # bias-corrected m / sqrt(v)
         torch.testing.assert_close(parameter.detach(), by_hand, atol=1e-6, rtol=1e-5)
+
+
+# Divergence
+
+
+@pytest.mark.parametrize("micro_batch_size", [8, 2], ids=["at once", "in passes"])
+@pytest.mark.parametrize("scale", [math.inf, math.nan])
+def test_a_gradient_that_is_not_finite_changes_no_weight(micro_batch_size: int, scale: float) -> None:
+    network = Encoder(nn.Sequential(nn.Flatten(), nn.Linear(12, 4, bias=False)), 4)
+    head = nn.Linear(4, 3)
+    learner = Learner(
+        network, head, create_optimizer("adamw", [(network, 0.1), (head, 0.1)], 0.0), Precision("fp32", "contiguous", ""),
+        torch.device("cpu"), temperature=0.5, micro_batch_size=micro_batch_size, decoupled=False,
+    )  # fmt: skip
+    views = torch.randn(16, 3, 2, 2, generator=torch.Generator().manual_seed(0))
+    rows = np.arange(8)
+
+    def make(members: Rows) -> Tensor:
+        return views[np.concatenate([members, members + 8])]
+
+    assert learner.step(make, rows) > 0
+    before = snapshot(network)
+    hook = head.weight.register_hook(lambda gradient: gradient * scale)
+    with pytest.raises(Diverged, match="but its gradient is not finite"):
+        learner.step(make, rows)
+    hook.remove()
+    assert all(torch.equal(value, before[name]) for name, value in snapshot(network).items())
+    views *= math.nan
+    with pytest.raises(Diverged, match="the loss is nan"):
+        learner.step(make, rows)
+    assert all(torch.equal(value, before[name]) for name, value in snapshot(network).items())

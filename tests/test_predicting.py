@@ -180,6 +180,18 @@ def test_deep_images_are_scaled_as_the_pretraining_images_were(run: RunDirectory
         assert deep[key] == shallow[key]
 
 
+def test_how_good_the_classifier_is_is_told(run: RunDirectory, digits: Path, tmp_path: Path) -> None:
+    (row,) = rundir.read_jsonl(run.results)
+    expected = predict(run, [digits], tmp_path / "out.csv")["expected"]
+    assert expected == {
+        "accuracy": row["accuracy"], "labels": row["labels"], "n_test": row["n_test"], "trained_on": row["labels"],
+    }  # fmt: skip
+    copy = RunDirectory(Path(shutil.copytree(run.path, tmp_path / "copy")))
+    facts = rundir.read_json(copy.classifier_json)
+    rundir.write_json(copy.classifier_json, {**facts, "signature": "of other labels"})
+    assert predict(copy, [digits], tmp_path / "copy.csv")["expected"] is None
+
+
 @pytest.mark.slow
 def test_an_interrupted_table_is_not_left_half_written(
     run: RunDirectory, digits: Path, tmp_path: Path

@@ -245,6 +245,23 @@ def test_other_settings_set_earlier_results_aside(copy: RunDirectory) -> None:
     assert copy.results.read_bytes() == before, "the earlier settings again take their results up again"
 
 
+def test_results_on_an_image_that_was_changed_since_are_set_aside(
+    copy: RunDirectory, digits: Path, tmp_path: Path
+) -> None:
+    images = Path(shutil.copytree(digits, tmp_path / "images"))
+    data = rundir.read_json(copy.data)
+    rundir.write_json(copy.data, {**data, "sources": {**data["sources"], "images": str(images)}})
+    settings = FinetuneSettings(run=copy.path, methods=("simclr_probe",), **FEW)
+    before = copy.results.read_bytes()
+    finetune(settings)
+    assert copy.results.read_bytes() == before, "the same images elsewhere"
+    image = images / rundir.read_json(copy.test_lock)["names"][0]
+    Image.fromarray(255 - np.asarray(Image.open(image))).save(image)
+    finetune(settings)
+    assert [file.read_bytes() for file in copy.results.parent.glob("*/results.jsonl")] == [before]
+    assert {row["method"] for row in rundir.read_jsonl(copy.results)} == {"simclr_probe"}
+
+
 def test_all_labels_are_one_draw_without_an_interval(copy: RunDirectory) -> None:
     finetune(
         FinetuneSettings(run=copy.path, methods=("simclr_probe", "pixels"), label_counts=("all",), draws=3)
@@ -806,6 +823,10 @@ def test_a_training_whose_weights_are_no_numbers_ends_in_one_sentence(digits: Pa
     )
     with pytest.raises(LabelwiseError, match="the features are not numbers any more; lower --learning-rate"):
         pretrain(settings)
+    more = settings.model_copy(update={"out": tmp_path / "more", "batch_size": 64})
+    with pytest.raises(LabelwiseError, match=r"the loss is nan at step 1; lower --learning-rate\."):
+        pretrain(more)
+    assert not list((tmp_path / "more" / "checkpoints").glob("step-*"))
     assert not (tmp_path / "run" / "encoder.safetensors").exists()
 
 

@@ -437,7 +437,11 @@ def _no_space(place: Path, needed: int) -> ResourceError:
 
 
 def _set_range(images: ImageSet, pool: ThreadPoolExecutor) -> Range | None:
-    """Range of intensities over all images deeper than 8 bits; None when there are none."""
+    """Range of intensities of the images deeper than 8 bits, None when there are none.
+
+    Of a hundred and more, the hundredth part that reaches furthest at each end is clipped: one broken file shall
+    not turn all others dark.
+    """
 
     def measure(row: int) -> Range | None:
         try:
@@ -452,4 +456,8 @@ def _set_range(images: ImageSet, pool: ThreadPoolExecutor) -> Range | None:
         if name.lower().endswith(deep_suffixes) or images.layout.startswith("dataset")
     ]
     ranges = [found for found in pool.map(measure, rows) if found is not None]
-    return (min(low for low, _ in ranges), max(high for _, high in ranges)) if ranges else None
+    if not ranges:
+        return None
+    lows, highs = np.array(ranges).T
+    ends = np.quantile(lows, 0.01, method="lower"), np.quantile(highs, 0.99, method="higher")
+    return float(ends[0]), float(ends[1])

@@ -12,7 +12,23 @@ from typing import Any
 
 from labelwise.errors import DataError
 
-PATH_COLUMNS = ("file_name", "image_path", "image", "path", "filename", "file")
+SUFFIXES = (
+    ".jpg",
+    ".jpeg",
+    ".png",
+    ".webp",
+    ".bmp",
+    ".gif",
+    ".tif",
+    ".tiff",
+    ".ppm",
+    ".pgm",
+    ".jp2",
+    ".avif",
+    ".heic",
+    ".heif",
+)
+PATH_COLUMNS = ("file_name", "image_path", "image", "path", "filename", "file", "image_id", "id")
 LABEL_COLUMNS = ("label", "class", "choice", "category", "tag")
 OUTSIDE = ("test:", "labels:")  # before the name of an image that lies outside the image folder
 _LISTED = 5
@@ -41,10 +57,14 @@ class Matched:
     notes: list[str]
 
 
-def read_label_table(file: Path, group_column: str | None = None) -> list[LabelRow]:
+def read_label_table(file: Path, group_column: str | None = None) -> tuple[list[LabelRow], str]:
     """Read a CSV, TSV or JSONL file; every cell is text, so `001` and `NA` stay what they are.
 
     With a group column, rows without a label count too: unlabeled images have a patient or a site as well.
+    Columns without a known name are found by what is in them, where that is beyond doubt.
+
+    Returns:
+        Its rows, and a note on columns that have no known name.
 
     Raises:
         DataError: The file cannot be read, lacks a column, or holds several labels in one cell.
@@ -54,11 +74,27 @@ def read_label_table(file: Path, group_column: str | None = None) -> list[LabelR
     columns, rows = (
         _read_jsonl(file) if file.suffix.lower() in (".jsonl", ".ndjson") else _read_delimited(file)
     )
-    path_column = _column(file, columns, PATH_COLUMNS, "path")
     if group_column is not None:
         _column(file, columns, (group_column,), "group")
-    has_labels = group_column is None or any(name in columns for name in LABEL_COLUMNS)
-    label_column = _column(file, columns, LABEL_COLUMNS, "label") if has_labels else None
+    filled = {name: [str(row[name]).strip() for _, row in rows if row.get(name)] for name in columns}
+    path_columns: tuple[str, ...] = PATH_COLUMNS
+    if not any(name in columns for name in PATH_COLUMNS):
+        path_columns = tuple(name for name, cells in filled.items() if _are_files(cells))
+    path_column = _column(file, columns, path_columns if len(path_columns) == 1 else PATH_COLUMNS, "path")
+    label_columns = tuple(name for name in LABEL_COLUMNS if name in columns)
+    if not label_columns:
+        others = {name: filled[name] for name in columns if name not in (path_column, group_column, "split")}
+        label_columns = tuple(others) if len(others) == 1 and _are_classes(*others.values()) else ()
+    has_labels = group_column is None or bool(label_columns)
+    label_column = _column(file, columns, label_columns or LABEL_COLUMNS, "label") if has_labels else None
+    odd = [
+        f"{what} from its column {name!r}"
+        for what, name, known in (
+            ("images", path_column, PATH_COLUMNS),
+            ("labels", label_column, LABEL_COLUMNS),
+        )
+        if name is not None and name not in known
+    ]
     result = []
     for line, row in rows:
         path, label = row.get(path_column), row.get(label_column) if label_column else None
@@ -72,28 +108,31 @@ def read_label_table(file: Path, group_column: str | None = None) -> list[LabelR
             result.append(LabelRow(line, str(path), found, split, group))
     if not result:
         raise DataError(f"{file}: no labeled rows in it.")
-    return result
+    return result, f"{file.name}: {', '.join(odd)}" if odd else ""
 
 
 def match_labels(
     rows: list[LabelRow], file: Path, names: list[str], root: Path, labels_root: Path | None
 ) -> Matched:
     """Find the image of each row: by its path relative to the label file, to `labels_root` or the
-    images, then by base name where that is unique.
+    images, then by base name where that is unique; with or without the file's suffix.
 
     Raises:
         DataError: Nothing matches, or rows of one image disagree.
     """
-    by_path = {
-        _normal(os.path.normpath(root.resolve() / name)): name
-        for name in names
-        if not name.startswith(OUTSIDE)
-    }
+    whole: dict[str, str] = {}
+    bare: dict[str, list[str]] = defaultdict(list)
     by_base: dict[str, list[str]] = defaultdict(list)
     for name in names:
-        by_base[_normal(os.path.basename(name.removeprefix(OUTSIDE[0]).removeprefix(OUTSIDE[1])))].append(
-            name
-        )
+        base = _normal(os.path.basename(name.removeprefix(OUTSIDE[0]).removeprefix(OUTSIDE[1])))
+        by_base[base].append(name)
+        if (stem := _stem(base)) != base:
+            by_base[stem].append(name)
+        if not name.startswith(OUTSIDE):
+            path = _normal(os.path.normpath(root.resolve() / name))
+            whole[path] = name
+            bare[_stem(path)].append(name)
+    by_path = {path: same[0] for path, same in bare.items() if len(same) == 1} | whole
     starts = [file.resolve().parent, *([labels_root.resolve()] if labels_root else []), root.resolve()]
     labels: dict[str, str] = {}
     splits: dict[str, str] = {}
@@ -143,6 +182,12 @@ def _find_base(path: str, by_base: dict[str, list[str]]) -> str | None:
     return same[0] if len(same) == 1 else None
 
 
+def _stem(path: str) -> str:
+    """A path without the suffix of an image."""
+    start, suffix = os.path.splitext(path)
+    return start if suffix.lower() in SUFFIXES else path
+
+
 def _normal(path: str) -> str:
     return unicodedata.normalize("NFC", path)
 
@@ -187,6 +232,16 @@ def _read_jsonl(file: Path) -> Table:
             raise DataError(f"{file}: not JSON lines: line {line} is not an object in braces.")
         rows.append((line, row))
     return list(rows[0][1]) if rows else [], rows
+
+
+def _are_files(cells: list[str]) -> bool:
+    """Whether all cells of a column end as image files do."""
+    return bool(cells) and all(cell.lower().endswith(SUFFIXES) for cell in cells)
+
+
+def _are_classes(cells: list[str]) -> bool:
+    """Whether the cells of a column repeat as the names of classes do."""
+    return 2 * len(set(cells)) <= len(cells)
 
 
 def _column(file: Path, columns: list[str], known: tuple[str, ...], what: str) -> str:

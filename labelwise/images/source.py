@@ -10,24 +10,8 @@ from pathlib import Path, PurePosixPath
 import datasets
 
 from labelwise.errors import DataError, UsageError
-from labelwise.images.labels import OUTSIDE, match_labels, read_label_table
+from labelwise.images.labels import OUTSIDE, SUFFIXES, match_labels, read_label_table
 
-SUFFIXES = (
-    ".jpg",
-    ".jpeg",
-    ".png",
-    ".webp",
-    ".bmp",
-    ".gif",
-    ".tif",
-    ".tiff",
-    ".ppm",
-    ".pgm",
-    ".jp2",
-    ".avif",
-    ".heic",
-    ".heif",
-)
 SPLITS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
 _IGNORED_FOLDERS = ("__MACOSX",)
 _IMAGE_COLUMNS = ("image", "img", "jpg", "png")
@@ -106,7 +90,7 @@ def open_images(
     if labels is not None and labels.is_dir():
         images = _add_labeled_folder(images, labels)
     elif labels is not None:
-        rows = read_label_table(labels, group_column)
+        rows, note = read_label_table(labels, group_column)
         found = match_labels(rows, labels, images.names, images.root, labels_root)
         images = replace(
             images,
@@ -118,7 +102,7 @@ def open_images(
                 found.splits.get(name, split) for name, split in zip(images.names, images.splits, strict=True)
             ],
             layout=f"{images.layout}, labels from {labels.name}",
-            notes=images.notes + found.notes,
+            notes=images.notes + ([note] if note else []) + found.notes,
             groups=[found.groups.get(name) for name in images.names],
         )
     return replace(images, notes=images.notes + _classes_alike(images.labels))

@@ -71,7 +71,7 @@ def calibrate(
     """Time the candidates on real steps and keep the fastest whose loss agrees with float32.
 
     Args:
-        step: Runs one training step on throw-away weights and returns its loss.
+        step: Runs one training step on throw-away weights and returns its loss, nan where it diverges.
         device: Where.
         wish: "auto", or "fp32" / "bf16" to fix the number type; the layout is then channels last.
 
@@ -93,7 +93,7 @@ def calibrate(
         seconds[name] = min(seconds_of(step, trial, device) for _ in range(_TIMED_STEPS))
     reference = losses["fp32 channels_last"]
     agreeing = [name for name in seconds if abs(losses[name] - reference) <= AGREEMENT * abs(reference)]
-    best = min(agreeing, key=lambda name: seconds[name])
+    best = min(agreeing or ["fp32 channels_last"], key=lambda name: seconds[name])
     number, layout = best.split()
     others = ", ".join(f"{name} {value * 1e3:.0f} ms" for name, value in seconds.items() if name != best)
     skipped = "" if has_bf16 else "; bf16 not tried: this processor has no bf16 arithmetic"

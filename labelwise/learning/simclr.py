@@ -1,15 +1,21 @@
 """One step of SimCLR."""
 
 import dataclasses
+import math
 from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import get_total_norm
 
 from labelwise.learning.contrast import nt_xent
 from labelwise.learning.large_batch import Rows, backward_in_parts
 from labelwise.learning.precision import Precision, arrange_images
 from labelwise.models.encoder import Encoder
+
+
+class Diverged(Exception):
+    """The loss or its gradient is not a finite number any more."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,6 +50,9 @@ class Learner:
         Args:
             make_views: Images to their normalised views, row i and row B + i of the same image, (2B, 3, H, W).
             members: Images of the batch, (B,).
+
+        Raises:
+            Diverged: The loss or a gradient is infinite or not a number; no weight was changed by it.
         """
         self.optimizer.zero_grad(set_to_none=True)
         if self.micro_batch_size < len(members):
@@ -52,8 +61,17 @@ class Learner:
         else:
             loss = self.loss_of(self.project(make_views(members)))
             loss.backward()
+        found, length = torch.stack([loss.detach(), get_total_norm(self._gradients())]).tolist()  # waits once
+        if not math.isfinite(found):
+            raise Diverged(f"the loss is {found}")
+        if not math.isfinite(length):
+            raise Diverged(f"the loss is {found:.3g} but its gradient is not finite")
         self.optimizer.step()
-        return loss.item()
+        return float(found)
+
+    def _gradients(self) -> list[Tensor]:
+        groups = self.optimizer.param_groups
+        return [each.grad for group in groups for each in group["params"] if each.grad is not None]
 
     def loss_of(self, projections: Tensor) -> Tensor:
         """Contrast the projections of a batch, (2B, D) -> scalar."""

@@ -74,18 +74,16 @@ def create_encoder(spec: EncoderSpec, *, pretrained: bool = False) -> Encoder:
     arguments = {**_size_arguments(spec), **spec.backbone_args}
     try:
         backbone = timm.create_model(spec.backbone, pretrained=pretrained, num_classes=0, **arguments)
-    except (TypeError, ValueError, AssertionError) as error:
-        raise UsageError(f"backbone '{spec.backbone}' with {arguments}: timm refuses this: {error}") from None
-    except Exception as error:
-        if pretrained:  # what the hub's library raises depends on the network, the proxy and its version
+    except Exception as error:  # networks raise whatever their arguments make of them, the hub's library too
+        if pretrained and not isinstance(error, TypeError | ValueError | AssertionError):
             raise DataError(
                 f"backbone '{spec.backbone}': timm's weights could not be loaded: {error}"
             ) from None
-        if isinstance(error, OSError | RuntimeError):
-            raise UsageError(
-                f"backbone '{spec.backbone}' with {arguments}: timm refuses this: {error}"
-            ) from None
-        raise
+        if isinstance(error, MemoryError):
+            raise
+        raise UsageError(
+            f"backbone '{spec.backbone}' with {arguments}: timm refuses this: {type(error).__name__}: {error}"
+        ) from None
     if spec.stem == "small":
         _make_stem_small(backbone)
     elif spec.stem == "half":

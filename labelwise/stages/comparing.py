@@ -451,11 +451,11 @@ def _known(bench: Bench) -> Rows:
 
 
 def _signature(bench: Bench) -> str:
-    """Hash of what decides a result besides method, number of labels and draw."""
+    """Hash of what decides a result besides method, number of labels and draw: settings, labels, pixels, groups."""
     deciding = {"seed", "batch_size", "crop_scale", "steps", "scratch_steps", "scratch_rate"}
     settings = bench.settings.model_dump(mode="json", include=deciding)
     rows = _known(bench)
-    known = [f"{bench.names[row]}={bench.classes[bench.labels[row]]}" for row in rows]
+    known = [f"{bench.names[row]}={bench.classes[bench.labels[row]]}={bench.cache.keys[row]}" for row in rows]
     group, _ = one_of_each(bench.groups[rows], bench.labels[rows])
     special = [] if len(np.unique(group)) == len(group) else [f"groups={group.tolist()}"]
     special += [f"folds={bench.folds}"] if bench.folds else []

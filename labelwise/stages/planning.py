@@ -29,7 +29,7 @@ from labelwise.learning.optimization import (
     set_rate,
 )
 from labelwise.learning.precision import Precision, calibrate, seconds_of
-from labelwise.learning.simclr import Learner
+from labelwise.learning.simclr import Diverged, Learner
 from labelwise.models.encoder import (
     Encoder,
     EncoderSpec,
@@ -408,7 +408,10 @@ class _TrialStep:
         self.learner: Learner | None = None
 
     def __call__(self, precision: Precision) -> float:
-        return self.learner_for(precision).step(self.make_views, np.arange(self.plan.micro_batch_size))
+        try:
+            return self.learner_for(precision).step(self.make_views, np.arange(self.plan.micro_batch_size))
+        except Diverged:
+            return math.nan
 
     def learner_for(self, precision: Precision) -> Learner:
         """What takes the steps, its rate at 0."""

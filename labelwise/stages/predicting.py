@@ -42,7 +42,8 @@ def predict(
         device: Where.
 
     Returns:
-        `out`, `images` (rows written), `labels` (how many of each), `left_out` (file and reason).
+        `out`, `images` (rows written), `labels` (how many of each), `left_out` (file and reason), `expected` (mean `accuracy`
+        with the most `labels` that were compared, `n_test`, and `trained_on`; None where the classifier is an older one).
 
     Raises:
         CheckpointError: The run has no classifier, or it is damaged.
@@ -51,7 +52,9 @@ def predict(
     """
     _check_target(out, images)
     classifier, spec, classes = load_classifier(run)
-    if kept_classifier(run, rundir.read_jsonl(run.results)) is None:
+    results = rundir.read_jsonl(run.results)
+    kept = kept_classifier(run, results)
+    if kept is None:
         terminal.warn(
             f"the classifier of {run.path} was trained before its last comparison; `labelwise finetune` trains it anew."
         )
@@ -95,6 +98,7 @@ def predict(
         "images": sum(labels.values()),
         "labels": dict(labels.most_common()),
         "left_out": left_out,
+        "expected": _expected(results, kept["labels"]) if kept is not None else None,
     }
 
 
@@ -107,6 +111,14 @@ def show(document: dict[str, Any]) -> None:
         terminal.emit(f"left out  {entry['file']}: {entry['reason']}")
     if len(document["left_out"]) > _LISTED:
         terminal.emit(f"          and {len(document['left_out']) - _LISTED:,} more; --json lists all")
+    expected = document["expected"]
+    if expected is not None:
+        fewer = expected["labels"] < expected["trained_on"]
+        more = f"; this one learned from {expected['trained_on']:,}" if fewer else ""
+        terminal.emit(
+            f"expect    {expected['accuracy']:.1%} right where images are like the {expected['n_test']:,} test images: so it was "
+            f"with {expected['labels']:,} labels{more}"
+        )
     terminal.emit(f"written   {document['out']}")
 
 
@@ -126,6 +138,19 @@ def load_classifier(run: RunDirectory) -> tuple[Classifier, EncoderSpec, list[st
     classifier = Classifier(network, width, len(classes))
     load_module(run.classifier, classifier)
     return classifier.eval(), spec, classes
+
+
+def _expected(results: list[dict[str, Any]], trained_on: int) -> dict[str, Any]:
+    """How good the comparison found classifiers of this kind, with the most labels that it tried."""
+    rows = [row for row in results if row["method"] == "simclr"]
+    most = max(row["labels"] for row in rows)
+    scores = [row["accuracy"] for row in rows if row["labels"] == most]
+    return {
+        "accuracy": float(np.mean(scores)),
+        "labels": most,
+        "n_test": rows[0]["n_test"],
+        "trained_on": trained_on,
+    }
 
 
 def _columns(

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import math
 import re
 import shutil
 import time
@@ -31,7 +30,7 @@ from labelwise.learning.optimization import (
     warmup_cosine,
 )
 from labelwise.learning.precision import Precision, choose_device, device_name
-from labelwise.learning.simclr import Learner
+from labelwise.learning.simclr import Diverged, Learner
 from labelwise.measures import health
 from labelwise.models.encoder import check_backbone
 from labelwise.models.weights import save_encoder, save_module
@@ -196,10 +195,11 @@ def _train(
                 rate = warmup_cosine(at.step, steps, warmup_steps)
                 set_rate(learner.optimizer, rate)
                 torch.manual_seed(settings.seed * 1_000_003 + at.step)  # stochastic depth, dropout
-                loss = learner.step(functools.partial(make, epoch=at.epoch), members)
-                if not math.isfinite(loss):
+                try:
+                    loss = learner.step(functools.partial(make, epoch=at.epoch), members)
+                except Diverged as error:
                     advice = "lower --learning-rate" if at.step else "choose a larger --temperature"
-                    raise LabelwiseError(f"{run.path}: the loss is {loss} at step {at.step}; {advice}.")
+                    raise LabelwiseError(f"{run.path}: {error} at step {at.step}; {advice}.") from None
 
                 losses.append(loss)
                 must_save = bool(stop) or time.monotonic() - saved_at > SAVE_SECONDS

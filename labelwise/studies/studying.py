@@ -13,13 +13,14 @@ from labelwise.errors import Interrupted, UsageError
 from labelwise.interruption import stop_between_steps
 from labelwise.learning.memory import keep_freed_memory
 from labelwise.learning.precision import choose_device, device_name
+from labelwise.learning.simclr import Diverged
 from labelwise.reports import study_page
 from labelwise.rundir import RunDirectory
 from labelwise.stages.pretraining import with_whole_paths
 from labelwise.studies import augmentations, batch, color, head, readout
 from labelwise.studies.findings import CAPTION, Findings
 from labelwise.studies.preparing import Prepared, prepare
-from labelwise.studies.trials import FOLDS, Answers, Diverged, Outcomes
+from labelwise.studies.trials import FOLDS, Answers, Outcomes
 
 STUDIES: dict[str, ModuleType] = {
     "augmentations": augmentations,

@@ -20,7 +20,7 @@ from labelwise import seeding
 from labelwise.config import PretrainSettings
 from labelwise.learning.optimization import DEFAULTS, scaled_rate, set_rate, warmup_cosine
 from labelwise.learning.precision import Precision
-from labelwise.learning.simclr import Learner
+from labelwise.learning.simclr import Diverged, Learner
 from labelwise.measures.linear import fit_probe, stratified_folds
 from labelwise.measures.statistics import Interval, accuracy_interval, paired_difference
 from labelwise.models.encoder import EncoderSpec, create_encoder
@@ -40,10 +40,6 @@ FOLDS = 2
 STRENGTH = 3.0  # scikit-learn's C, as the comparison's default
 _SCRATCH_RATE = 3e-3  # of the supervised trainings, as in the comparison
 _SCRATCH_DECAY = 0.05
-
-
-class Diverged(Exception):
-    """A trial whose training went wrong: its cell stays empty."""
 
 
 @dataclass(frozen=True)
@@ -129,7 +125,7 @@ def pretrain_briefly(material: Material, trial: Trial, seed: int, before_step: C
         before_step: Called before each step; what it raises ends the training.
 
     Raises:
-        Diverged: The loss is not a number any more.
+        Diverged: As in `Learner.step`.
     """
     settings = settings_of(material, trial, seed)
     plan, pool, device = _plan_of(material, trial, settings), material.pool, material.device
@@ -149,9 +145,10 @@ def pretrain_briefly(material: Material, trial: Trial, seed: int, before_step: C
 
         set_rate(learner.optimizer, warmup_cosine(step, steps, warmup))
         torch.manual_seed(seed * 1_000_003 + step)  # stochastic depth, dropout
-        loss = learner.step(make, order[place * plan.batch_size : (place + 1) * plan.batch_size])
-        if not math.isfinite(loss):
-            raise Diverged(f"the loss is {loss} at step {step} of {steps}")
+        try:
+            learner.step(make, order[place * plan.batch_size : (place + 1) * plan.batch_size])
+        except Diverged as error:
+            raise Diverged(f"{error} at step {step} of {steps}") from None
     pixels, rows = pool.cache.evaluations, pool.rows[:: max(1, len(pool.rows) // SETTLING)][:SETTLING]
     behind = nn.Sequential(learner.encoder, learner.head)
     settle_statistics(behind, pixels, rows, normalization, device)
