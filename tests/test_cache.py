@@ -20,7 +20,6 @@ import pytest
 from PIL import Image
 
 from labelwise.errors import DataError, ResourceError
-from labelwise.images import decoding
 from labelwise.images.cache import (
     ImageCache,
     build_cache,
@@ -31,7 +30,7 @@ from labelwise.images.cache import (
 )
 from labelwise.images.decoding import decode_image, evaluation_pixels, square_pixels
 from labelwise.images.duplicates import exact_duplicates, unique_keys
-from labelwise.images.source import open_images
+from labelwise.images.source import ImageSet, open_images
 
 Photo = Callable[..., Image.Image]
 
@@ -280,13 +279,20 @@ def test_a_stopped_build_goes_on_where_it_stopped(
         build_cache(open_images(root), side=8, evaluation_size=8, progress=stop)
     assert [folder.name.startswith(".building-") for folder in cache.iterdir()] == [True]
     assert list_caches() == []
-    for name in ("0.png", "2.png", "3.png"):  # done already: never looked at again
-        monkeypatch.setattr(decoding, "decode_image", refuse((root / name).read_bytes()))
+    asked: list[int] = []
+    locate = ImageSet.locate
+
+    def note(images: ImageSet, row: int) -> str | bytes:
+        asked.append(row)
+        return locate(images, row)
+
+    monkeypatch.setattr(ImageSet, "locate", note)
     disk = namedtuple("disk", "free")(0)  # what is to be written lies there already
     monkeypatch.setattr("labelwise.images.cache.shutil.disk_usage", lambda place: disk)
     done: list[int] = []
     found = build_cache(open_images(root), side=8, evaluation_size=8, progress=done.append)
     assert done == [4, 1, 1, 1]
+    assert sorted(asked) == [4, 5, 6], "what is done already is never looked at again"
     assert [folder.name for folder in cache.iterdir()] == [found.folder.name] == [expected.folder.name]
     assert found.quarantined == expected.quarantined == [{"file": "1.png", "reason": "empty file"}]
     for one, other in zip(contents(found), contents(expected), strict=True):
@@ -387,17 +393,6 @@ def test_large_squares_are_measured_a_few_at_a_time(
     monkeypatch.setattr("labelwise.images.cache._MEASURED", 2 * 24 * 24 * 3 + 1)
     np.testing.assert_allclose(channel_statistics(Spy(), np.arange(5)), expected)  # type: ignore[arg-type]
     assert taken[1:] == [2, 2, 1]
-
-
-def refuse(forbidden: bytes) -> Callable[..., Any]:
-    """Decode, but not these bytes."""
-    decode = decoding.decode_image
-
-    def checked(data: bytes, *arguments: Any) -> Any:
-        assert data != forbidden
-        return decode(data, *arguments)
-
-    return checked
 
 
 BUILDER = """

@@ -82,7 +82,7 @@ def png_header(width: int, height: int) -> bytes:
 
 
 def refusal(data: bytes) -> str:
-    with decoding.without_warnings(), pytest.raises(UnreadableImage) as caught:
+    with warnings.catch_warnings(action="ignore"), pytest.raises(UnreadableImage) as caught:
         decoded(data)
     return str(caught.value)
 
@@ -286,7 +286,7 @@ def test_an_absurd_header_is_refused_before_memory_is_taken() -> None:
     words = "too large: 10500 x 10500 pixels; the limit is 64,000,000"
     assert refusal(png_header(10_500, 10_500)) == words
     for read in (header_size, deep_range):
-        with decoding.without_warnings(), pytest.raises(UnreadableImage, match=words):
+        with warnings.catch_warnings(action="ignore"), pytest.raises(UnreadableImage, match=words):
             read(png_header(10_500, 10_500))
 
 

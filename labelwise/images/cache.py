@@ -15,7 +15,6 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +26,7 @@ import numpy.typing as npt
 from labelwise.errors import DataError, ResourceError
 from labelwise.images import decoding
 from labelwise.images.decoding import Pixels, Range, UnreadableImage
+from labelwise.images.readers import Readers
 from labelwise.images.source import ImageSet
 from labelwise.rundir import cache_root, write_json
 
@@ -157,26 +157,18 @@ def read_evaluations(
     """
     shortest = max(decoding.SHORTEST, decoding.evaluation_short_side(size))
 
-    def decode(row: int) -> Pixels | str:
-        try:
-            image, _ = decoding.decode_image(images.read(row), intensity_range, shortest)
-        except UnreadableImage as error:
-            return str(error)
-        except OSError as error:
-            return f"cannot be read ({error.strerror or error})"
-        return decoding.evaluation_pixels(image, size)
-
-    with decoding.without_warnings(), ThreadPoolExecutor(os.cpu_count()) as pool:
+    arguments = {"size": size, "intensity_range": intensity_range, "shortest": shortest}
+    with Readers("center", **arguments) as readers:
         for start in range(0, len(rows), _DECODED):
-            chunk, kept, pixels = rows[start : start + _DECODED], [], []
-            for row, found in zip(chunk.tolist(), pool.map(decode, chunk.tolist()), strict=True):
-                if not isinstance(found, str):
+            chunk, kept, pixels = rows[start : start + _DECODED].tolist(), [], []
+            for row, answer in zip(chunk, readers.map(chunk, images.locate), strict=True):
+                if not isinstance(answer, UnreadableImage):
                     kept.append(row)
-                    pixels.append(found)
+                    pixels.append(np.frombuffer(answer[1], np.uint8).reshape(size, size, 3))
                 elif left_out is None:
-                    raise DataError(f"{images.names[row]}: could be read before, and now not: {found}")
+                    raise DataError(f"{images.names[row]}: could be read before, and now not: {answer}")
                 else:
-                    left_out.append({"file": images.names[row], "reason": found})
+                    left_out.append({"file": images.names[row], "reason": str(answer)})
             if kept:
                 yield np.array(kept), np.stack(pixels)
 
@@ -187,13 +179,10 @@ def sample_sizes(images: ImageSet, count: int = 200) -> npt.NDArray[np.int64]:
     Raises:
         DataError: None of them can be read.
     """
-    sizes = []
-    with decoding.without_warnings():
-        for row in np.unique(np.linspace(0, len(images.names) - 1, count).astype(int)):
-            try:
-                sizes.append(decoding.header_size(images.read(int(row))))
-            except (UnreadableImage, OSError):
-                continue
+    rows = np.unique(np.linspace(0, len(images.names) - 1, count).astype(int)).tolist()
+    with Readers("size") as readers:
+        answers = readers.map(rows, images.locate)
+        sizes = [answer[0] for answer in answers if not isinstance(answer, UnreadableImage)]
     if not sizes:
         raise DataError(
             f"{images.root}: none of its images can be read; `labelwise scan {images.root}` says why."
@@ -256,38 +245,27 @@ def _fill(
     squares, evaluations, sizes, keys, shots = (
         _open_array(folder / name, *form, go_on=before is not None) for name, form in forms.items()
     )
-    shortest = max(decoding.SHORTEST, side, decoding.evaluation_short_side(evaluation_size))
-    with decoding.without_warnings(), ThreadPoolExecutor(os.cpu_count()) as pool:
-        facts = before or {
-            "rows": 0,
-            "quarantined": [],
-            "intensity_range": _set_range(images, pool),
-        }
-        quarantined: list[dict[str, str]] = facts["quarantined"]
-        progress(facts["rows"])
-
-        def decode(row: int) -> str | None:
-            """Fill a row, or say why it cannot be."""
-            try:
-                data = images.read(row)
-                image, size = decoding.decode_image(data, facts["intensity_range"], shortest)
-                squares[row] = decoding.square_pixels(image, side)
-                evaluations[row] = decoding.evaluation_pixels(image, evaluation_size)
-                sizes[row], keys[row] = size, decoding.content_key(np.asarray(image))
-                shots[row] = decoding.shot(data)
-            except UnreadableImage as error:
-                return str(error)
-            except OSError as error:
-                return f"cannot be read ({error.strerror or error})"
-            return None
-
-        saved_at = time.monotonic()
+    facts = before or {"rows": 0, "quarantined": [], "intensity_range": _set_range(images)}
+    quarantined: list[dict[str, str]] = facts["quarantined"]
+    progress(facts["rows"])
+    arguments = {
+        "squares": (str(squares.filename), squares.offset),
+        "evaluations": (str(evaluations.filename), evaluations.offset),
+        "side": side,
+        "evaluation_size": evaluation_size,
+        "intensity_range": facts["intensity_range"],
+        "shortest": max(decoding.SHORTEST, side, decoding.evaluation_short_side(evaluation_size)),
+    }
+    saved_at = time.monotonic()
+    with Readers("fill", **arguments) as readers:
         for start in range(facts["rows"], count, _CHUNK):
             rows = range(start, min(start + _CHUNK, count))
-            for row, reason in zip(rows, pool.map(decode, rows), strict=True):
-                if reason is not None:
+            for row, answer in zip(rows, readers.map(rows, images.locate), strict=True):
+                if isinstance(answer, UnreadableImage):
                     squares[row], evaluations[row], sizes[row], keys[row], shots[row] = 0, 0, 1, 0, 0
-                    quarantined.append({"file": images.names[row], "reason": reason})
+                    quarantined.append({"file": images.names[row], "reason": str(answer)})
+                else:
+                    (sizes[row], keys[row], shots[row]), _ = answer
                 progress(1)
             facts["rows"] = rows.stop
             is_last = rows.stop == count
@@ -436,26 +414,22 @@ def _no_space(place: Path, needed: int) -> ResourceError:
     )
 
 
-def _set_range(images: ImageSet, pool: ThreadPoolExecutor) -> Range | None:
+def _set_range(images: ImageSet) -> Range | None:
     """Range of intensities of the images deeper than 8 bits, None when there are none.
 
     Of a hundred and more, the hundredth part that reaches furthest at each end is clipped: one broken file shall
     not turn all others dark.
     """
-
-    def measure(row: int) -> Range | None:
-        try:
-            return decoding.deep_range(images.read(row))
-        except (UnreadableImage, OSError):
-            return None
-
     deep_suffixes = (".png", ".tif", ".tiff", ".pgm", ".ppm", ".jp2")
     rows = [
         row
         for row, name in enumerate(images.names)
         if name.lower().endswith(deep_suffixes) or images.layout.startswith("dataset")
     ]
-    ranges = [found for found in pool.map(measure, rows) if found is not None]
+    with Readers("deep range") as readers:
+        answers = readers.map(rows, images.locate)
+        found = [answer[0] for answer in answers if not isinstance(answer, UnreadableImage)]
+    ranges = [each for each in found if each is not None]
     if not ranges:
         return None
     lows, highs = np.array(ranges).T

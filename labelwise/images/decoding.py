@@ -6,7 +6,6 @@ a range that belongs to the whole set. Transparency is laid on white. EXIF orien
 
 import hashlib
 import io
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -187,14 +186,6 @@ def _open(data: bytes) -> Image.Image:
             f"too large: {image.width} x {image.height} pixels; the limit is {LARGEST_PIXELS:,}"
         )
     return image
-
-
-@contextmanager
-def without_warnings() -> Iterator[None]:
-    """Silence what Pillow says of odd files, around all decoding: filters are the process's, not a thread's."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
 
 
 @contextmanager

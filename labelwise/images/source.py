@@ -6,6 +6,7 @@ import re
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 import datasets
 
@@ -48,14 +49,11 @@ class ImageSet:
         if not self.groups:
             object.__setattr__(self, "groups", [None] * len(self.names))
 
-    def read(self, row: int) -> bytes:
-        """Bytes of one image.
-
-        Raises:
-            OSError: The file is gone or may not be read.
-        """
-        image = self.table[row]["image"]
-        return image["bytes"] if image["bytes"] is not None else Path(image["path"]).read_bytes()
+    def locate(self, row: int) -> str | bytes:
+        """Whole path of one image's file, or its bytes where a table holds them."""
+        image: dict[str, Any] = self.table[row]["image"]
+        inside: bytes | None = image["bytes"]
+        return inside if inside is not None else str(Path(image["path"]).absolute())
 
 
 def open_images(

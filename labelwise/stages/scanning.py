@@ -1,7 +1,6 @@
 """`labelwise scan`: read every image once and say what is there, before anything is trained."""
 
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -9,21 +8,14 @@ import numpy as np
 import numpy.typing as npt
 
 from labelwise import terminal
-from labelwise.images.decoding import (
-    UnreadableImage,
-    content_key,
-    decode_image,
-    evaluation_pixels,
-    without_warnings,
-)
+from labelwise.images.decoding import UnreadableImage
 from labelwise.images.duplicates import exact_duplicates
-from labelwise.images.source import ImageSet, open_images
+from labelwise.images.readers import Readers
+from labelwise.images.source import open_images
 
 _TINY = 16  # pixels; below, little can be learned
 _FLAT = 1.0  # standard deviation of 8-bit pixels; below, the image is one colour
 _LISTED = 10
-_WORKERS = 4
-_CHUNK = 512
 
 
 def scan(images: Path, *, labels: Path | None = None, labels_root: Path | None = None) -> dict[str, Any]:
@@ -39,20 +31,14 @@ def scan(images: Path, *, labels: Path | None = None, labels_root: Path | None =
     count = len(found.names)
     keys, shapes, flat = np.zeros(count, np.uint64), np.zeros((count, 2), np.int64), 0
     quarantined = []
-    with (
-        without_warnings(),
-        ThreadPoolExecutor(_WORKERS) as workers,
-        terminal.track("scanning", count) as bar,
-    ):
-        for start in range(0, count, _CHUNK):
-            rows = range(start, min(start + _CHUNK, count))
-            for row, result in zip(rows, workers.map(lambda row: _examine(found, row), rows), strict=True):
-                if isinstance(result, str):
-                    quarantined.append({"file": found.names[row], "reason": result})
-                else:
-                    keys[row], shapes[row], is_flat = result
-                    flat += is_flat
-                bar.advance(1)
+    with Readers("examine") as readers, terminal.track("scanning", count) as bar:
+        for row, answer in enumerate(readers.map(range(count), found.locate)):
+            if isinstance(answer, UnreadableImage):
+                quarantined.append({"file": found.names[row], "reason": str(answer)})
+            else:
+                (keys[row], shapes[row], spread), _ = answer
+                flat += spread < _FLAT
+            bar.advance(1)
     readable = keys != 0
     notes = list(found.notes)
     if flat:
@@ -106,18 +92,6 @@ def show(document: dict[str, Any]) -> None:
     terminal.emit(
         f"estimate     {estimate['image_size']} px views, {estimate['cache_mb']:,} MB of image cache"
     )
-
-
-def _examine(images: ImageSet, row: int) -> tuple[int, tuple[int, int], bool] | str:
-    """Content key, height and width, and whether the image is flat; or the reason it cannot be used."""
-    try:
-        image, size = decode_image(images.read(row))
-    except UnreadableImage as error:
-        return str(error)
-    except OSError as error:
-        return f"cannot be read ({error.strerror or error})"
-    flat = float(evaluation_pixels(image, 32).std()) < _FLAT
-    return content_key(np.asarray(image)), size, flat
 
 
 def _estimate(shapes: npt.NDArray[np.int64]) -> dict[str, Any]:

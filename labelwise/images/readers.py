@@ -1,0 +1,328 @@
+"""Read images in child processes: a file that crashes its decoder, hangs or eats memory costs itself and nothing else.
+
+A child decodes a few files and answers. When it dies instead, each of them is tried alone, so that the one to blame is
+known. A child ends by itself when a file takes too long, when nothing is asked of it for a while, and when its parent is gone.
+
+    parent -> child   {"job", "arguments", "seconds", "files": [[row, path or null], ...]}, then the bytes of each null
+    child -> parent   [{"value"} or {"reason"}, ...], then the pixels of each value if the job gives some; or {"failed"}
+"""
+
+import atexit
+import contextlib
+import functools
+import json
+import math
+import os
+import resource
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import traceback
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+
+from labelwise.images import decoding
+from labelwise.images.decoding import Pixels, Range, UnreadableImage
+
+Source = str | bytes  # where a file lies, or what is in it
+File = tuple[int, Source]  # row of the image
+Place = tuple[str, int]  # a file and where its pixels begin
+Answer = tuple[Any, bytes]  # what a job found, and pixels
+
+_TOGETHER = 8  # files a child is given at once
+_AHEAD = 512  # files that are asked for before the first of them is waited for
+_SECONDS = 60.0  # for one file
+_IDLE_SECONDS = 10.0
+_MEMORY = 4 * 2**30  # bytes of address space beyond what a child starts with
+_idle: list["_Child"] = []  # alive, and nobody's
+_turn = threading.Lock()
+
+
+class Readers:
+    """Children that all do one job, as many as there are processors.
+
+    Args:
+        job: Name of one of the jobs below.
+        arguments: What it takes besides the bytes of a file; JSON.
+    """
+
+    def __init__(self, job: str, **arguments: Any) -> None:
+        self._request = {"job": job, "arguments": arguments}
+        self._at_work: set[_Child] = set()
+        self._threads = ThreadPoolExecutor(os.cpu_count())
+        self._is_closed = False
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
+        if kind is not None:  # wait for no child
+            self._is_closed = True
+            with _turn:
+                for child in self._at_work:
+                    child.process.kill()
+        self._threads.shutdown(cancel_futures=True)
+
+    def map(self, rows: Sequence[int], locate: Callable[[int], Source]) -> Iterator[Answer | UnreadableImage]:
+        """Do the job on some files, in their order; what cannot be used comes as the reason why.
+
+        Args:
+            rows: Of the images.
+            locate: Row to path or bytes; may raise OSError.
+
+        Raises:
+            OSError: What the job writes could not be written.
+        """
+        for first in range(0, len(rows), _AHEAD):
+            ahead = rows[first : first + _AHEAD]
+            parts = [ahead[start : start + _TOGETHER] for start in range(0, len(ahead), _TOGETHER)]
+            for answers in self._threads.map(lambda part: self._read(part, locate), parts):
+                yield from answers
+
+    def _read(self, rows: Sequence[int], locate: Callable[[int], Source]) -> list[Answer | UnreadableImage]:
+        found = [(row, _locate(row, locate)) for row in rows]
+        there = [(row, source) for row, source in found if not isinstance(source, UnreadableImage)]
+        answers = iter(self._ask(there) or [self._ask_alone(each) for each in there])
+        return [source if isinstance(source, UnreadableImage) else next(answers) for _, source in found]
+
+    def _ask_alone(self, file: File) -> Answer | UnreadableImage:
+        """Ask a new child about one file; if it dies, that is the file's doing."""
+        child = _Child()
+        answers = self._ask([file], child)
+        return answers[0] if answers else UnreadableImage(child.how_it_ended())
+
+    def _ask(
+        self, files: Sequence[File], child: "_Child | None" = None
+    ) -> list[Answer | UnreadableImage] | None:
+        """Ask a child; None when it dies over it."""
+        child = child or _take()
+        with _turn:
+            self._at_work.add(child)
+            if self._is_closed:
+                child.process.kill()
+        try:
+            answers = child.ask(self._request, files)
+        except BaseException:
+            child.end()
+            raise
+        finally:
+            with _turn:
+                self._at_work.discard(child)
+        if self._is_closed:
+            raise RuntimeError("closed while reading")
+        if answers is not None:
+            with _turn:
+                _idle.append(child)
+        return answers
+
+
+class _Child:
+    """One child process."""
+
+    def __init__(self) -> None:
+        ours, theirs = socket.socketpair()
+        paths = os.pathsep.join(path or str(Path.cwd()) for path in sys.path)  # ours, whatever they are
+        one = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
+        self.process = subprocess.Popen(
+            [sys.executable, "-P", "-c", f"from {__name__} import serve; serve({theirs.fileno()})"],
+            stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, pass_fds=[theirs.fileno()], start_new_session=True,
+            env={**os.environ, "PYTHONPATH": paths, **one},
+        )  # fmt: skip
+        theirs.close()
+        self.connection = Connection(ours.detach())
+
+    def ask(self, request: dict[str, Any], files: Sequence[File]) -> list[Answer | UnreadableImage] | None:
+        """Hand over some files and wait for the answers; None when the child dies."""
+        named = [(row, source if isinstance(source, str) else None) for row, source in files]
+        try:
+            self.connection.send_bytes(json.dumps({**request, "seconds": _SECONDS, "files": named}).encode())
+            for _, source in files:
+                if isinstance(source, bytes):
+                    self.connection.send_bytes(source)
+            answers = json.loads(self.connection.recv_bytes())
+            if isinstance(answers, dict):
+                _raise(answers["failed"])
+            return [
+                UnreadableImage(answer["reason"])
+                if "reason" in answer
+                else (answer["value"], self.connection.recv_bytes())
+                for answer in answers
+            ]
+        except (EOFError, ConnectionError):
+            self.end()
+            return None
+
+    def end(self) -> None:
+        """Let go of it, dead or alive."""
+        self.connection.close()
+        self.process.kill()
+        self.process.wait()
+
+    def how_it_ended(self) -> str:
+        """Why a file cost a child its life, in a few words."""
+        status = self.process.wait()
+        if status == -signal.SIGALRM:
+            return f"takes more than {_SECONDS:g} s to read"
+        if status == -signal.SIGKILL:
+            return "the system ended its reading (memory, most likely)"
+        if status < 0:
+            return f"crashes the decoder ({signal.Signals(-status).name})"
+        raise RuntimeError(f"a reading process ended with exit code {status}")
+
+
+def _take() -> _Child:
+    """A child that is alive and idle, or a new one."""
+    with _turn:
+        while _idle:
+            child = _idle.pop()
+            if child.process.poll() is None:
+                return child
+            child.end()
+    _end_idle_at_exit()
+    return _Child()
+
+
+@functools.cache
+def _end_idle_at_exit() -> None:
+    def end() -> None:
+        for child in _idle:
+            child.end()
+
+    atexit.register(end)
+
+
+def _locate(row: int, locate: Callable[[int], Source]) -> Source | UnreadableImage:
+    try:
+        return locate(row)
+    except OSError as error:
+        return UnreadableImage(_cannot_be_read(error))
+
+
+def _cannot_be_read(error: OSError) -> str:
+    return f"cannot be read ({error.strerror or error})"
+
+
+def _raise(failed: dict[str, Any]) -> None:
+    if failed["errno"]:
+        raise OSError(failed["errno"], os.strerror(failed["errno"]), failed["file"])
+    raise RuntimeError(f"a reading process failed:\n{failed['traceback']}")
+
+
+# --- in the child
+
+
+def serve(descriptor: int) -> None:
+    """Answer until nobody asks any more."""
+    connection = Connection(descriptor)
+    _limit_memory()
+    warnings.simplefilter("ignore")
+    with Path(os.devnull).open("wb") as nowhere:
+        os.dup2(nowhere.fileno(), sys.stderr.fileno())  # libraries print what they think of odd files
+    with contextlib.suppress(EOFError, ConnectionError):
+        while connection.poll(_IDLE_SECONDS):
+            request = json.loads(connection.recv_bytes())
+            files = [
+                (row, connection.recv_bytes() if path is None else path) for row, path in request["files"]
+            ]
+            try:
+                answers = [_answer(request, row, source) for row, source in files]
+            except Exception as error:  # noqa: BLE001 - told to the parent, which raises it
+                code = error.errno if isinstance(error, OSError) else None
+                failed = {
+                    "errno": code,
+                    "file": getattr(error, "filename", None),
+                    "traceback": traceback.format_exc(),
+                }
+                connection.send_bytes(json.dumps({"failed": failed}).encode())
+                continue
+            finally:
+                signal.setitimer(signal.ITIMER_REAL, 0)
+            connection.send_bytes(json.dumps([words for words, _ in answers]).encode())
+            for words, pixels in answers:
+                if "value" in words:
+                    connection.send_bytes(pixels)
+
+
+def _answer(request: dict[str, Any], row: int, source: Source) -> tuple[dict[str, Any], bytes]:
+    signal.setitimer(signal.ITIMER_REAL, request["seconds"])  # SIGALRM ends the process, wherever it hangs
+    try:
+        data = source if isinstance(source, bytes) else Path(source).read_bytes()
+    except OSError as error:
+        return {"reason": _cannot_be_read(error)}, b""
+    try:
+        value, pixels = JOBS[request["job"]](data, row, **request["arguments"])
+    except UnreadableImage as error:
+        return {"reason": str(error)}, b""
+    return {"value": value}, pixels
+
+
+def _limit_memory() -> None:
+    """Let a decoder that wants too much fail alone."""
+    used = Path("/proc/self/statm")
+    if used.exists():
+        bytes_used = int(used.read_text(encoding="ascii").split()[0]) * resource.getpagesize()
+        _, hard = resource.getrlimit(resource.RLIMIT_AS)
+        most = min(bytes_used + _MEMORY, math.inf if hard == resource.RLIM_INFINITY else hard)
+        resource.setrlimit(resource.RLIMIT_AS, (int(most), hard))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+
+
+# --- the jobs
+
+
+def _size(data: bytes, row: int) -> Answer:
+    """Height and width, from the header."""
+    return decoding.header_size(data), b""
+
+
+def _deep_range(data: bytes, row: int) -> Answer:
+    """Lowest and highest intensity of a deep image, None of any other."""
+    return decoding.deep_range(data), b""
+
+
+def _center(data: bytes, row: int, *, size: int, intensity_range: Range | None, shortest: int) -> Answer:
+    """Pixels for evaluation, (E, E, 3)."""
+    image, _ = decoding.decode_image(data, intensity_range, shortest)
+    return None, decoding.evaluation_pixels(image, size).tobytes()
+
+
+def _fill(
+    data: bytes, row: int, *, squares: Place, evaluations: Place, side: int, evaluation_size: int,
+    intensity_range: Range | None, shortest: int,
+) -> Answer:  # fmt: skip
+    """Size, content key and shot; pixels go into the files of a cache."""
+    image, size = decoding.decode_image(data, intensity_range, shortest)
+    _put(squares, row, decoding.square_pixels(image, side))
+    _put(evaluations, row, decoding.evaluation_pixels(image, evaluation_size))
+    return (size, decoding.content_key(np.asarray(image)), decoding.shot(data)), b""
+
+
+def _put(place: Place, row: int, pixels: Pixels) -> None:
+    path, offset = place
+    with open(path, "rb+") as file:
+        file.seek(offset + row * pixels.nbytes)
+        file.write(pixels.tobytes())
+
+
+def _examine(data: bytes, row: int) -> Answer:
+    """Content key, height and width, and standard deviation of 8-bit pixels in the middle."""
+    image, shape = decoding.decode_image(data)
+    spread = float(decoding.evaluation_pixels(image, 32).std())
+    return (decoding.content_key(np.asarray(image)), shape, spread), b""
+
+
+JOBS: dict[str, Callable[..., Answer]] = {
+    "size": _size,
+    "deep range": _deep_range,
+    "center": _center,
+    "fill": _fill,
+    "examine": _examine,
+}

@@ -1,0 +1,214 @@
+"""Real child processes that really crash, hang and run out of memory: one file pays, and all others are read."""
+
+import errno
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from labelwise.images import decoding, readers
+from labelwise.images.cache import build_cache
+from labelwise.images.decoding import UnreadableImage
+from labelwise.images.readers import Readers
+from labelwise.images.source import open_images
+
+# What a child runs before it serves: jobs that misbehave when the file says so.
+MISBEHAVING = """
+import os, signal, time
+from labelwise.images import decoding, readers
+
+def misbehave(data, row):
+    if data.startswith(b"crash"):
+        os.kill(os.getpid(), signal.SIGSEGV)
+    if data.startswith(b"hang"):
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT, signal.SIGTERM])
+        while True: time.sleep(1)
+    if data.startswith(b"kill"):
+        os.kill(os.getpid(), signal.SIGKILL)
+    if data.startswith(b"bug"):
+        raise ZeroDivisionError("a bug of ours")
+    if data.startswith(b"full"):
+        raise OSError(28, "No space left on device", "/somewhere/squares.npy")
+    if data.startswith(b"bad"):
+        raise decoding.UnreadableImage("bad")
+    if data.startswith(b"memory"):
+        bytearray(6 * 2**30)
+    return [row, data.decode(), os.getpid()], bytes([row % 256]) * 3
+
+readers.JOBS["misbehave"] = misbehave
+"""
+
+
+@pytest.fixture(autouse=True)
+def _own_children(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(readers, "_idle", [])
+    yield
+    for child in readers._idle:
+        child.end()
+
+
+@pytest.fixture
+def misbehaving(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Children that know one more job, and have a second for a file."""
+    (tmp_path / "modules").mkdir()
+    (tmp_path / "modules" / "misbehaving.py").write_text(
+        MISBEHAVING + "\nfrom labelwise.images.readers import serve\n"
+    )
+    monkeypatch.setattr(sys, "path", [*sys.path, str(tmp_path / "modules")])
+    monkeypatch.setattr(readers, "__name__", "misbehaving")
+    monkeypatch.setattr(readers, "_SECONDS", 1.0)
+
+
+def texts(answers: list[Any]) -> list[str]:
+    return [str(each) if isinstance(each, UnreadableImage) else each[0][1] for each in answers]
+
+
+def ask(files: list[bytes]) -> list[Any]:
+    with Readers("misbehave") as children:
+        return list(children.map(range(len(files)), files.__getitem__))
+
+
+@pytest.mark.usefixtures("misbehaving")
+def test_a_file_that_ends_its_reader_is_named_and_all_others_are_read() -> None:
+    files = [f"file {number}".encode() for number in range(60)]
+    files[3], files[17], files[18], files[40], files[59] = b"crash", b"hang", b"kill", b"bad", b"crash too"
+    expected = [data.decode() for data in files]
+    expected[3] = expected[59] = "crashes the decoder (SIGSEGV)"
+    expected[17] = "takes more than 1 s to read"
+    expected[18] = "the system ended its reading (memory, most likely)"
+    answers = ask(files)
+    assert texts(answers) == expected
+    for row, answer in enumerate(answers):
+        if not isinstance(answer, UnreadableImage):
+            assert answer[0][0] == row
+            assert answer[1] == bytes([row]) * 3
+
+
+@pytest.mark.usefixtures("misbehaving")
+def test_children_are_used_again_and_are_not_many() -> None:
+    pids = {answer[0][2] for _ in range(3) for answer in ask([b"x"] * 100)}
+    assert len(pids) <= (os.cpu_count() or 1)
+    assert os.getpid() not in pids
+
+
+@pytest.mark.usefixtures("misbehaving")
+def test_a_bug_of_ours_is_raised_and_not_blamed_on_the_file() -> None:
+    with pytest.raises(RuntimeError, match="ZeroDivisionError: a bug of ours"):
+        ask([b"x", b"bug"])
+
+
+@pytest.mark.usefixtures("misbehaving")
+def test_a_full_disk_is_raised_and_not_blamed_on_the_file() -> None:
+    with pytest.raises(OSError, match="No space left on device") as caught:
+        ask([b"x", b"full"])
+    assert caught.value.errno == errno.ENOSPC
+    assert caught.value.filename == "/somewhere/squares.npy"
+
+
+@pytest.mark.usefixtures("misbehaving")
+def test_a_reader_that_cannot_start_is_a_bug_and_not_a_bad_image(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(readers, "__name__", "no_such_module")
+    with pytest.raises(RuntimeError, match="a reading process ended with exit code 1"):
+        ask([b"x"])
+
+
+@pytest.mark.usefixtures("misbehaving")
+def test_leaving_early_waits_for_no_file() -> None:
+    started = time.monotonic()
+    with pytest.raises(KeyboardInterrupt), Readers("misbehave") as children:
+        list(children.map(range(1), [b"x"].__getitem__))
+        threading.Timer(0.3, lambda: os.kill(os.getpid(), signal.SIGINT)).start()
+        readers._SECONDS = 100.0
+        list(children.map(range(9), ([b"hang"] * 9).__getitem__))
+    assert time.monotonic() - started < 10
+
+
+def test_a_reader_is_gone_when_its_parent_is_and_when_nobody_asks(tmp_path: Path) -> None:
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    code = (
+        "import time; from pathlib import Path; from labelwise.images import readers\n"
+        "with readers.Readers('size') as children: list(children.map([0], lambda row: Path('a.png').read_bytes()))\n"
+        "print(readers._idle[0].process.pid, flush=True); time.sleep(60)"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, cwd=tmp_path)
+    assert parent.stdout is not None
+    child = int(parent.stdout.readline())
+    assert is_alive(child)
+    parent.kill()
+    parent.wait()
+    parent.stdout.close()
+    assert ends(child, 5)
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def ends(pid: int, seconds: float) -> bool:
+    deadline = time.monotonic() + seconds
+    while is_alive(pid) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    return not is_alive(pid)
+
+
+def test_modules_in_the_folder_one_stands_in_are_not_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("numpy", "PIL", "json", "labelwise"):
+        (tmp_path / f"{name}.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    Image.new("RGB", (8, 6)).save(tmp_path / "a.png")
+    monkeypatch.chdir(tmp_path)
+    with Readers("size") as children:
+        (answer,) = children.map([0], lambda row: str(tmp_path / "a.png"))
+    assert answer == ([6, 8], b"")
+    assert not (tmp_path / "ran").exists()
+
+
+def test_what_cannot_be_opened_is_told_whoever_meets_it(tmp_path: Path) -> None:
+    def locate(row: int) -> str:
+        if row:
+            raise PermissionError(errno.EACCES, "Permission denied")
+        return str(tmp_path / "gone.png")
+
+    with Readers("size") as children:
+        answers = list(children.map(range(2), locate))
+    assert list(map(str, answers)) == [
+        "cannot be read (No such file or directory)",
+        "cannot be read (Permission denied)",
+    ]
+
+
+def test_a_pipe_in_place_of_a_file_does_not_hang_a_scan(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    os.mkfifo(tmp_path / "a.png")
+    monkeypatch.setattr(readers, "_SECONDS", 0.5)
+    with Readers("examine") as children:
+        (answer,) = children.map([0], lambda row: str(tmp_path / "a.png"))
+    assert str(answer) == "takes more than 0.5 s to read"
+
+
+def test_pixels_are_those_of_decoding_here(tmp_path: Path, photo: Any) -> None:
+    pictures = tmp_path / "photos"
+    for seed in range(20):
+        photo(pictures / f"{seed:02}.{'jpg' if seed % 2 else 'png'}", seed)
+    images = open_images(pictures)
+    cache = build_cache(images, side=16, evaluation_size=8)
+    for row, name in enumerate(images.names):
+        image, size = decoding.decode_image((pictures / name).read_bytes())
+        np.testing.assert_array_equal(cache.squares[row], decoding.square_pixels(image, 16))
+        np.testing.assert_array_equal(cache.evaluations[row], decoding.evaluation_pixels(image, 8))
+        assert tuple(cache.sizes[row]) == size
+        assert cache.keys[row] == decoding.content_key(np.asarray(image))
