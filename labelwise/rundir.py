@@ -2,6 +2,7 @@
 
 config.toml           resolved settings, itself a recipe
 environment.json      versions, device, command, calibration verdict, times (UTC)
+owner.json            which process works on the run, as long as one does
 data.json             where the images are, fingerprint, counts, quarantine
 splits/               test.json (locked) and draws-*.json (label draws)
 metrics.jsonl         a line per logged step and per epoch
@@ -16,13 +17,10 @@ finetune/             results.jsonl, predictions.parquet, label_check.json (labe
 report.html, report.md, report.json, model-card.md (of the classifier)
 """
 
-import errno
-import fcntl
 import json
 import os
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -31,7 +29,7 @@ from labelwise.errors import CheckpointError, DataError, UsageError
 
 DEFAULT_RUNS = Path("runs")
 LATEST = DEFAULT_RUNS / "latest"
-_BEFORE_STEP_0 = {"splits", "data.json", "config.toml"}  # what a run killed early may have left
+_BEFORE_STEP_0 = {"splits", "data.json", "config.toml", "owner.json"}  # what a run killed early may have left
 
 
 @dataclass(frozen=True)
@@ -47,6 +45,10 @@ class RunDirectory:
     @property
     def environment(self) -> Path:
         return self.path / "environment.json"
+
+    @property
+    def owner(self) -> Path:
+        return self.path / "owner.json"
 
     @property
     def data(self) -> Path:
@@ -138,32 +140,6 @@ def cache_root() -> Path:
     if os.environ.get("LABELWISE_CACHE"):
         return Path(os.environ["LABELWISE_CACHE"])
     return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "labelwise"
-
-
-@contextmanager
-def hold(run: RunDirectory) -> Iterator[None]:
-    """Keep other commands from writing a run; its folder is created if it is not there.
-
-    The system lets go of the folder when this process ends, however it ends. A file system without locks
-    keeps nobody out.
-
-    Raises:
-        UsageError: Another command holds it.
-    """
-    run.path.mkdir(parents=True, exist_ok=True)
-    folder = os.open(run.path, os.O_RDONLY)
-    try:
-        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
-            os.close(folder)
-            raise UsageError(
-                f"{run.path}: another labelwise command is working on it; wait until it is done, or choose another --out."
-            ) from None
-    try:
-        yield
-    finally:
-        os.close(folder)
 
 
 def as_listed(path: Path) -> Path:

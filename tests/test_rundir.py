@@ -1,8 +1,6 @@
 """The run folder: nothing half written, nothing lost, nothing written among the user's images."""
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -208,23 +206,3 @@ def test_a_folder_with_other_things_in_it_is_no_output_folder(tmp_path: Path) ->
     (tmp_path / "thesis" / "chapter.tex").write_text("precious")
     with pytest.raises(UsageError, match=r"not empty and not a run \(it holds chapter.tex\)"):
         rundir.check_output_folder(tmp_path / "thesis", tmp_path / "photos")
-
-
-def test_a_run_is_held_by_one_command_until_it_ends(tmp_path: Path) -> None:
-    run = RunDirectory(tmp_path / "run")
-    code = (
-        "import sys, time; from pathlib import Path; from labelwise import rundir\n"
-        "with rundir.hold(rundir.RunDirectory(Path(sys.argv[1]))): print('held', flush=True); time.sleep(60)"
-    )
-    with subprocess.Popen(
-        [sys.executable, "-c", code, str(run.path)], stdout=subprocess.PIPE, text=True
-    ) as other:
-        assert other.stdout is not None
-        assert other.stdout.readline() == "held\n"
-        with pytest.raises(UsageError, match="another labelwise command is working on it"), rundir.hold(run):
-            pass
-        other.kill()
-    with rundir.hold(run):
-        pass
-    with rundir.hold(run):  # given back
-        assert list(run.path.iterdir()) == []

@@ -32,6 +32,7 @@ from labelwise.learning.workers import side_by_side
 from labelwise.measures.linear import accuracy, macro_accuracy, one_of_each
 from labelwise.measures.statistics import FEWEST_DRAWS
 from labelwise.models.weights import load_encoder, save_module
+from labelwise.ownership import hold
 from labelwise.predictions import keep_predictions, read_predictions, store_predictions
 from labelwise.rundir import RunDirectory
 from labelwise.stages.alternatives import Alternative, add_alternative, find_alternatives
@@ -70,7 +71,7 @@ def compare(settings: FinetuneSettings) -> RunDirectory:
     started = time.monotonic()
     run = rundir.open_run(settings.run)
     terminal.say(f"run        {run.path}")
-    with rundir.hold(run):
+    with hold(run):
         _compare(run, _remember(run, settings))
         environment.finish(run, time.monotonic() - started)
     return run

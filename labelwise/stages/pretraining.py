@@ -34,6 +34,7 @@ from labelwise.learning.simclr import Diverged, Learner
 from labelwise.measures import health
 from labelwise.models.encoder import check_backbone
 from labelwise.models.weights import save_encoder, save_module
+from labelwise.ownership import hold
 from labelwise.rundir import RunDirectory
 from labelwise.stages.guarding import Guard
 from labelwise.stages.monitoring import (
@@ -112,7 +113,7 @@ def pretrain(settings: PretrainSettings, *, becomes_latest: bool = True) -> RunD
             f"{settings.images}: its images changed since {run.path} was started; put them back, or start a new run with another --out."
         )
     spec = dataclasses.replace(spec, stem=plan.stem)
-    with rundir.hold(run):
+    with hold(run):
         if is_new:
             _write_start(run, settings, plan, device, images, cache, groups, lock, pool)
         if not run.near_copies.exists():

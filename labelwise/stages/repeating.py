@@ -8,6 +8,7 @@ from labelwise.config import FinetuneSettings, PretrainSettings, parse_duration,
 from labelwise.errors import CheckpointError, DataError, UsageError
 from labelwise.images.cache import build_cache
 from labelwise.measures.statistics import FEWEST_DRAWS
+from labelwise.ownership import hold
 from labelwise.predictions import copy_predictions
 from labelwise.rundir import RunDirectory
 from labelwise.stages.comparing import compare, set_aside
@@ -139,7 +140,7 @@ def _check_images(run: RunDirectory, how: PretrainSettings) -> None:
 
 def _compare_alike(run: RunDirectory, other: RunDirectory, left: float) -> None:
     """Give another encoder, pretrained, the comparison that this run has had, in the seconds that are left."""
-    with rundir.hold(other):
+    with hold(other):
         _lend(run, other)
     table = read_run_config(run.config, FinetuneSettings)
     given = {} if math.isinf(left) else {"time_limit": f"{left:.0f}s"}

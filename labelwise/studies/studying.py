@@ -14,6 +14,7 @@ from labelwise.interruption import stop_between_steps
 from labelwise.learning.memory import keep_freed_memory
 from labelwise.learning.precision import choose_device, device_name
 from labelwise.learning.simclr import Diverged
+from labelwise.ownership import hold
 from labelwise.reports import study_page
 from labelwise.rundir import RunDirectory
 from labelwise.stages.pretraining import with_whole_paths
@@ -71,7 +72,7 @@ def study(settings: StudySettings, pretraining: dict[str, Any] | None = None) ->
     keep_freed_memory()
     before = None if is_new else rundir.read_json(run.environment)["plan"]
     prepared = prepare(module, settings, usual, device, deadline, before)
-    with rundir.hold(run):
+    with hold(run):
         if is_new:
             how = {key: prepared.facts[key] for key in ("layout", "reason")}
             environment.start(

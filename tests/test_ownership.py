@@ -1,0 +1,116 @@
+"""Real processes that want the same run folder, with locks and without."""
+
+import errno
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from labelwise.errors import UsageError
+from labelwise.ownership import hold
+from labelwise.rundir import RunDirectory, write_json
+
+HOLDER = """
+import sys, time
+from pathlib import Path
+from labelwise.ownership import hold
+from labelwise.rundir import RunDirectory
+sys.argv = ["/usr/bin/labelwise", "pretrain", "my photos", sys.argv[1]]
+with hold(RunDirectory(Path(sys.argv[3]))):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunDirectory:
+    return RunDirectory(tmp_path / "run")
+
+
+@pytest.fixture
+def without_locks(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(descriptor: int, operation: int) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+
+
+def start(run: RunDirectory) -> subprocess.Popen[str]:
+    other = subprocess.Popen([sys.executable, "-c", HOLDER, str(run.path)], stdout=subprocess.PIPE, text=True)
+    assert other.stdout is not None
+    assert other.stdout.readline() == "held\n"
+    other.stdout.close()
+    return other
+
+
+def test_a_second_command_is_told_who_works_on_the_run(run: RunDirectory) -> None:
+    other = start(run)
+    words = rf"`labelwise pretrain 'my photos' .*run` \(process {other.pid} on {socket.gethostname()}, since 20.*\) is working on it"
+    with pytest.raises(UsageError, match=words) as caught, hold(run):
+        pass
+    assert caught.value.exit_code == 2
+    os.kill(other.pid, signal.SIGKILL)
+    other.wait()
+    assert run.owner.exists(), "it had no time to clear up"
+    with hold(run):
+        assert json.loads(run.owner.read_text())["pid"] == os.getpid()
+    with hold(run):  # given back
+        pass
+    assert list(run.path.iterdir()) == []
+
+
+def test_a_folder_is_given_back_after_an_error(run: RunDirectory) -> None:
+    with pytest.raises(ZeroDivisionError), hold(run):
+        raise ZeroDivisionError
+    with hold(run):
+        pass
+
+
+def test_an_owner_that_cannot_be_read_yet_keeps_others_out_all_the_same(run: RunDirectory) -> None:
+    with hold(run):
+        run.owner.write_text("")
+        with pytest.raises(UsageError, match="another labelwise command is working on it"), hold(run):
+            pass
+        assert run.owner.exists()
+
+
+@pytest.mark.usefixtures("without_locks")
+def test_without_locks_a_living_process_keeps_others_out_and_a_dead_one_does_not(run: RunDirectory) -> None:
+    other = start(run)
+    with (
+        pytest.raises(UsageError, match=rf"process {other.pid} .*, or delete .*owner\.json if it is over"),
+        hold(run),
+    ):
+        pass
+    os.kill(other.pid, signal.SIGKILL)
+    other.wait()
+    with hold(run):
+        assert json.loads(run.owner.read_text())["pid"] == os.getpid()
+    assert not run.owner.exists()
+
+
+@pytest.mark.usefixtures("without_locks")
+@pytest.mark.parametrize(
+    ("changed", "is_taken_over"),
+    [({"boot": "an earlier one"}, True), ({"host": "elsewhere"}, False), ({"pid": 1}, False)],
+    ids=["before the machine started", "on another machine", "of another user"],
+)
+def test_without_locks_only_what_is_surely_over_is_taken_over(
+    run: RunDirectory, changed: dict[str, Any], is_taken_over: bool
+) -> None:
+    with hold(run):
+        owner = json.loads(run.owner.read_text())
+    write_json(run.owner, owner | changed)
+    if is_taken_over:
+        with hold(run):
+            assert json.loads(run.owner.read_text())["boot"] == owner["boot"]
+        return
+    with pytest.raises(UsageError, match="is working on it"), hold(run):
+        pass
+    assert run.owner.exists()
