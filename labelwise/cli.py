@@ -17,7 +17,14 @@ import typer
 
 from labelwise import terminal
 from labelwise.config import FinetuneSettings, PretrainSettings, Settings, StudySettings, read_recipe
-from labelwise.errors import Interrupted, LabelwiseError, ResourceError, UsageError
+from labelwise.errors import (
+    DataError,
+    Interrupted,
+    LabelwiseError,
+    ResourceError,
+    UsageError,
+    is_out_of_memory,
+)
 from labelwise.options import parameters, parse, with_parameters
 from labelwise.recipes import find_recipe, list_recipes
 
@@ -102,6 +109,8 @@ def scan(
 
     document = run_scan(images, labels=labels, labels_root=labels_root)
     terminal.emit_json(document) if json else show(document)
+    if document["unusable"]:
+        raise DataError(document["unusable"])
 
 
 def _pretrain(recipe: Recipe = None, json: Json = False, **given: Any) -> None:
@@ -269,13 +278,12 @@ def _run_as_typed(words: list[str]) -> None:
 
 def _resource_words(error: Exception) -> str | None:
     """What to say when memory or disk ran out; None for any other error."""
-    is_full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+    is_full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
     if is_full or f"(os error {errno.ENOSPC})" in str(error):  # safetensors says it in words only
         return (
             f"{getattr(error, 'filename', None) or 'disk'}: full; free some and run the same command again."
         )
-    is_memory = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"  # torch's own
-    if is_memory or "not enough memory" in str(error) or "can't allocate memory" in str(error):
+    if is_out_of_memory(error):
         return "out of memory; use a smaller --batch-size or --image-size."
     return None
 

@@ -16,6 +16,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PrivateAttr, 
 from labelwise.errors import CheckpointError, UsageError
 
 MOST_DRAWS = 100
+SMALLEST_POOL = 32  # images; SimCLR contrasts each with the others of its batch
 METHODS = ("simclr_probe", "simclr", "supervised", "random_probe", "pixels")
 _FEATURES = ("encoder", "network", "random")  # what the run's own features are called
 ALTERNATIVES = ("imagenet", "imagenet_probe", "dinov2_probe")  # weights that timm fetches

@@ -19,13 +19,14 @@ report.html, report.md, report.json, model-card.md (of the classifier)
 
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from labelwise.errors import CheckpointError, DataError, UsageError
+from labelwise.errors import CheckpointError, DataError, ResourceError, UsageError
 
 DEFAULT_RUNS = Path("runs")
 LATEST = DEFAULT_RUNS / "latest"
@@ -136,10 +137,21 @@ class RunDirectory:
 
 
 def cache_root() -> Path:
-    """Folder that holds decoded images and compiled code, of all runs."""
+    """Folder that holds decoded images and compiled code, of all runs.
+
+    Raises:
+        UsageError: Nothing says where it could be: this user has no home.
+    """
     if os.environ.get("LABELWISE_CACHE"):
         return Path(os.environ["LABELWISE_CACHE"])
-    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "labelwise"
+    if os.environ.get("XDG_CACHE_HOME"):
+        return Path(os.environ["XDG_CACHE_HOME"]) / "labelwise"
+    try:
+        return Path.home() / ".cache" / "labelwise"
+    except RuntimeError:
+        raise UsageError(
+            "this user has no home folder to keep the image cache in; name a place in LABELWISE_CACHE."
+        ) from None
 
 
 def as_listed(path: Path) -> Path:
@@ -174,6 +186,19 @@ def point_latest(run: RunDirectory) -> None:
     fresh.unlink(missing_ok=True)
     fresh.symlink_to(run.path.name)
     os.replace(fresh, link)
+
+
+def check_space(folder: Path, needed: int, what: str) -> None:
+    """Make sure that so many bytes are free before they are needed.
+
+    Raises:
+        ResourceError: They are not.
+    """
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise ResourceError(
+            f"{folder}: {what} need up to {needed / 2**20:,.0f} MiB here and {free / 2**20:,.0f} MiB are free; free some, or choose another --out."
+        )
 
 
 def write_atomically(path: Path, write: Callable[[Path], None]) -> None:

@@ -273,6 +273,34 @@ def test_json_of_a_scan_says_what_is_there(labelwise: Command, photos: Path) -> 
     assert document["layout"] == "flat folder"
 
 
+def test_a_scan_names_odd_files_and_says_when_nothing_can_be_learned(
+    labelwise: Command, tmp_path: Path
+) -> None:
+    folder = tmp_path / "few"
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    Image.fromarray(rng.integers(0, 65535, (40, 40), dtype=np.uint16)).save(folder / "deep.png")
+    Image.new("RGB", (40, 40), "red").save(folder / "flat.png")
+    Image.fromarray(rng.integers(0, 255, (9, 90), dtype=np.uint8)).save(folder / "strip.png")
+    frames = [Image.fromarray(rng.integers(0, 255, (40, 40), dtype=np.uint8)) for _ in range(2)]
+    frames[0].save(folder / "moving.gif", save_all=True, append_images=frames[1:])
+    code, out, err = labelwise("scan", "few", "--json")
+    document = json.loads(out)
+    assert {(entry["file"], entry["what"].split(",")[0]) for entry in document["odd"]} == {
+        ("deep.png", "deeper than 8 bits"),
+        ("flat.png", "one flat colour"),
+        ("strip.png", "smaller than 16 px"),
+        ("strip.png", "more than 4 times as long as wide"),
+        ("moving.gif", "several images in one file"),
+    }
+    assert document["formats"] == {"PNG": 3, "GIF": 1}
+    assert code == 3
+    assert err == "error: few: 4 different images can be read; SimCLR needs at least 32.\n"
+    code, out, err = labelwise("scan", "few")
+    assert (code, err) == (3, f"error: {document['unusable']}\n")
+    assert "odd          1 one flat colour, e.g. flat.png\n" in out
+
+
 def test_plain_output_of_the_listing_commands(labelwise: Command) -> None:
     code, out, _ = labelwise("recipes")
     assert code == 0
@@ -314,7 +342,7 @@ def test_a_scan_into_a_closed_pipe_is_no_crash(photos: Path, more: tuple[str, ..
 def test_a_scan_into_head_shows_its_first_line(photos: Path) -> None:
     line = f"'{sys.executable}' -m labelwise scan '{photos}' | head -1"
     ran = subprocess.run(line, shell=True, capture_output=True, text=True)
-    assert (ran.returncode, ran.stdout, ran.stderr) == (0, "images       40 (flat folder)\n", "")
+    assert (ran.returncode, ran.stdout, ran.stderr) == (0, "images       40 (flat folder): 40 PNG\n", "")
 
 
 # --- text of the user's

@@ -217,10 +217,28 @@ def test_a_table_without_labels_is_refused(tmp_path: Path, text: str) -> None:
     assert refusal(file) == f"{file}: no labeled rows in it."
 
 
-@pytest.mark.parametrize("data", [b"", b"\xff\xfe", b"file_name,label\nb\xe4r.jpg,cat\n"])
-def test_an_empty_file_and_one_in_another_encoding_are_refused(tmp_path: Path, data: bytes) -> None:
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        (b"", "empty."),
+        (b"\xff\xfe", "empty."),
+        (b"file_name,label\nb\xe4\x81r.jpg,cat\n", "not text in UTF-8, UTF-16 or Windows-1252."),
+        (b"file_name,label\na.jpg,c\0at\n", "not text: it has NUL bytes in it."),
+        (b"\x89PNG\r\n\x1a\n\0\0\0", "not text: it has NUL bytes in it."),
+    ],
+    ids=["empty", "a mark only", "no encoding", "NUL", "an image"],
+)
+def test_a_file_that_is_not_text_is_refused(tmp_path: Path, data: bytes, words: str) -> None:
     file = written(tmp_path, data)
-    assert refusal(file) == f"{file}: empty, or not text in UTF-8 or UTF-16."
+    assert refusal(file) == f"{file}: {words}"
+
+
+def test_a_table_as_windows_saves_it_is_read_and_told(tmp_path: Path) -> None:
+    found, note = read_label_table(
+        written(tmp_path, "file_name;label\nb\u00e4r.jpg;f\u00fcchse\n".encode("cp1252"))
+    )
+    assert [(row.path, row.label) for row in found] == [("b\u00e4r.jpg", "f\u00fcchse")]
+    assert note == "labels.csv: read as Windows-1252, as it is not UTF-8"
 
 
 def test_a_missing_file_is_refused(tmp_path: Path) -> None:

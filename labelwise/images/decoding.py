@@ -95,6 +95,17 @@ def deep_range(data: bytes) -> Range | None:
         return _own_range(image)
 
 
+def describe(data: bytes) -> tuple[str, bool, bool]:
+    """Format, whether it is deeper than 8 bits, and whether it holds more images than the first, from the header.
+
+    Raises:
+        UnreadableImage: There is no image header.
+    """
+    with _reasons(data):
+        image = _open(data)
+        return str(image.format), image.mode in _DEEP_MODES, bool(getattr(image, "is_animated", False))
+
+
 def header_size(data: bytes) -> tuple[int, int]:
     """Height and width after EXIF rotation, from the header alone.
 

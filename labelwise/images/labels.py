@@ -33,7 +33,9 @@ LABEL_COLUMNS = ("label", "class", "choice", "category", "tag")
 OUTSIDE = ("test:", "labels:")  # before the name of an image that lies outside the image folder
 _LISTED = 5
 
-Table = tuple[list[str], list[tuple[int, dict[str, Any]]]]  # columns; line number and cells of each row
+Table = tuple[
+    list[str], list[tuple[int, dict[str, Any]]], list[str]
+]  # columns; line number and cells of each row; notes
 
 
 @dataclass(frozen=True)
@@ -64,14 +66,14 @@ def read_label_table(file: Path, group_column: str | None = None) -> tuple[list[
     Columns without a known name are found by what is in them, where that is beyond doubt.
 
     Returns:
-        Its rows, and a note on columns that have no known name.
+        Its rows, and a note on what had to be guessed.
 
     Raises:
         DataError: The file cannot be read, lacks a column, or holds several labels in one cell.
     """
     if not file.exists():
         raise DataError(f"--labels {file}: no such file.")
-    columns, rows = (
+    columns, rows, notes = (
         _read_jsonl(file) if file.suffix.lower() in (".jsonl", ".ndjson") else _read_delimited(file)
     )
     if group_column is not None:
@@ -87,7 +89,7 @@ def read_label_table(file: Path, group_column: str | None = None) -> tuple[list[
         label_columns = tuple(others) if len(others) == 1 and _are_classes(*others.values()) else ()
     has_labels = group_column is None or bool(label_columns)
     label_column = _column(file, columns, label_columns or LABEL_COLUMNS, "label") if has_labels else None
-    odd = [
+    notes += [
         f"{what} from its column {name!r}"
         for what, name, known in (
             ("images", path_column, PATH_COLUMNS),
@@ -108,7 +110,7 @@ def read_label_table(file: Path, group_column: str | None = None) -> tuple[list[
             result.append(LabelRow(line, str(path), found, split, group))
     if not result:
         raise DataError(f"{file}: no labeled rows in it.")
-    return result, f"{file.name}: {', '.join(odd)}" if odd else ""
+    return result, f"{file.name}: {', '.join(notes)}" if notes else ""
 
 
 def match_labels(
@@ -192,14 +194,27 @@ def _normal(path: str) -> str:
     return unicodedata.normalize("NFC", path)
 
 
+def _decode(file: Path, data: bytes) -> tuple[str, list[str]]:
+    """Text of a table, and a note if what it is written in had to be guessed."""
+    try:
+        if data[:2] in (b"\xff\xfe", b"\xfe\xff"):
+            return data.decode("utf-16"), []
+        return data.decode("utf-8-sig"), []
+    except UnicodeDecodeError:
+        pass
+    try:
+        return data.decode("cp1252"), ["read as Windows-1252, as it is not UTF-8"]
+    except UnicodeDecodeError:
+        raise DataError(f"{file}: not text in UTF-8, UTF-16 or Windows-1252.") from None
+
+
 def _read_delimited(file: Path) -> Table:
     data = file.read_bytes()
-    encoding = "utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
-    try:
-        text = data.decode(encoding)
-        header = text.splitlines()[0]
-    except (UnicodeDecodeError, IndexError):
-        raise DataError(f"{file}: empty, or not text in UTF-8 or UTF-16.") from None
+    text, notes = _decode(file, data)
+    lines = text.splitlines()
+    if not lines or "\0" in text:
+        raise DataError(f"{file}: {'not text: it has NUL bytes in it' if lines else 'empty'}.")
+    header = lines[0]
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=max(",;\t", key=header.count))
     columns = [column.strip() for column in next(reader)]
     rows: list[tuple[int, dict[str, Any]]] = []
@@ -212,7 +227,7 @@ def _read_delimited(file: Path) -> Table:
         if cells:
             rows.append((line, dict(zip(columns, cells, strict=False))))
         line = reader.line_num + 1
-    return columns, rows
+    return columns, rows, notes
 
 
 def _read_jsonl(file: Path) -> Table:
@@ -231,7 +246,7 @@ def _read_jsonl(file: Path) -> Table:
         if not isinstance(row, dict):
             raise DataError(f"{file}: not JSON lines: line {line} is not an object in braces.")
         rows.append((line, row))
-    return list(rows[0][1]) if rows else [], rows
+    return list(rows[0][1]) if rows else [], rows, []
 
 
 def _are_files(cells: list[str]) -> bool:

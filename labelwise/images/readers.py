@@ -313,10 +313,10 @@ def _put(place: Place, row: int, pixels: Pixels) -> None:
 
 
 def _examine(data: bytes, row: int) -> Answer:
-    """Content key, height and width, and standard deviation of 8-bit pixels in the middle."""
+    """Content key, height and width, standard deviation of 8-bit pixels in the middle, and what `describe` says."""
     image, shape = decoding.decode_image(data)
     spread = float(decoding.evaluation_pixels(image, 32).std())
-    return (decoding.content_key(np.asarray(image)), shape, spread), b""
+    return (decoding.content_key(np.asarray(image)), shape, spread, decoding.describe(data)), b""
 
 
 JOBS: dict[str, Callable[..., Answer]] = {

@@ -8,11 +8,13 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -20,6 +22,9 @@ from labelwise import terminal
 from labelwise.errors import CheckpointError
 
 KEPT = 2
+_TENSORS_PER_WEIGHT = 3  # itself, and the two averages that AdamW keeps
+_VERSION = 1
+_FILES = {"state.safetensors", "state.json"}
 
 
 @dataclass(frozen=True)
@@ -34,27 +39,38 @@ class Position:
 def save_checkpoint(
     folder: Path, position: Position, modules: dict[str, nn.Module], optimizer: torch.optim.Optimizer
 ) -> None:
-    """Write the resume state of a run, then delete all but the newest two."""
+    """Write the resume state of a run, read it back, then delete all but the newest two.
+
+    Raises:
+        OSError: It could not be written; earlier ones are as they were.
+        CheckpointError: What is on the disk is not what was written.
+    """
     name = f"step-{position.step:08d}"
     fresh, final = folder / f".{name}-{os.getpid()}", folder / name
     if final.exists():
         return
     for leftover in folder.glob(".step-*"):  # of a process that was killed while saving
         shutil.rmtree(leftover)
-    fresh.mkdir(parents=True)
-    tensors, rest = _flatten(modules, optimizer)
-    save_file(tensors, fresh / "state.safetensors")
-    (fresh / "state.json").write_text(
-        json.dumps({"position": vars(position), "optimizer": rest}), encoding="utf-8"
-    )
-    hashes = {file.name: _sha256(file) for file in sorted(fresh.iterdir())}
-    (fresh / "manifest.json").write_text(json.dumps({"version": 1, "sha256": hashes}), encoding="utf-8")
-    for file in fresh.iterdir():
-        _flush(file)
-    fresh.rename(final)
+    try:
+        fresh.mkdir(parents=True)
+        _fill(fresh, position, *_flatten(modules, optimizer))
+        fresh.rename(final)
+    except BaseException:
+        shutil.rmtree(fresh, ignore_errors=True)  # it may be what fills the disk
+        raise
     _flush(folder)
+    if not _is_whole(final):
+        raise CheckpointError(
+            f"{final}: is not what was written; the disk may be failing. Earlier ones are kept."
+        )
     for old in _checkpoints(folder)[:-KEPT]:
         shutil.rmtree(old)
+
+
+def bytes_needed(modules: Iterable[nn.Module]) -> int:
+    """Disk space that checkpoints of these modules take at most: those kept, a new one, and the weights at the end."""
+    weights: int = sum(each.nbytes for module in modules for each in module.state_dict().values())
+    return (KEPT + 1) * _TENSORS_PER_WEIGHT * weights + weights
 
 
 def load_checkpoint(
@@ -85,6 +101,31 @@ def load_checkpoint(
             f"{folder}: no checkpoint in it is whole; the same command again starts from step 0."
         )
     return None
+
+
+def _fill(folder: Path, position: Position, tensors: dict[str, Tensor], rest: Any) -> None:
+    """Write one checkpoint, its manifest last, all of it on the disk before this returns."""
+    save_file(tensors, folder / "state.safetensors")
+    with safe_open(folder / "state.safetensors", "pt") as written:
+        damaged = [
+            name for name, tensor in tensors.items() if not _same_bytes(written.get_tensor(name), tensor)
+        ]
+    if damaged:
+        raise CheckpointError(f"{folder}: {damaged[0]} is not what was written; the disk may be failing.")
+    (folder / "state.json").write_text(
+        json.dumps({"position": vars(position), "optimizer": rest}), encoding="utf-8"
+    )
+    hashes = {file.name: _sha256(file) for file in sorted(folder.iterdir())}
+    (folder / "manifest.json").write_text(
+        json.dumps({"version": _VERSION, "sha256": hashes}), encoding="utf-8"
+    )
+    for file in (*folder.iterdir(), folder):
+        _flush(file)
+
+
+def _same_bytes(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors are the same bit by bit, numbers that are none included."""
+    return torch.equal(one.reshape(-1).view(torch.uint8), other.reshape(-1).view(torch.uint8))
 
 
 def _checkpoints(folder: Path) -> list[Path]:
@@ -133,6 +174,8 @@ def _unflatten(
 def _is_whole(checkpoint: Path) -> bool:
     try:
         manifest = json.loads((checkpoint / "manifest.json").read_text(encoding="utf-8"))
+        if manifest["version"] != _VERSION or set(manifest["sha256"]) != _FILES:
+            return False
         return all(_sha256(checkpoint / name) == digest for name, digest in manifest["sha256"].items())
     except (OSError, ValueError, KeyError, AttributeError):
         return False

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from labelwise import rundir, terminal
-from labelwise.config import PretrainSettings, parse_duration, read_run_config
+from labelwise.config import SMALLEST_POOL, PretrainSettings, parse_duration, read_run_config
 from labelwise.errors import DataError, UsageError
 from labelwise.images.cache import ImageCache, channel_statistics, sample_sizes
 from labelwise.images.duplicates import unique_keys
@@ -44,7 +44,6 @@ from labelwise.rundir import RunDirectory
 from labelwise.views.draws import Policy
 from labelwise.views.pipeline import make_views
 
-SMALLEST_POOL = 32
 _MODEL = (  # settings that the weights of a run fix
     "backbone",
     "backbone_args",

@@ -15,13 +15,20 @@ import torch
 
 from labelwise import environment, rundir, seeding, terminal
 from labelwise.config import PretrainSettings, to_toml
-from labelwise.errors import DataError, Interrupted, LabelwiseError, UsageError
+from labelwise.errors import (
+    DataError,
+    Interrupted,
+    LabelwiseError,
+    ResourceError,
+    UsageError,
+    is_out_of_memory,
+)
 from labelwise.images.cache import ImageCache, build_cache
 from labelwise.images.grouping import Groups, group_images
 from labelwise.images.source import ImageSet
 from labelwise.images.splits import hash_names, lock_test
 from labelwise.interruption import stop_between_steps
-from labelwise.learning.checkpoint import Position, load_checkpoint, save_checkpoint
+from labelwise.learning.checkpoint import Position, bytes_needed, load_checkpoint, save_checkpoint
 from labelwise.learning.contrast import chance_loss
 from labelwise.learning.memory import keep_freed_memory
 from labelwise.learning.optimization import (
@@ -114,6 +121,10 @@ def pretrain(settings: PretrainSettings, *, becomes_latest: bool = True) -> RunD
         )
     spec = dataclasses.replace(spec, stem=plan.stem)
     with hold(run):
+        if is_new and run.environment.exists():
+            raise UsageError(
+                f"{run.path}: another command began a run there just now; the same command again goes on with it."
+            )
         if is_new:
             _write_start(run, settings, plan, device, images, cache, groups, lock, pool)
         if not run.near_copies.exists():
@@ -123,6 +134,7 @@ def pretrain(settings: PretrainSettings, *, becomes_latest: bool = True) -> RunD
 
         precision = Precision(plan.precision, plan.layout, plan.reason)
         learner = make_learner(settings, plan, spec, precision, device)
+        rundir.check_space(run.path, bytes_needed(learner.modules.values()), "checkpoints")
         _train(run, settings, plan, pool, spec.normalization, learner)
 
         save_module(
@@ -201,6 +213,10 @@ def _train(
                 except Diverged as error:
                     advice = "lower --learning-rate" if at.step else "choose a larger --temperature"
                     raise LabelwiseError(f"{run.path}: {error} at step {at.step}; {advice}.") from None
+                except (MemoryError, RuntimeError) as error:
+                    if is_out_of_memory(error):
+                        raise _no_memory(run, plan, at, learner) from None
+                    raise
 
                 losses.append(loss)
                 must_save = bool(stop) or time.monotonic() - saved_at > SAVE_SECONDS
@@ -270,6 +286,17 @@ def _train(
             if time.monotonic() - saved_at > SAVE_SECONDS / 4 or at.epoch == plan.epochs:
                 save_checkpoint(run.checkpoints, at, learner.modules, learner.optimizer)
                 saved_at = time.monotonic()
+
+
+def _no_memory(run: RunDirectory, plan: Plan, at: Position, learner: Learner) -> ResourceError:
+    """Save what was reached when memory ran out, and say what needs less of it."""
+    learner.optimizer.zero_grad(set_to_none=True)
+    save_checkpoint(run.checkpoints, at, learner.modules, learner.optimizer)
+    less = f"start anew with --micro-batch-size {plan.micro_batch_size // 2} (the same loss, slower), or "
+    return ResourceError(
+        f"{run.path}: out of memory at step {at.step:,}, which is saved. Free some and run the same command again; else "
+        f"{less if plan.micro_batch_size >= 4 else ''}use a smaller --image-size."
+    )
 
 
 # --- before the loop
