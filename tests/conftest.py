@@ -26,6 +26,12 @@ for name in (
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")  # tests compare bit by bit, which a GPU does not promise
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--long", action="store_true", help="with -m torture: as many trials as docs/reliability.md tells of"
+    )
+
+
 @pytest.fixture(autouse=True, scope="session")
 def compiled() -> Iterator[None]:
     """Let the processes that tests start share what numba compiled, which takes ten seconds each time."""

@@ -365,7 +365,7 @@ def test_an_odd_file_name_is_shown_literally(labelwise: Command, tmp_path: Path,
     file.parent.mkdir(parents=True)
     file.write_bytes(b"not a photo")
     code, out, err = labelwise("scan", "[bold]odd")
-    assert (code, err) == (0, "")
+    assert (code, err) == (3, "error: [bold]odd: 0 different images can be read; SimCLR needs at least 32.\n")
     literal = name.replace("\x1b", "\\x1b").replace("\n", "\\n").replace("\x07", "\\x07")
     assert f"\n             {literal}: not an image we can read\n" in out
     assert "\x1b" not in out

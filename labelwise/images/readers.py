@@ -313,9 +313,9 @@ def _put(place: Place, row: int, pixels: Pixels) -> None:
 
 
 def _examine(data: bytes, row: int) -> Answer:
-    """Content key, height and width, standard deviation of 8-bit pixels in the middle, and what `describe` says."""
+    """Content key, height and width, largest standard deviation of a channel in the middle, and what `describe` says."""
     image, shape = decoding.decode_image(data)
-    spread = float(decoding.evaluation_pixels(image, 32).std())
+    spread = float(decoding.evaluation_pixels(image, 32).std(axis=(0, 1)).max())
     return (decoding.content_key(np.asarray(image)), shape, spread, decoding.describe(data)), b""
 
 

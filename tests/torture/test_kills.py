@@ -1,0 +1,99 @@
+"""SIGKILL at any moment, and a process that ends at any system call: the same command goes on to the same tensors, bit by bit."""
+
+import random
+import shutil
+import signal
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from conftest import Undisturbed, Work, state_of
+
+from labelwise.rundir import RunDirectory
+
+SHORT, LONG = {"pretrain": 8, "finetune": 4}, {"pretrain": 30, "finetune": 20}
+
+
+def test_runs_killed_at_random_moments_end_in_the_same_tensors(
+    work: Work, undisturbed: Undisturbed, tally: Callable[..., None], is_long: bool
+) -> None:
+    expected = undisturbed.states
+    seed = random.randrange(10**6)
+    chance, clock = random.Random(seed), 0.0
+    for stage, trials in (LONG if is_long else SHORT).items():
+        for trial in range(trials):
+            run = RunDirectory(work.folder / f"{stage}-{trial}")
+            if stage == "finetune":
+                shutil.copytree(undisturbed.pretrained, run.path)
+            else:
+                begun = time.monotonic()
+            for _ in range(10):
+                command = work.start(stage, run.path)
+                if stage == "pretrain":
+                    wait_for(lambda run=run: list(run.checkpoints.glob("step-*")), command)
+                time.sleep(chance.uniform(0.0, clock or 1.5))
+                command.kill()
+                status = command.wait()
+                assert status in (0, -signal.SIGKILL), command.words
+                if status:
+                    break
+            else:
+                pytest.fail(f"ended before it could be killed, ten times (seed {seed})")
+            again = work.finish(stage, run.path)
+            if stage == "pretrain":
+                assert "going on after step" in again.words
+                assert "going on after step 0 " not in again.words
+                clock = clock or (time.monotonic() - begun) / 3
+            assert state_of(run) == expected[stage], f"seed {seed}, trial {trial} of {stage}"
+            tally("SIGKILL at a random moment, continued to the same tensors")
+
+
+def wait_for(condition: Callable[[], Any], command: Any, seconds: float = 60) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.005)
+    assert condition(), command.words
+
+
+FAULTS = [  # function, which call of it in pretrain, in finetune
+    ("labelwise.rundir:write_atomically", 1, 1),
+    ("labelwise.rundir:write_atomically", 3, 9),
+    ("labelwise.rundir:append_jsonl", 4, None),
+    ("os:fsync", 2, 2),
+    ("os:fsync", 15, 11),
+    ("os:replace", 2, 4),
+    ("labelwise.learning.checkpoint:save_file", 2, None),
+    ("labelwise.learning.checkpoint:_is_whole", 2, None),
+    ("shutil:rmtree", 1, None),
+    ("labelwise.stages.pretraining:look", 1, None),
+    ("labelwise.stages.pretraining:save_module", 1, None),
+    ("labelwise.stages.pretraining:save_encoder", 1, None),
+    ("labelwise.stages.comparing:store_predictions", None, 5),
+    ("labelwise.stages.comparing:save_module", None, 1),
+    ("labelwise.stages.comparing:check_labels", None, 1),
+    ("labelwise.reports.html:render", None, 1),
+]
+CASES = [
+    (stage, at, call, when)
+    for at, *calls in FAULTS
+    for stage, call in zip(("pretrain", "finetune"), calls, strict=True)
+    if call is not None
+    for when in ("before", "after")
+]
+
+
+def test_a_process_that_ends_at_any_point_loses_nothing(
+    work: Work, undisturbed: Undisturbed, tally: Callable[..., None], is_long: bool
+) -> None:
+    expected = undisturbed.states
+    cases = CASES if is_long else random.Random(0).sample(CASES, 10)
+    for number, (stage, at, call, when) in enumerate(cases):
+        run = RunDirectory(work.folder / f"{number}")
+        if stage == "finetune":
+            shutil.copytree(undisturbed.pretrained, run.path)
+        command = work.start(stage, run.path, faults=[{"at": at, "call": call, "when": when, "exit": 137}])
+        assert command.wait() == 137, f"{at} was not called {call} times in {stage}: {command.words}"
+        work.finish(stage, run.path)
+        assert state_of(run) == expected[stage], f"ended {when} call {call} of {at} in {stage}"
+        tally("process ended inside a save, a rename, a report, continued to the same tensors")
