@@ -278,11 +278,13 @@ def _run_as_typed(words: list[str]) -> None:
 
 def _resource_words(error: Exception) -> str | None:
     """What to say when memory or disk ran out; None for any other error."""
-    is_full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    is_full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
     if is_full or f"(os error {errno.ENOSPC})" in str(error):  # safetensors says it in words only
         return (
             f"{getattr(error, 'filename', None) or 'disk'}: full; free some and run the same command again."
         )
+    if isinstance(error, OSError) and error.errno == errno.EFBIG:
+        return f"{error.filename or 'a file'}: larger than this system allows; name another place for it."
     if is_out_of_memory(error):
         return "out of memory; use a smaller --batch-size or --image-size."
     return None

@@ -53,4 +53,5 @@ class Interrupted(LabelwiseError):
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether memory ran out, of the machine or of a GPU; torch says so in words and types of its own."""
     named = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
-    return named or any(words in str(error) for words in ("not enough memory", "can't allocate memory"))
+    words = ("out of memory", "not enough memory", "can't allocate memory", "cannot allocate memory")
+    return named or any(each in str(error).lower() for each in words)

@@ -169,13 +169,14 @@ def open_table(path: Path, suffix: str, names: list[str], words: frozenset[str])
         path: The file; what is there is replaced.
         suffix: ".csv" or ".parquet".
         names: Of the columns.
-        words: Those that hold text; the others hold numbers.
+        words: Those that hold text; the others hold numbers. In a CSV, one that begins like a formula gets `'` before it, a
+            file `./`; Parquet has them as they are.
     """
     if suffix == ".csv":
         with path.open("w", encoding="utf-8", newline="") as file:
             writer = csv.writer(file)
             writer.writerow(names)
-            yield _Csv(writer)
+            yield _Csv(writer, words)
         return
     schema = pa.schema([(name, pa.string() if name in words else pa.float32()) for name in names])
     with pq.ParquetWriter(path, schema) as parquet:
@@ -187,13 +188,23 @@ def open_table(path: Path, suffix: str, names: list[str], words: frozenset[str])
 class _Csv:
     """Rows of a CSV file, one after the other."""
 
-    def __init__(self, writer: Any) -> None:
-        self._writer = writer
+    def __init__(self, writer: Any, words: frozenset[str]) -> None:
+        self._writer, self._words = writer, words
 
     def write(self, columns: dict[str, list[Any]]) -> None:
-        """Add rows; numbers with six digits after the point."""
-        cells = [[f"{v:.6f}" if isinstance(v, float) else v for v in column] for column in columns.values()]
+        """Add rows; numbers with six digits after the point, texts so that no spreadsheet takes them for a formula."""
+        cells = [
+            [_no_formula(cell, "./" if name == "file" else "'") for cell in column]
+            if name in self._words
+            else [f"{number:.6f}" for number in column]
+            for name, column in columns.items()
+        ]
         self._writer.writerows(zip(*cells, strict=True))
+
+
+def _no_formula(text: str, before: str) -> str:
+    """A text with a mark before it if a spreadsheet would compute it; `./` leaves a path the same path."""
+    return before + text if text.startswith(("=", "+", "-", "@", "\t", "\r")) else text
 
 
 class _Parquet:

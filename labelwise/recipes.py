@@ -22,8 +22,11 @@ def find_recipe(name: str) -> Path:
         UsageError: There is none.
     """
     path = Path(name)
-    if path.is_file():
-        return path
+    try:
+        if path.is_file():
+            return path
+    except OSError as error:
+        raise UsageError(f"--recipe {name}: cannot be read ({error.strerror}).") from None
     shipped = {stem: file for stem, file, _ in list_recipes()}
     if name in shipped:
         return shipped[name]

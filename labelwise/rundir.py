@@ -323,7 +323,11 @@ def check_output_folder(path: Path, *inputs: Path | None) -> None:
     if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
         raise UsageError(f"{path}: cannot be written to; choose another --out.")
     if out.is_dir() and not (out / "environment.json").exists():
-        foreign = {entry.name for entry in out.iterdir()} - _BEFORE_STEP_0
+        names = {entry.name for entry in out.iterdir()} - _BEFORE_STEP_0
+        begun = tuple(
+            f".{name}-" for name in ("environment.json", *_BEFORE_STEP_0)
+        )  # half written when it was killed
+        foreign = {name for name in names if not name.startswith(begun)}
         if foreign:
             raise UsageError(
                 f"{path}: not empty and not a run (it holds {sorted(foreign)[0]}); choose another --out."

@@ -197,6 +197,19 @@ def test_columns_of_any_name_are_found_by_what_is_in_them_and_told(tmp_path: Pat
     assert read_label_table(written(tmp_path, "file,label\na.jpg,cat\n"))[1] == ""
 
 
+def test_a_number_is_a_file_only_where_no_column_has_files(tmp_path: Path) -> None:
+    file = written(tmp_path, "id,photo,label\n1,a.jpg,cat\n2,b.jpg,dog\n")
+    assert pairs(file) == [("a.jpg", "cat"), ("b.jpg", "dog")]
+    assert pairs(written(tmp_path, "id,label\na1,cat\nb2,dog\n")) == [("a1", "cat"), ("b2", "dog")]
+
+
+def test_a_table_of_groups_invents_no_labels(tmp_path: Path) -> None:
+    file = written(tmp_path, "file,patient,sex\na.jpg,1,f\nb.jpg,1,f\nc.jpg,2,m\nd.jpg,2,m\n")
+    found, note = read_label_table(file, "patient")
+    assert [(row.label, row.group) for row in found] == [(None, "1"), (None, "1"), (None, "2"), (None, "2")]
+    assert note == ""
+
+
 @pytest.mark.parametrize(
     ("text", "missing"),
     [

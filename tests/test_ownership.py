@@ -99,7 +99,7 @@ def test_without_locks_a_living_process_keeps_others_out_and_a_dead_one_does_not
 @pytest.mark.parametrize(
     ("changed", "is_taken_over"),
     [({"boot": "an earlier one"}, True), ({"host": "elsewhere"}, False), ({"pid": 1}, False)],
-    ids=["before the machine started", "on another machine", "of another user"],
+    ids=["before the machine started", "on another machine", "still running"],
 )
 def test_without_locks_only_what_is_surely_over_is_taken_over(
     run: RunDirectory, changed: dict[str, Any], is_taken_over: bool
@@ -114,3 +114,26 @@ def test_without_locks_only_what_is_surely_over_is_taken_over(
     with pytest.raises(UsageError, match="is working on it"), hold(run):
         pass
     assert run.owner.exists()
+
+
+@pytest.mark.usefixtures("without_locks")
+def test_in_a_container_that_starts_again_the_same_number_is_another_process(run: RunDirectory) -> None:
+    with hold(run):
+        owner = json.loads(run.owner.read_text())
+    write_json(run.owner, owner | {"since": "long ago"})
+    with hold(run):
+        assert json.loads(run.owner.read_text())["since"] != "long ago"
+
+
+def test_a_run_that_another_command_began_meanwhile_is_not_begun_again(run: RunDirectory) -> None:
+    run.path.mkdir()
+    with hold(run, is_new=True):
+        pass
+    run.environment.write_text("{}")
+    with (
+        pytest.raises(UsageError, match="another command began a run there just now"),
+        hold(run, is_new=True),
+    ):
+        pass
+    with hold(run):
+        pass

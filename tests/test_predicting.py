@@ -26,7 +26,7 @@ from labelwise.images.source import open_images
 from labelwise.rundir import RunDirectory
 from labelwise.stages.demo import write_digits
 from labelwise.stages.finetuning import predict as probabilities_of
-from labelwise.stages.predicting import load_classifier, predict
+from labelwise.stages.predicting import load_classifier, predict, show
 from labelwise.stages.repeating import finetune
 
 
@@ -180,7 +180,9 @@ def test_deep_images_are_scaled_as_the_pretraining_images_were(run: RunDirectory
         assert deep[key] == shallow[key]
 
 
-def test_how_good_the_classifier_is_is_told(run: RunDirectory, digits: Path, tmp_path: Path) -> None:
+def test_how_good_the_classifier_is_is_told(
+    run: RunDirectory, digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (row,) = rundir.read_jsonl(run.results)
     expected = predict(run, [digits], tmp_path / "out.csv")["expected"]
     assert expected == {
@@ -188,8 +190,41 @@ def test_how_good_the_classifier_is_is_told(run: RunDirectory, digits: Path, tmp
     }  # fmt: skip
     copy = RunDirectory(Path(shutil.copytree(run.path, tmp_path / "copy")))
     facts = rundir.read_json(copy.classifier_json)
+    others = [
+        {**row, "draw": draw, "labels": 30, "accuracy": share} for draw, share in enumerate((0.25, 0.5))
+    ]
+    fewer = {**row, "labels": 20, "accuracy": 1.0}
+    rundir.rewrite_jsonl(copy.results, [fewer, *others, {**row, "method": "pixels", "labels": 99}])
+    document = predict(copy, [digits], tmp_path / "fewer.csv")
+    assert document["expected"] == {
+        "accuracy": 0.375,
+        "labels": 30,
+        "n_test": row["n_test"],
+        "trained_on": row["labels"],
+    }
+    show(document)
+    assert (
+        f"expect    37.5% right where images are like the {row['n_test']} test images: so it was with 30 labels; this one learned from {row['labels']}\n"
+        in capsys.readouterr().out
+    )
     rundir.write_json(copy.classifier_json, {**facts, "signature": "of other labels"})
     assert predict(copy, [digits], tmp_path / "copy.csv")["expected"] is None
+
+
+def test_a_table_holds_no_formula(run: RunDirectory, digits: Path, tmp_path: Path) -> None:
+    (tmp_path / "new").mkdir()
+    for name in ("=1+1.png", "-rf.png", "@x.png", "plain.png"):
+        shutil.copy(next(digits.glob("*/*.png")), tmp_path / "new" / name)
+    copy = RunDirectory(Path(shutil.copytree(run.path, tmp_path / "copy")))
+    facts = rundir.read_json(copy.classifier_json)
+    rundir.write_json(copy.classifier_json, {**facts, "classes": [f"={name}" for name in facts["classes"]]})
+    predict(copy, [tmp_path / "new"], tmp_path / "out.csv")
+    rows = rows_of(tmp_path / "out.csv")
+    assert [row["file"] for row in rows] == ["./-rf.png", "./=1+1.png", "./@x.png", "plain.png"]
+    assert all(row["label"].startswith("'=") and row["second_label"].startswith("'=") for row in rows)
+    predict(copy, [tmp_path / "new"], tmp_path / "out.parquet")
+    table = pq.read_table(tmp_path / "out.parquet").to_pylist()
+    assert [row["file"] for row in table] == ["-rf.png", "=1+1.png", "@x.png", "plain.png"]
 
 
 @pytest.mark.slow

@@ -81,9 +81,11 @@ def ask(files: list[bytes]) -> list[Any]:
 def test_a_file_that_ends_its_reader_is_named_and_all_others_are_read() -> None:
     files = [f"file {number}".encode() for number in range(60)]
     files[3], files[17], files[18], files[40], files[59] = b"crash", b"hang", b"kill", b"bad", b"crash too"
+    files[33] = b"memory"
     expected = [data.decode() for data in files]
     expected[3] = expected[59] = "crashes the decoder (SIGSEGV)"
     expected[17] = "takes more than 1 s to read"
+    expected[33] = "too large for the memory"
     expected[18] = "the system ended its reading (memory, most likely)"
     answers = ask(files)
     assert texts(answers) == expected
@@ -91,6 +93,7 @@ def test_a_file_that_ends_its_reader_is_named_and_all_others_are_read() -> None:
         if not isinstance(answer, UnreadableImage):
             assert answer[0][0] == row
             assert answer[1] == bytes([row]) * 3
+    assert len(readers._idle) <= (os.cpu_count() or 1), "those that read one file are gone"
 
 
 @pytest.mark.usefixtures("misbehaving")
@@ -122,17 +125,17 @@ def test_a_reader_that_cannot_start_is_a_bug_and_not_a_bad_image(monkeypatch: py
 
 
 @pytest.mark.usefixtures("misbehaving")
-def test_leaving_early_waits_for_no_file() -> None:
+def test_leaving_early_waits_for_no_file(monkeypatch: pytest.MonkeyPatch) -> None:
     started = time.monotonic()
     with pytest.raises(KeyboardInterrupt), Readers("misbehave") as children:
         list(children.map(range(1), [b"x"].__getitem__))
         threading.Timer(0.3, lambda: os.kill(os.getpid(), signal.SIGINT)).start()
-        readers._SECONDS = 100.0
+        monkeypatch.setattr(readers, "_SECONDS", 100.0)
         list(children.map(range(9), ([b"hang"] * 9).__getitem__))
     assert time.monotonic() - started < 10
 
 
-def test_a_reader_is_gone_when_its_parent_is_and_when_nobody_asks(tmp_path: Path) -> None:
+def test_a_reader_is_gone_when_its_parent_is(tmp_path: Path) -> None:
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
     code = (
         "import time; from pathlib import Path; from labelwise.images import readers\n"
@@ -151,9 +154,10 @@ def test_a_reader_is_gone_when_its_parent_is_and_when_nobody_asks(tmp_path: Path
 
 def is_alive(pid: int) -> bool:
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
-    except FileNotFoundError:
+        os.kill(pid, 0)
+    except ProcessLookupError:
         return False
+    return True
 
 
 def ends(pid: int, seconds: float) -> bool:
@@ -161,6 +165,24 @@ def ends(pid: int, seconds: float) -> bool:
     while is_alive(pid) and time.monotonic() < deadline:
         time.sleep(0.02)
     return not is_alive(pid)
+
+
+def test_a_reader_is_gone_when_nobody_asks(tmp_path: Path) -> None:
+    """Its parent sleeps on; the child waits a second, as it finds written in its module."""
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    impatient = "from labelwise.images import readers; readers._IDLE_SECONDS = 1.0; serve = readers.serve"
+    (tmp_path / "impatient.py").write_text(impatient)
+    code = (
+        "import sys, time; from pathlib import Path; from labelwise.images import readers\n"
+        "readers.__name__ = 'impatient'; sys.path.append('.')\n"
+        "with readers.Readers('size') as children: list(children.map([0], lambda row: Path('a.png').read_bytes()))\n"
+        "child = readers._idle[0].process; print('alive' if child.poll() is None else 'dead')\n"
+        "child.wait(20); print(child.returncode)"
+    )
+    ran = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, timeout=60
+    )
+    assert (ran.stdout, ran.stderr) == ("alive\n0\n", "")
 
 
 def test_modules_in_the_folder_one_stands_in_are_not_run(

@@ -206,3 +206,14 @@ def test_a_folder_with_other_things_in_it_is_no_output_folder(tmp_path: Path) ->
     (tmp_path / "thesis" / "chapter.tex").write_text("precious")
     with pytest.raises(UsageError, match=r"not empty and not a run \(it holds chapter.tex\)"):
         rundir.check_output_folder(tmp_path / "thesis", tmp_path / "photos")
+
+
+def test_what_a_kill_left_half_written_is_no_foreign_file(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    out.mkdir()
+    for name in (".data.json-x1", ".environment.json-x2", ".config.toml-x3", "owner.json", "splits"):
+        (out / name).write_text("")
+    rundir.check_output_folder(out, tmp_path / "photos")
+    (out / ".bashrc").write_text("")
+    with pytest.raises(UsageError, match=r"it holds \.bashrc"):
+        rundir.check_output_folder(out, tmp_path / "photos")

@@ -30,7 +30,7 @@ from labelwise.images.readers import Readers
 from labelwise.images.source import ImageSet
 from labelwise.rundir import cache_root, write_json
 
-_VERSION = 4  # of what the files in a cache mean
+_VERSION = 5  # of what the files in a cache mean
 _SAMPLED = 10_000  # images whose mean and spread stand for the set's
 _CHUNK = 512
 _MEASURED = 2**25  # bytes of squares that are measured together; sixteen times as much is held
@@ -238,7 +238,7 @@ def _remove_abandoned(root: Path) -> None:
 def _fill(
     folder: Path, images: ImageSet, side: int, evaluation_size: int, progress: Callable[[int], None]
 ) -> None:
-    """Decode what is not decoded yet; `done.json` says how far an earlier process came."""
+    """Decode what is not decoded yet; `progress.json` says how far an earlier process came."""
     count = len(images.names)
     forms = _forms(count, side, evaluation_size)
     before = _read_progress(folder, forms)
@@ -257,7 +257,7 @@ def _fill(
         "shortest": max(decoding.SHORTEST, side, decoding.evaluation_short_side(evaluation_size)),
     }
     saved_at = time.monotonic()
-    with Readers("fill", **arguments) as readers:
+    with Readers("cache", **arguments) as readers:
         for start in range(facts["rows"], count, _CHUNK):
             rows = range(start, min(start + _CHUNK, count))
             for row, answer in zip(rows, readers.map(rows, images.locate), strict=True):
@@ -271,7 +271,7 @@ def _fill(
             is_last = rows.stop == count
             if is_last or time.monotonic() - saved_at > _SAVE_SECONDS:
                 for array in (squares, evaluations, sizes, keys, shots):
-                    array.flush()
+                    _sync(array)
                 if not is_last:
                     write_json(folder / _PROGRESS, facts)
                 saved_at = time.monotonic()
@@ -343,6 +343,13 @@ def _read_progress(folder: Path, forms: dict[str, Form]) -> dict[str, Any] | Non
         pass
     path.unlink(missing_ok=True)
     return None
+
+
+def _sync(array: np.memmap[Any, Any]) -> None:
+    """Put on the disk what was written into the map, and what the readers wrote into the file."""
+    array.flush()
+    with open(str(array.filename), "rb") as file:
+        os.fsync(file.fileno())
 
 
 def _forget_pages(array: np.memmap[Any, Any]) -> None:
@@ -417,7 +424,7 @@ def _no_space(place: Path, needed: int) -> ResourceError:
 def _set_range(images: ImageSet) -> Range | None:
     """Range of intensities of the images deeper than 8 bits, None when there are none.
 
-    Of a hundred and more, the hundredth part that reaches furthest at each end is clipped: one broken file shall
+    Of more than a hundred, the hundredth part that reaches furthest at each end is clipped: one broken file shall
     not turn all others dark.
     """
     deep_suffixes = (".png", ".tif", ".tiff", ".pgm", ".ppm", ".jp2")

@@ -96,14 +96,19 @@ def deep_range(data: bytes) -> Range | None:
 
 
 def describe(data: bytes) -> tuple[str, bool, bool]:
-    """Format, whether it is deeper than 8 bits, and whether it holds more images than the first, from the header.
+    """Format, whether it is deeper than 8 bits, and whether it holds more images than the first.
 
     Raises:
         UnreadableImage: There is no image header.
     """
     with _reasons(data):
         image = _open(data)
-        return str(image.format), image.mode in _DEEP_MODES, bool(getattr(image, "is_animated", False))
+        is_deep = image.mode in _DEEP_MODES
+        try:
+            is_animated = bool(getattr(image, "is_animated", False))
+        except Exception:  # noqa: BLE001 - what comes after the first image is not used
+            is_animated = False
+        return str(image.format), is_deep, is_animated
 
 
 def header_size(data: bytes) -> tuple[int, int]:

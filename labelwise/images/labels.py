@@ -28,7 +28,8 @@ SUFFIXES = (
     ".heic",
     ".heif",
 )
-PATH_COLUMNS = ("file_name", "image_path", "image", "path", "filename", "file", "image_id", "id")
+PATH_COLUMNS = ("file_name", "image_path", "image", "path", "filename", "file")
+ID_COLUMNS = ("image_id", "id")  # file names without their suffix, where no column has whole ones
 LABEL_COLUMNS = ("label", "class", "choice", "category", "tag")
 OUTSIDE = ("test:", "labels:")  # before the name of an image that lies outside the image folder
 _LISTED = 5
@@ -63,7 +64,7 @@ def read_label_table(file: Path, group_column: str | None = None) -> tuple[list[
     """Read a CSV, TSV or JSONL file; every cell is text, so `001` and `NA` stay what they are.
 
     With a group column, rows without a label count too: unlabeled images have a patient or a site as well.
-    Columns without a known name are found by what is in them, where that is beyond doubt.
+    Columns without a known name are found by what is in them, where only one can be meant.
 
     Returns:
         Its rows, and a note on what had to be guessed.
@@ -82,9 +83,10 @@ def read_label_table(file: Path, group_column: str | None = None) -> tuple[list[
     path_columns: tuple[str, ...] = PATH_COLUMNS
     if not any(name in columns for name in PATH_COLUMNS):
         path_columns = tuple(name for name, cells in filled.items() if _are_files(cells))
-    path_column = _column(file, columns, path_columns if len(path_columns) == 1 else PATH_COLUMNS, "path")
+    known_columns = (*PATH_COLUMNS, *ID_COLUMNS)
+    path_column = _column(file, columns, path_columns if len(path_columns) == 1 else known_columns, "path")
     label_columns = tuple(name for name in LABEL_COLUMNS if name in columns)
-    if not label_columns:
+    if not label_columns and group_column is None:
         others = {name: filled[name] for name in columns if name not in (path_column, group_column, "split")}
         label_columns = tuple(others) if len(others) == 1 and _are_classes(*others.values()) else ()
     has_labels = group_column is None or bool(label_columns)
@@ -92,7 +94,7 @@ def read_label_table(file: Path, group_column: str | None = None) -> tuple[list[
     notes += [
         f"{what} from its column {name!r}"
         for what, name, known in (
-            ("images", path_column, PATH_COLUMNS),
+            ("images", path_column, known_columns),
             ("labels", label_column, LABEL_COLUMNS),
         )
         if name is not None and name not in known
@@ -256,7 +258,7 @@ def _are_files(cells: list[str]) -> bool:
 
 def _are_classes(cells: list[str]) -> bool:
     """Whether the cells of a column repeat as the names of classes do."""
-    return 2 * len(set(cells)) <= len(cells)
+    return bool(cells) and 2 * len(set(cells)) <= len(cells)
 
 
 def _column(file: Path, columns: list[str], known: tuple[str, ...], what: str) -> str:

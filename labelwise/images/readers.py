@@ -11,7 +11,6 @@ import atexit
 import contextlib
 import functools
 import json
-import math
 import os
 import resource
 import signal
@@ -21,43 +20,44 @@ import sys
 import threading
 import traceback
 import warnings
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, NoReturn, Self
 
 import numpy as np
 
 from labelwise.images import decoding
 from labelwise.images.decoding import Pixels, Range, UnreadableImage
 
-Source = str | bytes  # where a file lies, or what is in it
-File = tuple[int, Source]  # row of the image
+Contents = str | bytes  # where a file lies, or what is in it
+File = tuple[int, Contents]  # row of the image
 Place = tuple[str, int]  # a file and where its pixels begin
 Answer = tuple[Any, bytes]  # what a job found, and pixels
 
 _TOGETHER = 8  # files a child is given at once
-_AHEAD = 512  # files that are asked for before the first of them is waited for
-_SECONDS = 60.0  # for one file
-_IDLE_SECONDS = 10.0
-_MEMORY = 4 * 2**30  # bytes of address space beyond what a child starts with
+_AHEAD = 64  # times as many are asked for before the first of them is waited for
+_SECONDS = 60.0  # for one file; the largest that are let in take two
+_IDLE_SECONDS = 10.0  # so long a child waits for the next job, which saves starting one (0.3 s)
+_MEMORY = 4 * 2**30  # bytes of address space beyond what a child starts with; the largest images take 2 GiB
 _idle: list["_Child"] = []  # alive, and nobody's
-_turn = threading.Lock()
+_lock = threading.Lock()
 
 
 class Readers:
-    """Children that all do one job, as many as there are processors.
+    """Children that all do one job, as many as there are processors for this process.
 
     Args:
         job: Name of one of the jobs below.
-        arguments: What it takes besides the bytes of a file; JSON.
+        arguments: What it takes besides a file; JSON.
     """
 
     def __init__(self, job: str, **arguments: Any) -> None:
         self._request = {"job": job, "arguments": arguments}
         self._at_work: set[_Child] = set()
-        self._threads = ThreadPoolExecutor(os.cpu_count())
+        self._threads = ThreadPoolExecutor(_processors())
         self._is_closed = False
 
     def __enter__(self) -> Self:
@@ -65,13 +65,15 @@ class Readers:
 
     def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
         if kind is not None:  # wait for no child
-            self._is_closed = True
-            with _turn:
+            with _lock:
+                self._is_closed = True
                 for child in self._at_work:
                     child.process.kill()
         self._threads.shutdown(cancel_futures=True)
 
-    def map(self, rows: Sequence[int], locate: Callable[[int], Source]) -> Iterator[Answer | UnreadableImage]:
+    def map(
+        self, rows: Sequence[int], locate: Callable[[int], Contents]
+    ) -> Iterator[Answer | UnreadableImage]:
         """Do the job on some files, in their order; what cannot be used comes as the reason why.
 
         Args:
@@ -81,46 +83,45 @@ class Readers:
         Raises:
             OSError: What the job writes could not be written.
         """
-        for first in range(0, len(rows), _AHEAD):
-            ahead = rows[first : first + _AHEAD]
-            parts = [ahead[start : start + _TOGETHER] for start in range(0, len(ahead), _TOGETHER)]
-            for answers in self._threads.map(lambda part: self._read(part, locate), parts):
-                yield from answers
+        asked: deque[Future[list[Answer | UnreadableImage]]] = deque()
+        for start in range(0, len(rows), _TOGETHER):
+            asked.append(self._threads.submit(self._read, rows[start : start + _TOGETHER], locate))
+            if len(asked) == _AHEAD:
+                yield from asked.popleft().result()
+        while asked:
+            yield from asked.popleft().result()
 
-    def _read(self, rows: Sequence[int], locate: Callable[[int], Source]) -> list[Answer | UnreadableImage]:
+    def _read(self, rows: Sequence[int], locate: Callable[[int], Contents]) -> list[Answer | UnreadableImage]:
         found = [(row, _locate(row, locate)) for row in rows]
-        there = [(row, source) for row, source in found if not isinstance(source, UnreadableImage)]
-        answers = iter(self._ask(there) or [self._ask_alone(each) for each in there])
-        return [source if isinstance(source, UnreadableImage) else next(answers) for _, source in found]
+        there = [(row, contents) for row, contents in found if not isinstance(contents, UnreadableImage)]
+        answers = iter(self._ask(_take(), there) or [self._ask_alone(each) for each in there])
+        return [contents if isinstance(contents, UnreadableImage) else next(answers) for _, contents in found]
 
     def _ask_alone(self, file: File) -> Answer | UnreadableImage:
-        """Ask a new child about one file; if it dies, that is the file's doing."""
+        """Ask a child of its own about one file; if it dies, that is the file's doing."""
         child = _Child()
-        answers = self._ask([file], child)
+        answers = self._ask(child, [file])
         return answers[0] if answers else UnreadableImage(child.how_it_ended())
 
-    def _ask(
-        self, files: Sequence[File], child: "_Child | None" = None
-    ) -> list[Answer | UnreadableImage] | None:
+    def _ask(self, child: "_Child", files: Sequence[File]) -> list[Answer | UnreadableImage] | None:
         """Ask a child; None when it dies over it."""
-        child = child or _take()
-        with _turn:
+        with _lock:
             self._at_work.add(child)
             if self._is_closed:
                 child.process.kill()
+        answers = None
         try:
             answers = child.ask(self._request, files)
-        except BaseException:
-            child.end()
-            raise
         finally:
-            with _turn:
+            with _lock:
                 self._at_work.discard(child)
+                is_kept = answers is not None and len(_idle) < _processors() and not self._is_closed
+                if is_kept:
+                    _idle.append(child)
+            if not is_kept:
+                child.end()
         if self._is_closed:
             raise RuntimeError("closed while reading")
-        if answers is not None:
-            with _turn:
-                _idle.append(child)
         return answers
 
 
@@ -140,54 +141,61 @@ class _Child:
         self.connection = Connection(ours.detach())
 
     def ask(self, request: dict[str, Any], files: Sequence[File]) -> list[Answer | UnreadableImage] | None:
-        """Hand over some files and wait for the answers; None when the child dies."""
-        named = [(row, source if isinstance(source, str) else None) for row, source in files]
+        """Hand over some files and wait for the answers; None when the child dies.
+
+        Raises:
+            OSError: What the job writes could not be written.
+        """
+        named = [(row, contents if isinstance(contents, str) else None) for row, contents in files]
         try:
             self.connection.send_bytes(json.dumps({**request, "seconds": _SECONDS, "files": named}).encode())
-            for _, source in files:
-                if isinstance(source, bytes):
-                    self.connection.send_bytes(source)
+            for _, contents in files:
+                if isinstance(contents, bytes):
+                    self.connection.send_bytes(contents)
             answers = json.loads(self.connection.recv_bytes())
-            if isinstance(answers, dict):
-                _raise(answers["failed"])
-            return [
-                UnreadableImage(answer["reason"])
-                if "reason" in answer
-                else (answer["value"], self.connection.recv_bytes())
-                for answer in answers
-            ]
-        except (EOFError, ConnectionError):
-            self.end()
+            pixels = [self.connection.recv_bytes() for answer in answers if "value" in answer]
+        except (EOFError, OSError):  # of the connection: there is nobody at its other end
             return None
+        if isinstance(answers, dict):
+            _raise_failure(answers["failed"])
+        given = iter(pixels)
+        return [
+            UnreadableImage(answer["reason"]) if "reason" in answer else (answer["value"], next(given))
+            for answer in answers
+        ]
 
     def end(self) -> None:
         """Let go of it, dead or alive."""
-        self.connection.close()
-        self.process.kill()
-        self.process.wait()
+        self.connection.close()  # by which it ends, unless it is busy
+        try:
+            self.process.wait(0.5)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
 
     def how_it_ended(self) -> str:
         """Why a file cost a child its life, in a few words."""
         status = self.process.wait()
-        if status == -signal.SIGALRM:
+        if status >= 0:
+            raise RuntimeError(f"a reading process ended with exit code {status}")
+        if -status == signal.SIGALRM:
             return f"takes more than {_SECONDS:g} s to read"
-        if status == -signal.SIGKILL:
+        if -status in (signal.SIGKILL, signal.SIGTERM):
             return "the system ended its reading (memory, most likely)"
-        if status < 0:
-            return f"crashes the decoder ({signal.Signals(-status).name})"
-        raise RuntimeError(f"a reading process ended with exit code {status}")
+        named = {each.value: each.name for each in signal.Signals}
+        return f"crashes the decoder ({named.get(-status, f'signal {-status}')})"
 
 
 def _take() -> _Child:
     """A child that is alive and idle, or a new one."""
-    with _turn:
-        while _idle:
-            child = _idle.pop()
-            if child.process.poll() is None:
-                return child
-            child.end()
+    with _lock:
+        dead = [child for child in _idle if child.process.poll() is not None]
+        _idle[:] = [child for child in _idle if child not in dead]
+        child = _idle.pop() if _idle else None
+    for each in dead:
+        each.end()
     _end_idle_at_exit()
-    return _Child()
+    return child or _Child()
 
 
 @functools.cache
@@ -199,7 +207,12 @@ def _end_idle_at_exit() -> None:
     atexit.register(end)
 
 
-def _locate(row: int, locate: Callable[[int], Source]) -> Source | UnreadableImage:
+def _processors() -> int:
+    """Processors that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _locate(row: int, locate: Callable[[int], Contents]) -> Contents | UnreadableImage:
     try:
         return locate(row)
     except OSError as error:
@@ -210,7 +223,8 @@ def _cannot_be_read(error: OSError) -> str:
     return f"cannot be read ({error.strerror or error})"
 
 
-def _raise(failed: dict[str, Any]) -> None:
+def _raise_failure(failed: dict[str, Any]) -> NoReturn:
+    """Raise what a child met that is not the file's doing."""
     if failed["errno"]:
         raise OSError(failed["errno"], os.strerror(failed["errno"]), failed["file"])
     raise RuntimeError(f"a reading process failed:\n{failed['traceback']}")
@@ -225,7 +239,7 @@ def serve(descriptor: int) -> None:
     _limit_memory()
     warnings.simplefilter("ignore")
     with Path(os.devnull).open("wb") as nowhere:
-        os.dup2(nowhere.fileno(), sys.stderr.fileno())  # libraries print what they think of odd files
+        os.dup2(nowhere.fileno(), 2)  # libraries print what they think of odd files
     with contextlib.suppress(EOFError, ConnectionError):
         while connection.poll(_IDLE_SECONDS):
             request = json.loads(connection.recv_bytes())
@@ -251,27 +265,31 @@ def serve(descriptor: int) -> None:
                     connection.send_bytes(pixels)
 
 
-def _answer(request: dict[str, Any], row: int, source: Source) -> tuple[dict[str, Any], bytes]:
+def _answer(request: dict[str, Any], row: int, contents: Contents) -> tuple[dict[str, Any], bytes]:
     signal.setitimer(signal.ITIMER_REAL, request["seconds"])  # SIGALRM ends the process, wherever it hangs
     try:
-        data = source if isinstance(source, bytes) else Path(source).read_bytes()
-    except OSError as error:
-        return {"reason": _cannot_be_read(error)}, b""
-    try:
+        try:
+            data = contents if isinstance(contents, bytes) else Path(contents).read_bytes()
+        except OSError as error:
+            return {"reason": _cannot_be_read(error)}, b""
         value, pixels = JOBS[request["job"]](data, row, **request["arguments"])
     except UnreadableImage as error:
         return {"reason": str(error)}, b""
+    except MemoryError:
+        return {"reason": "too large for the memory"}, b""
     return {"value": value}, pixels
 
 
 def _limit_memory() -> None:
-    """Let a decoder that wants too much fail alone."""
+    """Let a decoder that wants too much fail alone; on Linux, as macOS obeys no such limit."""
     used = Path("/proc/self/statm")
     if used.exists():
-        bytes_used = int(used.read_text(encoding="ascii").split()[0]) * resource.getpagesize()
-        _, hard = resource.getrlimit(resource.RLIMIT_AS)
-        most = min(bytes_used + _MEMORY, math.inf if hard == resource.RLIM_INFINITY else hard)
-        resource.setrlimit(resource.RLIMIT_AS, (int(most), hard))
+        soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+        most = int(used.read_text(encoding="ascii").split()[0]) * resource.getpagesize() + _MEMORY
+        if soft == resource.RLIM_INFINITY or most < soft:
+            resource.setrlimit(
+                resource.RLIMIT_AS, (most if hard == resource.RLIM_INFINITY else min(most, hard), hard)
+            )
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 
 
@@ -294,7 +312,7 @@ def _center(data: bytes, row: int, *, size: int, intensity_range: Range | None, 
     return None, decoding.evaluation_pixels(image, size).tobytes()
 
 
-def _fill(
+def _cache(
     data: bytes, row: int, *, squares: Place, evaluations: Place, side: int, evaluation_size: int,
     intensity_range: Range | None, shortest: int,
 ) -> Answer:  # fmt: skip
@@ -323,6 +341,6 @@ JOBS: dict[str, Callable[..., Answer]] = {
     "size": _size,
     "deep range": _deep_range,
     "center": _center,
-    "fill": _fill,
+    "cache": _cache,
     "examine": _examine,
 }

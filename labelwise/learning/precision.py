@@ -93,7 +93,9 @@ def calibrate(
         seconds[name] = min(seconds_of(step, trial, device) for _ in range(_TIMED_STEPS))
     reference = losses["fp32 channels_last"]
     agreeing = [name for name in seconds if abs(losses[name] - reference) <= AGREEMENT * abs(reference)]
-    best = min(agreeing or ["fp32 channels_last"], key=lambda name: seconds[name])
+    if not agreeing:
+        return Precision("fp32", "channels_last", "the steps that were timed diverged"), seconds
+    best = min(agreeing, key=lambda name: seconds[name])
     number, layout = best.split()
     others = ", ".join(f"{name} {value * 1e3:.0f} ms" for name, value in seconds.items() if name != best)
     skipped = "" if has_bf16 else "; bf16 not tried: this processor has no bf16 arithmetic"

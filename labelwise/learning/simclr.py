@@ -52,7 +52,8 @@ class Learner:
             members: Images of the batch, (B,).
 
         Raises:
-            Diverged: The loss or a gradient is infinite or not a number; no weight was changed by it.
+            Diverged: The loss or a gradient is infinite or not a number; no weight was changed by it,
+                though batch norm has seen the batch.
         """
         self.optimizer.zero_grad(set_to_none=True)
         if self.micro_batch_size < len(members):
@@ -61,7 +62,9 @@ class Learner:
         else:
             loss = self.loss_of(self.project(make_views(members)))
             loss.backward()
-        found, length = torch.stack([loss.detach(), get_total_norm(self._gradients())]).tolist()  # waits once
+        found, length = torch.stack(
+            [loss.detach(), get_total_norm(self._gradients())]
+        ).tolist()  # the one wait of a step
         if not math.isfinite(found):
             raise Diverged(f"the loss is {found}")
         if not math.isfinite(length):

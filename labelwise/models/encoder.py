@@ -9,7 +9,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from labelwise.errors import DataError, UsageError
+from labelwise.errors import DataError, UsageError, is_out_of_memory
 
 SMALL_IMAGE = 96  # below this a stock stem throws most of the picture away (SimCLR, App. B.9, at 32 px)
 
@@ -75,12 +75,12 @@ def create_encoder(spec: EncoderSpec, *, pretrained: bool = False) -> Encoder:
     try:
         backbone = timm.create_model(spec.backbone, pretrained=pretrained, num_classes=0, **arguments)
     except Exception as error:  # networks raise whatever their arguments make of them, the hub's library too
+        if is_out_of_memory(error):
+            raise
         if pretrained and not isinstance(error, TypeError | ValueError | AssertionError):
             raise DataError(
                 f"backbone '{spec.backbone}': timm's weights could not be loaded: {error}"
             ) from None
-        if isinstance(error, MemoryError):
-            raise
         raise UsageError(
             f"backbone '{spec.backbone}' with {arguments}: timm refuses this: {type(error).__name__}: {error}"
         ) from None

@@ -1,16 +1,19 @@
 """Weights on disk: safetensors with everything needed to build the model again in the header."""
 
+import hashlib
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 
 from labelwise import rundir
 from labelwise.errors import CheckpointError, DataError
 from labelwise.models.encoder import Encoder, EncoderSpec, create_encoder
+
+_HASH = "sha256"  # name in the header
 
 
 def save_encoder(path: Path, encoder: Encoder, spec: EncoderSpec) -> None:
@@ -85,9 +88,10 @@ def _read_state(path: Path) -> dict[str, Any]:
 
 
 def save_module(path: Path, module: nn.Module, metadata: dict[str, str]) -> None:
-    """Write a module's state with a text header, in one step."""
+    """Write a module's state with a text header and a hash of what is in it, in one step."""
     state = {key: value.detach().cpu().contiguous().clone() for key, value in module.state_dict().items()}
-    rundir.write_atomically(path, lambda fresh: save_file(state, fresh, metadata))
+    header = {**metadata, _HASH: _hash(state)}
+    rundir.write_atomically(path, lambda fresh: save_file(state, fresh, header))
 
 
 def load_module(path: Path, module: nn.Module) -> None:
@@ -97,12 +101,35 @@ def load_module(path: Path, module: nn.Module) -> None:
         CheckpointError: The file is missing, damaged or holds another module.
     """
     try:
-        module.load_state_dict(load_file(path))
+        state = load_file(path)
+        module.load_state_dict(state)
     except (OSError, SafetensorError, RuntimeError) as error:
         raise CheckpointError(f"{path}: cannot be loaded: {error}") from None
+    if _read_header(path).get(_HASH) not in (
+        None,
+        _hash(state),
+    ):  # safetensors itself notices no flipped bit
+        raise CheckpointError(f"{path}: damaged: its weights are not those that were written; make it again.")
+
+
+def _hash(state: dict[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for key, value in sorted(state.items()):
+        digest.update(f"{key} {value.dtype} {tuple(value.shape)}\n".encode())
+        digest.update(value.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def read_metadata(path: Path) -> dict[str, str]:
+    """Read the text header of a safetensors file, but for our own hash.
+
+    Raises:
+        CheckpointError: The file is missing or damaged.
+    """
+    return {key: value for key, value in _read_header(path).items() if key != _HASH}
+
+
+def _read_header(path: Path) -> dict[str, str]:
     """Read the text header of a safetensors file.
 
     Raises:

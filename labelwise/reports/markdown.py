@@ -54,7 +54,7 @@ def render(document: dict[str, Any]) -> str:
     lines += [
         "## Commands",
         "",
-        *(f"    {entry['command']}" for entry in document["environment"]["commands"]),
+        *(f"    {' '.join(entry['command'].splitlines())}" for entry in document["environment"]["commands"]),
         "",
     ]
     return "\n".join(lines)

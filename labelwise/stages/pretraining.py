@@ -120,11 +120,7 @@ def pretrain(settings: PretrainSettings, *, becomes_latest: bool = True) -> RunD
             f"{settings.images}: its images changed since {run.path} was started; put them back, or start a new run with another --out."
         )
     spec = dataclasses.replace(spec, stem=plan.stem)
-    with hold(run):
-        if is_new and run.environment.exists():
-            raise UsageError(
-                f"{run.path}: another command began a run there just now; the same command again goes on with it."
-            )
+    with hold(run, is_new=is_new):
         if is_new:
             _write_start(run, settings, plan, device, images, cache, groups, lock, pool)
         if not run.near_copies.exists():
@@ -134,7 +130,7 @@ def pretrain(settings: PretrainSettings, *, becomes_latest: bool = True) -> RunD
 
         precision = Precision(plan.precision, plan.layout, plan.reason)
         learner = make_learner(settings, plan, spec, precision, device)
-        rundir.check_space(run.path, bytes_needed(learner.modules.values()), "checkpoints")
+        rundir.check_space(run.path, bytes_needed(run.checkpoints, learner.modules.values()), "checkpoints")
         _train(run, settings, plan, pool, spec.normalization, learner)
 
         save_module(
@@ -215,7 +211,7 @@ def _train(
                     raise LabelwiseError(f"{run.path}: {error} at step {at.step}; {advice}.") from None
                 except (MemoryError, RuntimeError) as error:
                     if is_out_of_memory(error):
-                        raise _no_memory(run, plan, at, learner) from None
+                        raise _no_memory(run, plan, at) from None
                     raise
 
                 losses.append(loss)
@@ -288,14 +284,13 @@ def _train(
                 saved_at = time.monotonic()
 
 
-def _no_memory(run: RunDirectory, plan: Plan, at: Position, learner: Learner) -> ResourceError:
-    """Save what was reached when memory ran out, and say what needs less of it."""
-    learner.optimizer.zero_grad(set_to_none=True)
-    save_checkpoint(run.checkpoints, at, learner.modules, learner.optimizer)
-    less = f"start anew with --micro-batch-size {plan.micro_batch_size // 2} (the same loss, slower), or "
+def _no_memory(run: RunDirectory, plan: Plan, at: Position) -> ResourceError:
+    """What to do when memory runs out in a step; half a step is not saved."""
+    part = plan.micro_batch_size // 2
+    less = f"start anew with --micro-batch-size {part} (the same loss, slower), or" if part >= 2 else "use"
     return ResourceError(
-        f"{run.path}: out of memory at step {at.step:,}, which is saved. Free some and run the same command again; else "
-        f"{less if plan.micro_batch_size >= 4 else ''}use a smaller --image-size."
+        f"{run.path}: out of memory at step {at.step:,}. Free some and run the same command again, which goes on from the "
+        f"last save; else {less} a smaller --image-size."
     )
 
 

@@ -9,6 +9,7 @@ from labelwise import rundir, terminal
 from labelwise.errors import CheckpointError, UsageError
 from labelwise.images.cache import list_caches
 from labelwise.measures.statistics import FEWEST_DRAWS
+from labelwise.ownership import hold
 from labelwise.predictions import read_predictions
 from labelwise.reports.text import over_encoders_in_words
 from labelwise.rundir import RunDirectory
@@ -139,7 +140,7 @@ def remove_run(path: Path) -> None:
     """Delete the folder of a run or a study, and `runs/latest` if it named this run.
 
     Raises:
-        UsageError: It is neither, or a link to one.
+        UsageError: It is neither, or a link to one, or a command is working on it.
     """
     path = rundir.as_listed(path)
     if path.is_symlink():
@@ -152,9 +153,10 @@ def remove_run(path: Path) -> None:
         )
     link = run.path.parent / rundir.LATEST.name
     was_latest = link.is_symlink() and link.resolve() == run.path
-    if was_latest:
-        link.unlink()
-    shutil.rmtree(run.path)
+    with hold(run):
+        if was_latest:
+            link.unlink()
+        shutil.rmtree(run.path)
     folders = {each.parent for each in run.path.parent.glob("*/encoder.safetensors")}
     names = {folder.name for folder in folders}
     left = [RunDirectory(each) for each in folders if each.name.rpartition("-seed-")[0] not in names]

@@ -72,7 +72,7 @@ def study(settings: StudySettings, pretraining: dict[str, Any] | None = None) ->
     keep_freed_memory()
     before = None if is_new else rundir.read_json(run.environment)["plan"]
     prepared = prepare(module, settings, usual, device, deadline, before)
-    with hold(run):
+    with hold(run, is_new=is_new):
         if is_new:
             how = {key: prepared.facts[key] for key in ("layout", "reason")}
             environment.start(

@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -51,6 +52,19 @@ def tally() -> Callable[[str], None]:
 @pytest.fixture
 def is_long(request: pytest.FixtureRequest) -> bool:
     return bool(request.config.getoption("--long"))
+
+
+@pytest.fixture
+def public() -> Iterator[Path]:
+    """A folder that every user may write to, for commands of a user who is not known."""
+    if os.geteuid():
+        pytest.skip("only root can become another user")
+    python = Path(sys.executable).resolve()
+    if not all(parent.stat().st_mode & 0o001 for parent in python.parents):
+        pytest.skip(f"other users may not run {python}")
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder).chmod(0o777)
+        yield Path(folder)
 
 
 @dataclass

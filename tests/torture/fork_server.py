@@ -2,19 +2,22 @@
 
 Reads one JSON request a line and answers each with one JSON line:
 
-    {"start": [words], "cwd", "environment", "out", "err", "faults": [...], "set": {"module:name": value}, "user": uid} -> {"pid"}
+    {"start": [words], "cwd", "environment", "unset": [names], "out", "err", "faults": [...],
+     "set": {"module:name": value}, "user": uid, "closed": is nobody reading} -> {"pid"}
     {"wait": pid, "seconds"} -> {"status"}: exit code, -signal, or null when it still runs
 
-A fault is {"at": "module:function", "call": n, "when": "before" | "after", and "exit": code, "signal": number or
-"raise": errno}: what happens at the n-th call of a function, counted from 1.
+A fault is {"at": "module:function", "call": n, "when": "before" | "after", and "exit": code, "signal": [numbers], "hang":
+seconds or "raise": the name of an errno, or an expression}: what happens at the n-th call of a function, counted from 1.
 """
 
+import contextlib
 import errno as errors
 import functools
 import importlib
 import json
 import os
 import signal
+import socket
 import sys
 import time
 import traceback
@@ -37,6 +40,8 @@ def main() -> None:
             pid = os.fork()
             if not pid:
                 run(request)
+            with contextlib.suppress(PermissionError, ProcessLookupError):
+                os.setpgid(pid, pid)  # before anybody can want to kill the group
             answer: dict[str, Any] = {"pid": pid}
         else:
             answer = {"status": wait(request["wait"], request["seconds"])}
@@ -55,15 +60,23 @@ def wait(pid: int, seconds: float) -> int | None:
 
 def run(request: dict[str, Any]) -> NoReturn:
     """Be the command."""
-    os.setsid()
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     for descriptor, place in ((0, os.devnull), (1, request["out"]), (2, request["err"])):
         opened = os.open(place, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
         os.dup2(opened, descriptor)
         os.close(opened)
+    if request.get("closed"):
+        for descriptor in (1, 2):  # a pipe whose reader has gone away
+            read, write = os.pipe()
+            os.dup2(write, descriptor)
+            os.close(read)
+            os.close(write)
     os.chdir(request["cwd"])
     os.environ.update(request["environment"])
     for name in request.get("unset", ()):
         os.environ.pop(name, None)
+    socket.socket.connect = no_network  # type: ignore[method-assign]
+    socket.getaddrinfo = no_network  # type: ignore[assignment]
     for place, value in request.get("set", {}).items():
         module, name = place.split(":")
         setattr(importlib.import_module(module), name, value)
@@ -88,6 +101,10 @@ def run(request: dict[str, Any]) -> NoReturn:
     except OSError:
         code = code or 1
     os._exit(code if isinstance(code, int) else 0 if code is None else 1)
+
+
+def no_network(*arguments: Any) -> NoReturn:
+    raise OSError(errors.ENETUNREACH, "the network is blocked")
 
 
 def arm(fault: dict[str, Any]) -> None:
@@ -118,7 +135,10 @@ def strike(fault: dict[str, Any]) -> None:
     if "raise" in fault:
         number = getattr(errors, fault["raise"], None)
         raise OSError(number, os.strerror(number)) if number else eval(fault["raise"])
-    for number in fault["signal"]:
+    if "hang" in fault:
+        print("hanging", file=sys.stderr, flush=True)
+        time.sleep(fault["hang"])
+    for number in fault.get("signal", ()):
         os.kill(os.getpid(), number)
 
 

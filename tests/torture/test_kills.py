@@ -1,4 +1,4 @@
-"""SIGKILL at any moment, and a process that ends at any system call: the same command goes on to the same tensors, bit by bit."""
+"""SIGKILL at any moment, and a process that ends at a chosen call: the same command goes on to the same tensors, bit by bit."""
 
 import random
 import shutil
@@ -23,12 +23,11 @@ def test_runs_killed_at_random_moments_end_in_the_same_tensors(
     chance, clock = random.Random(seed), 0.0
     for stage, trials in (LONG if is_long else SHORT).items():
         for trial in range(trials):
-            run = RunDirectory(work.folder / f"{stage}-{trial}")
-            if stage == "finetune":
-                shutil.copytree(undisturbed.pretrained, run.path)
-            else:
-                begun = time.monotonic()
-            for _ in range(10):
+            begun = time.monotonic()
+            for attempt in range(10):
+                run = RunDirectory(work.folder / f"{stage}-{trial}-{attempt}")
+                if stage == "finetune":
+                    shutil.copytree(undisturbed.pretrained, run.path)
                 command = work.start(stage, run.path)
                 if stage == "pretrain":
                     wait_for(lambda run=run: list(run.checkpoints.glob("step-*")), command)
@@ -60,7 +59,9 @@ FAULTS = [  # function, which call of it in pretrain, in finetune
     ("labelwise.rundir:write_atomically", 1, 1),
     ("labelwise.rundir:write_atomically", 3, 9),
     ("labelwise.rundir:append_jsonl", 4, None),
-    ("os:fsync", 2, 2),
+    ("os:fsync", 1, 2),
+    ("os:fsync", 2, 3),
+    ("os:fsync", 3, None),
     ("os:fsync", 15, 11),
     ("os:replace", 2, 4),
     ("labelwise.learning.checkpoint:save_file", 2, None),
