@@ -25,6 +25,7 @@ from labelwise.errors import (
     UsageError,
     is_out_of_memory,
 )
+from labelwise.interruption import asking_to_end
 from labelwise.options import parameters, parse, with_parameters
 from labelwise.recipes import find_recipe, list_recipes
 
@@ -45,7 +46,9 @@ def main() -> NoReturn:
     """Run the command line; every error a user can cause ends in one block and an exit code."""
     debug = "--debug" in sys.argv
     sys.argv = [word for word in sys.argv if word != "--debug"]
-    signal.signal(signal.SIGTERM, _terminated)
+    for number in asking_to_end():
+        if number != signal.SIGINT:  # which raises KeyboardInterrupt by itself
+            signal.signal(number, _terminated)
     try:
         app()
     except Interrupted as error:

@@ -304,6 +304,11 @@ class PretrainSettings(Settings):
         json_schema_extra={"panel": "Training"},
     )
     device: str = Field("auto", description="auto, cpu, cuda or mps", json_schema_extra={"panel": "Training"})
+    deterministic: bool = Field(
+        False,
+        description="off by default: the same bits on a GPU too however often it is interrupted; slower (a CPU always gives them)",
+        json_schema_extra={"panel": "Training"},
+    )
     seed: int = Field(
         0,
         ge=0,

@@ -24,9 +24,17 @@ class StopRequest:
             raise Interrupted(words, self.signal_number)
 
 
+def asking_to_end() -> list[signal.Signals]:
+    """Signals by which somebody asks for an end, but for those that are ignored."""
+    asking = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    return [number for number in asking if signal.getsignal(number) != signal.SIG_IGN]
+
+
 @contextmanager
 def stop_between_steps() -> Iterator[StopRequest]:
-    """Within this block SIGINT and SIGTERM set a flag; a second one raises KeyboardInterrupt.
+    """Within this block a signal that asks for an end sets a flag; a second one raises KeyboardInterrupt.
+
+    Those are SIGINT, SIGTERM, and SIGHUP of a terminal that is gone, unless `nohup` has it ignored.
 
     Off the main thread, where Python allows no signal handlers, the flag stays unset.
     """
@@ -40,7 +48,7 @@ def stop_between_steps() -> Iterator[StopRequest]:
             raise KeyboardInterrupt
         request.signal_number = number
 
-    previous = {number: signal.signal(number, remember) for number in (signal.SIGINT, signal.SIGTERM)}
+    previous = {number: signal.signal(number, remember) for number in asking_to_end()}
     try:
         yield request
     finally:

@@ -25,7 +25,7 @@ from labelwise.recipes import find_recipe, list_recipes
 RECIPES = sorted((Path(__file__).parent.parent / "recipes").glob("*.toml"))
 
 # Every option: what is typed, and what it means. None of them is the default.
-TYPED: dict[type[Settings], dict[str, tuple[str, Any]]] = {
+TYPED: dict[type[Settings], dict[str, tuple[str | None, Any]]] = {
     PretrainSettings: {
         "images": ("a b/ä", Path("a b/ä")),
         "out": ("runs/x", Path("runs/x")),
@@ -73,6 +73,7 @@ TYPED: dict[type[Settings], dict[str, tuple[str, Any]]] = {
         "time_limit": ("1h30m", "1h30m"),
         "precision": ("fp32", "fp32"),
         "device": ("cpu", "cpu"),
+        "deterministic": (None, True),
         "seed": ("3", 3),
     },
     FinetuneSettings: {
@@ -146,7 +147,7 @@ def test_every_setting_is_in_the_table_of_this_test(settings: type[Settings]) ->
 def test_every_setting_can_be_given_on_the_command_line(settings: type[Settings], name: str) -> None:
     typed, expected = TYPED[settings][name]
     words = ["photos"] if settings is PretrainSettings and name != "images" else []
-    words += [typed] if name == "images" else [_option(name), typed]
+    words += [typed] if name == "images" else [_option(name), *([typed] if typed is not None else [])]
     given = dict(_command(settings).make_context(settings.table, words).params)
     del given["recipe"], given["json"]
     found = settings.resolve(parse(settings, given))

@@ -4,6 +4,7 @@ bfloat16 made a narrow ResNet four times faster on one processor and is tens of 
 (recipes/LOG.md), so `calibrate` times a few real steps and keeps the fastest whose loss agrees.
 """
 
+import os
 import platform
 import time
 from collections.abc import Callable
@@ -58,6 +59,16 @@ def choose_device(wish: str) -> torch.device:
         names = ", ".join(name for name, is_there in there.items() if is_there)
         raise UsageError(f"--device {wish}: not available on this machine; available: {names}.")
     return torch.device(wish)
+
+
+def compute_deterministically() -> None:
+    """Let torch choose, in this process, only kernels that give the same bits each time; one that has none raises.
+
+    Source: torch documentation, notes on reproducibility.
+    """
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA's first matrix product runs
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = False
 
 
 def device_name(device: torch.device) -> str:

@@ -162,21 +162,26 @@ def _lines(axes: Axes, table: dict[str, Any]) -> None:
         axes.legend(frameon=False, labelcolor="linecolor", fontsize=9)
 
 
+_NUMBER = 12  # points of a bar that the number beside it takes
+
+
 def _bars(axes: Axes, table: dict[str, Any]) -> None:
     """A bar for each cell with its interval, and a mark where the paper's number is."""
     names, place = [], 0
     for number, (row, cells) in enumerate(zip(table["rows"], table["cells"], strict=True)):
         for column, cell in enumerate(cells):
             color = _LINES[column % len(_LINES)]
+            paper = table["paper"]["cells"][number][column] if table["paper"] else None
             if cell:
                 mean = 100 * cell["mean"]
                 axes.barh(place, mean, color=color, height=0.68)
                 if cell["low"] is not None:
                     axes.plot([100 * cell["low"], 100 * cell["high"]], [place, place], color=INK, linewidth=1.4)  # fmt: skip
                 else:
-                    axes.text(mean, place, f"  {mean:.1f}", va="center", fontsize=9)
-            if table["paper"]:
-                axes.plot(table["paper"]["cells"][number][column], place, "D", color=INK, markersize=5, fillstyle="none")  # fmt: skip
+                    covered = paper is not None and 0 <= paper - mean < _NUMBER
+                    axes.text(paper if covered else mean, place, f"  {mean:.1f}", va="center", fontsize=9)
+            if paper is not None:
+                axes.plot(paper, place, "D", color=INK, markersize=5, fillstyle="none")  # fmt: skip
             names.append(f"{row}, {table['columns'][column]}" if len(cells) > 1 else row)
             place += 1
     axes.set_yticks(range(len(names)), names)

@@ -36,7 +36,7 @@ from labelwise.learning.optimization import (
     set_rate,
     warmup_cosine,
 )
-from labelwise.learning.precision import Precision, choose_device, device_name
+from labelwise.learning.precision import Precision, choose_device, compute_deterministically, device_name
 from labelwise.learning.simclr import Diverged, Learner
 from labelwise.measures import health
 from labelwise.models.encoder import check_backbone
@@ -99,6 +99,8 @@ def pretrain(settings: PretrainSettings, *, becomes_latest: bool = True) -> RunD
         return run
     keep_freed_memory()
     device = choose_device(settings.device)
+    if settings.deterministic:
+        compute_deterministically()
     check_backbone(settings.backbone)
     torch.manual_seed(settings.seed)
 

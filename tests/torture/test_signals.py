@@ -1,4 +1,4 @@
-"""SIGTERM, Ctrl-C and a second Ctrl-C in every phase: out within ten seconds, nobody left behind, and the same command goes on."""
+"""A lost terminal, SIGTERM, Ctrl-C and a second Ctrl-C in every phase: out within ten seconds, nobody left behind, and the same command goes on."""
 
 import os
 import shutil
@@ -21,7 +21,12 @@ PHASES = {  # stage, function that is running when the signal comes, which call 
     "comparison": ("finetune", "labelwise.stages.comparing:store_predictions", 4),
     "report": ("finetune", "labelwise.reports.html:render", 1),
 }
-SIGNALS = {"SIGTERM": [signal.SIGTERM], "SIGINT": [signal.SIGINT], "SIGINT twice": [signal.SIGINT] * 2}
+SIGNALS = {
+    "SIGHUP": [signal.SIGHUP],
+    "SIGTERM": [signal.SIGTERM],
+    "SIGINT": [signal.SIGINT],
+    "SIGINT twice": [signal.SIGINT] * 2,
+}
 
 
 def readers_of(cache: Path) -> list[int]:
@@ -53,7 +58,7 @@ def test_a_signal_ends_a_command_soon_and_the_next_one_goes_on(
     fault = {"at": at, "call": call, "when": "before", "signal": SIGNALS[name]}
     started = time.monotonic()
     command = work.start(stage, run.path, faults=[fault], **more)
-    assert command.wait() == (143 if name == "SIGTERM" else 130), command.words
+    assert command.wait() == 128 + SIGNALS[name][0], command.words
     assert time.monotonic() - started < 60
     assert "Traceback" not in command.words
     deadline = time.monotonic() + 5
@@ -74,7 +79,7 @@ def test_a_signal_ends_a_scan(server: Server, digits: Path, name: str, tally: Ca
         "signal": SIGNALS[name],
     }
     command = server.start("scan", digits, faults=[fault])
-    assert command.wait(10) == (143 if name == "SIGTERM" else 130)
+    assert command.wait(10) == 128 + SIGNALS[name][0]
     assert "Traceback" not in command.words
     assert command.printed == ""
     tally("signal in a phase, out in time, continued to the same tensors")

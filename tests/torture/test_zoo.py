@@ -52,7 +52,7 @@ def test_every_file_gets_the_verdict_it_should_have_from_every_command(
 
     run = RunDirectory(tmp_path / "run")
     work.finish("pretrain", run.path)
-    check(by_name(read_json(run.data)["quarantine"]), expected, "pretrain")
+    check(by_name(read_json(run.data)["quarantined"]), expected, "pretrain")
 
     work.finish("finetune", run.path)
     unreadable = {name for name, verdict in expected.items() if verdict not in (FINE, SKIPPED)}
@@ -101,6 +101,6 @@ def test_a_folder_that_may_only_be_read_is_enough(
         "pretrain", run.path, user=12345, environment=surroundings
     )
     assert "Traceback" not in command.words
-    (entry,) = read_json(run.data)["quarantine"]
+    (entry,) = read_json(run.data)["quarantined"]
     assert entry == {"file": str(hidden.relative_to(images)), "reason": "cannot be read (Permission denied)"}
     tally("unknown user without a home, images read-only")
