@@ -5,6 +5,8 @@ Stages are imported inside the commands: `labelwise --help` must not wait for to
 
 import errno
 import math
+import os
+import re
 import signal
 import sys
 import traceback
@@ -281,13 +283,17 @@ def _run_as_typed(words: list[str]) -> None:
 
 def _resource_words(error: Exception) -> str | None:
     """What to say when memory or disk ran out; None for any other error."""
-    is_full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-    if is_full or f"(os error {errno.ENOSPC})" in str(error):  # safetensors says it in words only
-        return (
-            f"{getattr(error, 'filename', None) or 'disk'}: full; free some and run the same command again."
-        )
-    if isinstance(error, OSError) and error.errno == errno.EFBIG:
-        return f"{error.filename or 'a file'}: larger than this system allows; name another place for it."
+    number = error.errno if isinstance(error, OSError) else None
+    told = re.search(r"\(os error (\d+)\)", str(error))  # safetensors says it in words only
+    if number is None and told:
+        number = int(told.group(1))
+    place = getattr(error, "filename", None)
+    if number in (errno.ENOSPC, errno.EDQUOT):
+        return f"{place or 'disk'}: full; free some and run the same command again."
+    if number == errno.EFBIG:
+        return f"{place or 'a file'}: larger than this system allows; name another place for it."
+    if number in (errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO):
+        return f"{place or 'a file'}: cannot be used ({os.strerror(number)}); mend that and run the same command again."
     if is_out_of_memory(error):
         return "out of memory; use a smaller --batch-size or --image-size."
     return None

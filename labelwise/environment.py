@@ -59,7 +59,8 @@ def finish(run: RunDirectory, seconds: float) -> None:
 def command_line() -> str:
     """The command the user typed, or how we were called from Python."""
     name = os.path.basename(sys.argv[0])
-    return shlex.join(["labelwise", *sys.argv[1:]]) if name in ("labelwise", "__main__.py") else "Python"
+    words = shlex.join(["labelwise", *sys.argv[1:]]) if name in ("labelwise", "__main__.py") else "Python"
+    return words.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def now() -> str:

@@ -5,7 +5,7 @@
     ├── DataError           3  the images or labels cannot be used as asked
     ├── CheckpointError     4  a run folder or checkpoint is damaged or not ours
     ├── ResourceError       5  memory or disk ran out
-    └── Interrupted   130/143  Ctrl-C or SIGTERM, after saving
+    └── Interrupted   130, ...  Ctrl-C (130), SIGTERM (143) or a lost terminal (129), after saving
 
 Each carries one short block of text: what is wrong, where, what to do.
 A bug is never wrapped in one of these; it keeps its traceback.

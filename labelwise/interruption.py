@@ -1,4 +1,4 @@
-"""Stop between two steps, not inside one: the first signal is remembered, the second one acts at once."""
+"""Stop between two steps, not inside one: the first signal is remembered, a second Ctrl-C acts at once."""
 
 import signal
 import threading
@@ -32,7 +32,7 @@ def asking_to_end() -> list[signal.Signals]:
 
 @contextmanager
 def stop_between_steps() -> Iterator[StopRequest]:
-    """Within this block a signal that asks for an end sets a flag; a second one raises KeyboardInterrupt.
+    """Within this block a signal that asks for an end sets a flag; Ctrl-C after that raises KeyboardInterrupt.
 
     Those are SIGINT, SIGTERM, and SIGHUP of a terminal that is gone, unless `nohup` has it ignored.
 
@@ -44,9 +44,10 @@ def stop_between_steps() -> Iterator[StopRequest]:
         return
 
     def remember(number: int, frame: FrameType | None) -> None:
-        if request:
+        if not request:
+            request.signal_number = number
+        elif number == signal.SIGINT:  # others come twice when a terminal closes or a scheduler insists
             raise KeyboardInterrupt
-        request.signal_number = number
 
     previous = {number: signal.signal(number, remember) for number in asking_to_end()}
     try:

@@ -5,6 +5,7 @@ import fcntl
 import json
 import os
 import socket
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,8 +13,9 @@ from typing import Any
 
 from labelwise.environment import command_line, now
 from labelwise.errors import UsageError
-from labelwise.rundir import RunDirectory
+from labelwise.rundir import RunDirectory, write_text
 
+_CONSENT_SECONDS = 0.3  # longer than a file takes to be seen by others
 _BOOT = Path("/proc/sys/kernel/random/boot_id")  # Linux only
 
 
@@ -21,8 +23,8 @@ _BOOT = Path("/proc/sys/kernel/random/boot_id")  # Linux only
 def hold(run: RunDirectory, *, is_new: bool = False) -> Iterator[None]:
     """Keep other commands from writing a run; its folder is created if it is not there.
 
-    The system lets go of the folder when this process ends, however it ends. Where the file system has no
-    locks, the file `owner.json` alone keeps others out; that of a process that is gone is taken over, unless it ran on
+    The system lets go of `owner.json`, which is locked, when this process ends, however it ends. On a file system
+    without locks what is written in it keeps others out: that of a process that is gone is taken over, unless it ran on
     another machine, where nobody here can look.
 
     Args:
@@ -33,47 +35,49 @@ def hold(run: RunDirectory, *, is_new: bool = False) -> Iterator[None]:
         UsageError: Another command holds it, or has begun a run there since.
     """
     run.path.mkdir(parents=True, exist_ok=True)
-    folder, ours = os.open(run.path, os.O_RDONLY), _owner()
+    ours, file = _owner(), _lock(run)
     try:
-        try:
-            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno == errno.EWOULDBLOCK:
-                raise _refusal(run, _read_owner(run.owner)) from None
+        if file is None:
             _claim(run, ours)
         else:
-            run.owner.write_text(ours, encoding="utf-8")
-        try:
-            if is_new and run.environment.exists():
-                raise UsageError(
-                    f"{run.path}: another command began a run there just now; run this one again."
-                )
-            yield
-        finally:
-            if _read(run.owner) == ours:
-                run.owner.unlink(missing_ok=True)
+            os.truncate(file, 0)
+            os.pwrite(file, ours.encode(), 0)
+        if is_new and run.environment.exists():
+            raise UsageError(f"{run.path}: another command began a run there just now; run this one again.")
+        yield
     finally:
-        os.close(folder)
+        if _read(run.owner) == ours:
+            run.owner.unlink(missing_ok=True)
+        if file is not None:
+            os.close(file)
+
+
+def _lock(run: RunDirectory) -> int | None:
+    """Lock the record, a file, as file systems over a network know no lock of a folder; None where there are no locks."""
+    while True:
+        file = os.open(run.owner, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if run.owner.exists() and os.path.samestat(os.fstat(file), run.owner.stat()):
+                return file
+            os.close(file)  # of a command that ended in between and deleted it
+        except OSError as error:
+            os.close(file)
+            if error.errno == errno.EWOULDBLOCK:
+                raise _refusal(run, _read_owner(run.owner)) from None
+            return None
 
 
 def _claim(run: RunDirectory, ours: str) -> None:
-    """Write down that the run is ours, without a lock."""
-    try:
-        with run.owner.open("x", encoding="utf-8") as file:
-            file.write(ours)
-        return
-    except FileExistsError:
-        text, owner = _read(run.owner), _read_owner(run.owner)
+    """Write down that the run is ours, without a lock; of several who do at once the last one is it."""
     by_hand = f", or delete {run.owner} if it is over"
-    if owner is None or not _is_gone(owner):
-        raise _refusal(run, owner, by_hand)
-    aside = run.owner.with_name(f".{run.owner.name}-{os.getpid()}")
-    run.owner.rename(aside)
-    if _read(aside) != text:  # another process took it over in between
-        aside.rename(run.owner)
+    before = _read_owner(run.owner)
+    if before is not None and not _is_gone(before):
+        raise _refusal(run, before, by_hand)
+    write_text(run.owner, ours)
+    time.sleep(_CONSENT_SECONDS)
+    if _read(run.owner) != ours:
         raise _refusal(run, _read_owner(run.owner), by_hand)
-    aside.unlink()
-    _claim(run, ours)
 
 
 def _owner() -> str:
@@ -93,27 +97,33 @@ def _boot() -> str | None:
 
 
 def _read(file: Path) -> str:
-    return file.read_text(encoding="utf-8") if file.exists() else ""
+    try:
+        return file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        return ""
 
 
 def _read_owner(file: Path) -> dict[str, Any] | None:
+    """What is written in a record; None where it is being written this moment, or a kill left it half written."""
     try:
         found = json.loads(_read(file))
-        return {name: found[name] for name in ("host", "boot", "pid", "command", "since")}
-    except (OSError, ValueError, KeyError, TypeError):
-        return None  # being written this moment
+        return {
+            **{name: found[name] for name in ("host", "boot", "command", "since")},
+            "pid": int(found["pid"]),
+        }
+    except (ValueError, KeyError, TypeError):
+        return None
 
 
 def _is_gone(owner: dict[str, Any]) -> bool:
     """Whether the process ran on this machine and runs no more."""
     if owner["host"] != socket.gethostname():
         return False
-    if (
-        owner["boot"] != _boot() or owner["pid"] == os.getpid()
-    ):  # in a container the next process has the same number
+    # in a container the next process has the same number; two that live at once have hosts of their own
+    if owner["boot"] != _boot() or owner["pid"] == os.getpid():
         return True
     try:
-        os.kill(int(owner["pid"]), 0)
+        os.kill(owner["pid"], 0)
     except ProcessLookupError:
         return True
     except PermissionError:

@@ -204,7 +204,17 @@ class _Csv:
 
 def _no_formula(text: str, before: str) -> str:
     """A text with a mark before it if a spreadsheet would compute it; `./` leaves a path the same path."""
-    return before + text if text.startswith(("=", "+", "-", "@", "\t", "\r")) else text
+    if not text.startswith(("=", "+", "-", "@", "\t", "\r")) or _is_number(text):
+        return text
+    return before + text
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
 
 
 class _Parquet:

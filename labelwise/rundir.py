@@ -17,6 +17,7 @@ finetune/             results.jsonl, predictions.parquet, label_check.json (labe
 report.html, report.md, report.json, model-card.md (of the classifier)
 """
 
+import fcntl
 import json
 import os
 import shutil
@@ -201,6 +202,17 @@ def check_space(folder: Path, needed: int, what: str) -> None:
         )
 
 
+def flush(path: Path) -> None:
+    """Wait until a file or folder is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+        if hasattr(fcntl, "F_FULLFSYNC"):  # macOS: fsync stops at the drive's own memory
+            fcntl.fcntl(descriptor, fcntl.F_FULLFSYNC)
+    finally:
+        os.close(descriptor)
+
+
 def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
     """Let `write` fill a file beside `path`, then move it into place, so `path` is never half written."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -209,10 +221,10 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
     fresh = Path(name)
     try:
         write(fresh)
-        with fresh.open("rb+") as file:
-            os.fsync(file.fileno())
+        flush(fresh)
         fresh.chmod(0o644)
         os.replace(fresh, path)
+        flush(path.parent)
     finally:
         fresh.unlink(missing_ok=True)
 

@@ -4,10 +4,11 @@ Results go to stdout (`emit*`), everything else to stderr. No text of the user's
 ever read as markup. Off a terminal, progress is a plain line now and then instead of a bar.
 """
 
+import errno
 import json
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol, TextIO
 
@@ -153,10 +154,31 @@ def _figures(figures: dict[str, float], rate: float, unit: str) -> str:
     return "  ".join([*shown, f"{rate:,.0f} {unit}/s" if rate >= 10 else f"{rate:.1f} {unit}/s"])
 
 
+class _WhileItLasts:
+    """Standard error; when whoever read it is gone, work goes on unseen."""
+
+    def write(self, text: str) -> int:
+        return self._unless_gone(sys.stderr.write, text) or len(text)
+
+    def flush(self) -> None:
+        self._unless_gone(sys.stderr.flush)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(sys.stderr, name)
+
+    def _unless_gone(self, do: Callable[..., Any], *arguments: str) -> Any:
+        try:
+            return do(*arguments)
+        except OSError as error:
+            if error.errno not in (errno.EIO, errno.EPIPE):  # of a terminal, of a pipe
+                raise
+
+
 def _console(stream: TextIO) -> Console:
     wide = None if stream.isatty() else _WIDE
+    file: Any = _WhileItLasts() if stream is sys.stderr else stream
     return Console(
-        file=stream, highlight=False, markup=False, emoji=False, soft_wrap=not stream.isatty(), width=wide
+        file=file, highlight=False, markup=False, emoji=False, soft_wrap=not stream.isatty(), width=wide
     )
 
 

@@ -254,6 +254,19 @@ def test_a_table_as_windows_saves_it_is_read_and_told(tmp_path: Path) -> None:
     assert note == "labels.csv: read as Windows-1252, as it is not UTF-8"
 
 
+def test_a_line_of_json_lines_ends_where_it_ends(tmp_path: Path) -> None:
+    lines = '{"file_name": "a.jpg", "label": "x\u2028y"}\r\n{"file_name": "b.jpg", "label": "z"}\n'
+    assert pairs(written(tmp_path, lines, "labels.jsonl")) == [("a.jpg", "x\u2028y"), ("b.jpg", "z")]
+
+
+def test_a_folder_in_place_of_a_table_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "labels.csv").mkdir()
+    assert (
+        refusal(tmp_path / "labels.csv")
+        == f"--labels {tmp_path}/labels.csv: cannot be read (Is a directory)."
+    )
+
+
 def test_a_missing_file_is_refused(tmp_path: Path) -> None:
     assert refusal(tmp_path / "lables.csv") == f"--labels {tmp_path}/lables.csv: no such file."
 
@@ -265,6 +278,12 @@ def test_a_missing_file_is_refused(tmp_path: Path) -> None:
         ('{"file_name": "a.jpg", "label": \n', "labels.jsonl", "not JSON lines"),
         ("", "labels.jsonl", "labels.jsonl: "),
         ("[1, 2]\n", "labels.jsonl", "labels.jsonl: "),
+        ("[" * 100_000 + "\n", "labels.jsonl", "not a table: maximum recursion"),
+        (
+            'file_name,label\na.jpg,"' + "x" * 200_000,
+            "labels.csv",
+            "not a table: field larger than field limit",
+        ),
     ],
 )
 def test_a_broken_file_is_refused_and_never_a_traceback(

@@ -74,7 +74,7 @@ def test_a_folder_is_given_back_after_an_error(run: RunDirectory) -> None:
 
 def test_an_owner_that_cannot_be_read_yet_keeps_others_out_all_the_same(run: RunDirectory) -> None:
     with hold(run):
-        run.owner.write_text("")
+        os.truncate(run.owner, 0)
         with pytest.raises(UsageError, match="another labelwise command is working on it"), hold(run):
             pass
         assert run.owner.exists()
@@ -137,3 +137,27 @@ def test_a_run_that_another_command_began_meanwhile_is_not_begun_again(run: RunD
         pass
     with hold(run):
         pass
+
+
+def test_a_lock_that_is_free_is_ours_whatever_is_written(run: RunDirectory) -> None:
+    """A container that was killed leaves the record of a host that will never be again."""
+    with hold(run):
+        owner = json.loads(run.owner.read_text())
+    write_json(run.owner, owner | {"host": "0a1b2c3d4e5f"})
+    with hold(run):
+        assert json.loads(run.owner.read_text())["host"] == socket.gethostname()
+
+
+@pytest.mark.usefixtures("without_locks")
+def test_of_two_that_take_over_at_once_the_later_one_is_it(
+    run: RunDirectory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def another(seconds: float) -> None:
+        write_json(
+            run.owner, {"host": "elsewhere", "boot": None, "pid": 7, "command": "labelwise", "since": "now"}
+        )
+
+    monkeypatch.setattr("labelwise.ownership.time.sleep", another)
+    with pytest.raises(UsageError, match="process 7 on elsewhere"), hold(run):
+        pass
+    assert json.loads(run.owner.read_text())["pid"] == 7, "it is not ours to delete"

@@ -222,6 +222,11 @@ def test_a_table_holds_no_formula(run: RunDirectory, digits: Path, tmp_path: Pat
     rows = rows_of(tmp_path / "out.csv")
     assert [row["file"] for row in rows] == ["./-rf.png", "./=1+1.png", "./@x.png", "plain.png"]
     assert all(row["label"].startswith("'=") and row["second_label"].startswith("'=") for row in rows)
+    rundir.write_json(copy.classifier_json, {**facts, "classes": [f"-{name}" for name in facts["classes"]]})
+    predict(copy, [tmp_path / "new"], tmp_path / "numbers.csv")
+    assert all(row["label"].startswith("-") for row in rows_of(tmp_path / "numbers.csv")), (
+        "a number is no formula"
+    )
     predict(copy, [tmp_path / "new"], tmp_path / "out.parquet")
     table = pq.read_table(tmp_path / "out.parquet").to_pylist()
     assert [row["file"] for row in table] == ["-rf.png", "=1+1.png", "@x.png", "plain.png"]

@@ -28,7 +28,7 @@ from labelwise.images import decoding
 from labelwise.images.decoding import Pixels, Range, UnreadableImage
 from labelwise.images.readers import Readers
 from labelwise.images.source import ImageSet
-from labelwise.rundir import cache_root, write_json
+from labelwise.rundir import cache_root, flush, write_json
 
 _VERSION = 5  # of what the files in a cache mean
 _SAMPLED = 10_000  # images whose mean and spread stand for the set's
@@ -156,21 +156,24 @@ def read_evaluations(
         DataError: An image cannot be read.
     """
     shortest = max(decoding.SHORTEST, decoding.evaluation_short_side(size))
-
     arguments = {"size": size, "intensity_range": intensity_range, "shortest": shortest}
+    kept: list[int] = []
+    pixels: list[Pixels] = []
     with Readers("center", **arguments) as readers:
-        for start in range(0, len(rows), _DECODED):
-            chunk, kept, pixels = rows[start : start + _DECODED].tolist(), [], []
-            for row, answer in zip(chunk, readers.map(chunk, images.locate), strict=True):
-                if not isinstance(answer, UnreadableImage):
-                    kept.append(row)
-                    pixels.append(np.frombuffer(answer[1], np.uint8).reshape(size, size, 3))
-                elif left_out is None:
-                    raise DataError(f"{images.names[row]}: could be read before, and now not: {answer}")
-                else:
-                    left_out.append({"file": images.names[row], "reason": str(answer)})
-            if kept:
+        asked = rows.tolist()
+        for row, answer in zip(asked, readers.map(asked, images.locate), strict=True):
+            if not isinstance(answer, UnreadableImage):
+                kept.append(row)
+                pixels.append(np.frombuffer(answer[1], np.uint8).reshape(size, size, 3))
+            elif left_out is None:
+                raise DataError(f"{images.names[row]}: could be read before, and now not: {answer}")
+            else:
+                left_out.append({"file": images.names[row], "reason": str(answer)})
+            if len(kept) == _DECODED:
                 yield np.array(kept), np.stack(pixels)
+                kept, pixels = [], []
+    if kept:
+        yield np.array(kept), np.stack(pixels)
 
 
 def sample_sizes(images: ImageSet, count: int = 200) -> npt.NDArray[np.int64]:
@@ -271,7 +274,8 @@ def _fill(
             is_last = rows.stop == count
             if is_last or time.monotonic() - saved_at > _SAVE_SECONDS:
                 for array in (squares, evaluations, sizes, keys, shots):
-                    _sync(array)
+                    array.flush()
+                    flush(Path(str(array.filename)))  # what the readers wrote into it
                 if not is_last:
                     write_json(folder / _PROGRESS, facts)
                 saved_at = time.monotonic()
@@ -343,13 +347,6 @@ def _read_progress(folder: Path, forms: dict[str, Form]) -> dict[str, Any] | Non
         pass
     path.unlink(missing_ok=True)
     return None
-
-
-def _sync(array: np.memmap[Any, Any]) -> None:
-    """Put on the disk what was written into the map, and what the readers wrote into the file."""
-    array.flush()
-    with open(str(array.filename), "rb") as file:
-        os.fsync(file.fileno())
 
 
 def _forget_pages(array: np.memmap[Any, Any]) -> None:

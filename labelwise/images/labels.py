@@ -74,21 +74,28 @@ def read_label_table(file: Path, group_column: str | None = None) -> tuple[list[
     """
     if not file.exists():
         raise DataError(f"--labels {file}: no such file.")
-    columns, rows, notes = (
-        _read_jsonl(file) if file.suffix.lower() in (".jsonl", ".ndjson") else _read_delimited(file)
-    )
+    read = _read_jsonl if file.suffix.lower() in (".jsonl", ".ndjson") else _read_delimited
+    try:
+        columns, rows, notes = read(file)
+    except OSError as error:
+        raise DataError(f"--labels {file}: cannot be read ({error.strerror}).") from None
+    except (csv.Error, RecursionError) as error:
+        raise DataError(f"{file}: not a table: {error}.") from None
     if group_column is not None:
         _column(file, columns, (group_column,), "group")
-    filled = {name: [str(row[name]).strip() for _, row in rows if row.get(name)] for name in columns}
+
+    def filled(name: str) -> list[str]:
+        return [str(row[name]).strip() for _, row in rows if row.get(name)]
+
     path_columns: tuple[str, ...] = PATH_COLUMNS
     if not any(name in columns for name in PATH_COLUMNS):
-        path_columns = tuple(name for name, cells in filled.items() if _are_files(cells))
+        path_columns = tuple(name for name in columns if _are_files(filled(name)))
     known_columns = (*PATH_COLUMNS, *ID_COLUMNS)
     path_column = _column(file, columns, path_columns if len(path_columns) == 1 else known_columns, "path")
     label_columns = tuple(name for name in LABEL_COLUMNS if name in columns)
     if not label_columns and group_column is None:
-        others = {name: filled[name] for name in columns if name not in (path_column, group_column, "split")}
-        label_columns = tuple(others) if len(others) == 1 and _are_classes(*others.values()) else ()
+        others = tuple(name for name in columns if name not in (path_column, "split"))
+        label_columns = others if len(others) == 1 and _are_classes(filled(others[0])) else ()
     has_labels = group_column is None or bool(label_columns)
     label_column = _column(file, columns, label_columns or LABEL_COLUMNS, "label") if has_labels else None
     notes += [
@@ -235,7 +242,7 @@ def _read_delimited(file: Path) -> Table:
 def _read_jsonl(file: Path) -> Table:
     rows: list[tuple[int, dict[str, Any]]] = []
     try:
-        lines = file.read_bytes().decode("utf-8-sig").splitlines()
+        lines = file.read_bytes().decode("utf-8-sig").split("\n")
     except UnicodeDecodeError:
         raise DataError(f"{file}: not text in UTF-8.") from None
     for line, text in enumerate(lines, start=1):

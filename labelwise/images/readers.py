@@ -1,20 +1,21 @@
 """Read images in child processes: a file that crashes its decoder, hangs or eats memory costs itself and nothing else.
 
 A child decodes a few files and answers. When it dies instead, each of them is tried alone, so that the one to blame is
-known. A child ends by itself when a file takes too long, when nothing is asked of it for a while, and when its parent is gone.
+known. A child ends by itself when a file takes too long, when nothing is asked of it for a while, and, once it has done what it
+was asked, when its parent is gone.
 
     parent -> child   {"job", "arguments", "seconds", "files": [[row, path or null], ...]}, then the bytes of each null
     child -> parent   [{"value"} or {"reason"}, ...], then the pixels of each value if the job gives some; or {"failed"}
 """
 
 import atexit
-import contextlib
 import functools
 import json
 import os
 import resource
 import signal
 import socket
+import stat
 import subprocess
 import sys
 import threading
@@ -42,6 +43,8 @@ _AHEAD = 64  # times as many are asked for before the first of them is waited fo
 _SECONDS = 60.0  # for one file; the largest that are let in take two
 _IDLE_SECONDS = 10.0  # so long a child waits for the next job, which saves starting one (0.3 s)
 _MEMORY = 4 * 2**30  # bytes of address space beyond what a child starts with; the largest images take 2 GiB
+_NO_MEMORY = 77  # exit code of a child
+_TOO_LARGE = "too large for the memory"
 _idle: list["_Child"] = []  # alive, and nobody's
 _lock = threading.Lock()
 
@@ -94,6 +97,8 @@ class Readers:
     def _read(self, rows: Sequence[int], locate: Callable[[int], Contents]) -> list[Answer | UnreadableImage]:
         found = [(row, _locate(row, locate)) for row in rows]
         there = [(row, contents) for row, contents in found if not isinstance(contents, UnreadableImage)]
+        if not there:
+            return [contents for _, contents in found if isinstance(contents, UnreadableImage)]
         answers = iter(self._ask(_take(), there) or [self._ask_alone(each) for each in there])
         return [contents if isinstance(contents, UnreadableImage) else next(answers) for _, contents in found]
 
@@ -176,6 +181,8 @@ class _Child:
     def how_it_ended(self) -> str:
         """Why a file cost a child its life, in a few words."""
         status = self.process.wait()
+        if status == _NO_MEMORY:
+            return _TOO_LARGE
         if status >= 0:
             raise RuntimeError(f"a reading process ended with exit code {status}")
         if -status == signal.SIGALRM:
@@ -236,47 +243,63 @@ def _raise_failure(failed: dict[str, Any]) -> NoReturn:
 def serve(descriptor: int) -> None:
     """Answer until nobody asks any more."""
     connection = Connection(descriptor)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # it ends with its parent
+        signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)  # whatever it was to whoever started us
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGALRM])
     _limit_memory()
     warnings.simplefilter("ignore")
     with Path(os.devnull).open("wb") as nowhere:
         os.dup2(nowhere.fileno(), 2)  # libraries print what they think of odd files
-    with contextlib.suppress(EOFError, ConnectionError):
+    try:
         while connection.poll(_IDLE_SECONDS):
-            request = json.loads(connection.recv_bytes())
-            files = [
-                (row, connection.recv_bytes() if path is None else path) for row, path in request["files"]
-            ]
-            try:
-                answers = [_answer(request, row, source) for row, source in files]
-            except Exception as error:  # noqa: BLE001 - told to the parent, which raises it
-                code = error.errno if isinstance(error, OSError) else None
-                failed = {
-                    "errno": code,
-                    "file": getattr(error, "filename", None),
-                    "traceback": traceback.format_exc(),
-                }
-                connection.send_bytes(json.dumps({"failed": failed}).encode())
-                continue
-            finally:
-                signal.setitimer(signal.ITIMER_REAL, 0)
-            connection.send_bytes(json.dumps([words for words, _ in answers]).encode())
-            for words, pixels in answers:
-                if "value" in words:
-                    connection.send_bytes(pixels)
+            _serve_once(connection)
+    except (EOFError, ConnectionError):
+        return
+    except MemoryError:
+        os._exit(_NO_MEMORY)
+
+
+def _serve_once(connection: Connection) -> None:
+    """Take some files and answer."""
+    request = json.loads(connection.recv_bytes())
+    files = [(row, connection.recv_bytes() if path is None else path) for row, path in request["files"]]
+    try:
+        answers = [_answer(request, row, contents) for row, contents in files]
+    except Exception as error:  # noqa: BLE001 - told to the parent, which raises it
+        code = error.errno if isinstance(error, OSError) else None
+        failed = {
+            "errno": code,
+            "file": getattr(error, "filename", None),
+            "traceback": traceback.format_exc(),
+        }
+        connection.send_bytes(json.dumps({"failed": failed}).encode())
+        return
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+    connection.send_bytes(json.dumps([words for words, _ in answers]).encode())
+    for words, pixels in answers:
+        if "value" in words:
+            connection.send_bytes(pixels)
 
 
 def _answer(request: dict[str, Any], row: int, contents: Contents) -> tuple[dict[str, Any], bytes]:
     signal.setitimer(signal.ITIMER_REAL, request["seconds"])  # SIGALRM ends the process, wherever it hangs
     try:
         try:
-            data = contents if isinstance(contents, bytes) else Path(contents).read_bytes()
+            if isinstance(contents, bytes):
+                data = contents
+            elif stat.S_ISREG(os.stat(contents).st_mode):
+                data = Path(contents).read_bytes()
+            else:
+                return {"reason": "not a regular file"}, b""
         except OSError as error:
             return {"reason": _cannot_be_read(error)}, b""
         value, pixels = JOBS[request["job"]](data, row, **request["arguments"])
     except UnreadableImage as error:
         return {"reason": str(error)}, b""
     except MemoryError:
-        return {"reason": "too large for the memory"}, b""
+        return {"reason": _TOO_LARGE}, b""
     return {"value": value}, pixels
 
 

@@ -1,5 +1,6 @@
 """Which images there are, and what is known of each. With `labels`, the door of `datasets`."""
 
+import errno
 import glob
 import os
 import re
@@ -50,9 +51,15 @@ class ImageSet:
             object.__setattr__(self, "groups", [None] * len(self.names))
 
     def locate(self, row: int) -> str | bytes:
-        """Whole path of one image's file, or its bytes where a table holds them."""
-        image: dict[str, Any] = self.table[row]["image"]
+        """Whole path of one image's file, or its bytes where a table holds them.
+
+        Raises:
+            FileNotFoundError: The table holds neither.
+        """
+        image: dict[str, Any] = self.table[row]["image"] or {"bytes": None, "path": None}
         inside: bytes | None = image["bytes"]
+        if inside is None and image["path"] is None:
+            raise FileNotFoundError(errno.ENOENT, "no image in this row")
         return inside if inside is not None else str(Path(image["path"]).absolute())
 
 
@@ -128,6 +135,8 @@ def open_files(files: list[Path]) -> ImageSet:
         if not file.is_file():
             kind = "a folder; give one folder, or files" if file.is_dir() else "no such file"
             raise DataError(f"{file}: {kind}.")
+        if not _is_text(str(file)):
+            raise DataError(f"{file}: its name is not UTF-8; rename it.")
     names = [str(file) for file in files]
     none: list[str | None] = [None] * len(names)
     return ImageSet(Path(), names, none, none, "files", {}, [], _table(names))
@@ -136,6 +145,8 @@ def open_files(files: list[Path]) -> ImageSet:
 def _open_folder(root: Path, group_column: str | None = None) -> ImageSet:
     if not root.exists():
         raise DataError(f"{root}: no such folder.")
+    if not _is_text(str(root.absolute())):
+        raise DataError(f"{root}: its name, or that of a folder it lies in, is not UTF-8; rename it.")
     if not root.is_dir():
         raise DataError(f"{root}: a file, not a folder of images.")
     if (root / "dataset_info.json").exists() or (root / "dataset_dict.json").exists():

@@ -19,9 +19,10 @@ from torch import Tensor, nn
 
 from labelwise import terminal
 from labelwise.errors import CheckpointError
+from labelwise.rundir import flush
 
 KEPT = 2
-_TENSORS_PER_WEIGHT = 3  # itself, and the two averages that AdamW keeps
+_TENSORS_PER_WEIGHT = 3  # itself, and the two averages that AdamW keeps; other optimizers keep one
 _VERSION = 1
 _FILES = {"state.safetensors", "state.json"}
 
@@ -57,10 +58,13 @@ def save_checkpoint(
     except BaseException:
         shutil.rmtree(fresh, ignore_errors=True)  # it may be what fills the disk
         raise
-    _flush(folder)
+    flush(folder)
+    for file in final.iterdir():
+        _forget(file)
     if not _is_whole(final):
+        aside = _set_aside(final)
         raise CheckpointError(
-            f"{final}: is not what was written; the disk may be failing. Earlier ones are kept."
+            f"{aside}: is not what was written, the disk may be failing; earlier ones are kept."
         )
     for old in _checkpoints(folder)[:-KEPT]:
         shutil.rmtree(old)
@@ -88,9 +92,7 @@ def load_checkpoint(
     for candidate in reversed(candidates):
         if not _is_whole(candidate):
             terminal.warn(f"{candidate}: damaged; set aside.")
-            aside = candidate.with_name(f"damaged-{candidate.name}")
-            shutil.rmtree(aside, ignore_errors=True)
-            candidate.rename(aside)
+            _set_aside(candidate)
             continue
         tensors = load_file(candidate / "state.safetensors")
         state = json.loads((candidate / "state.json").read_text(encoding="utf-8"))
@@ -114,7 +116,20 @@ def _write(folder: Path, position: Position, tensors: dict[str, Tensor], rest: A
         json.dumps({"version": _VERSION, "sha256": hashes}), encoding="utf-8"
     )
     for path in (*folder.iterdir(), folder):
-        _flush(path)
+        flush(path)
+
+
+def _forget(file: Path) -> None:
+    """Let go of what memory holds of a file, so that it is read from the disk next; on Linux."""
+    if hasattr(os, "posix_fadvise"):
+        with file.open("rb") as opened:
+            os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def _set_aside(checkpoint: Path) -> Path:
+    aside = checkpoint.with_name(f"damaged-{checkpoint.name}")
+    shutil.rmtree(aside, ignore_errors=True)
+    return checkpoint.rename(aside)
 
 
 def _checkpoints(folder: Path) -> list[Path]:
@@ -173,14 +188,3 @@ def _is_whole(checkpoint: Path) -> bool:
 def _sha256(file: Path) -> str:
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def _flush(path: Path) -> None:
-    """Put a file or folder on the disk, and out of memory, so that what is read next comes from there."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-        if path.is_file() and hasattr(os, "posix_fadvise"):
-            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-    finally:
-        os.close(descriptor)

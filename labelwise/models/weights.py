@@ -1,6 +1,7 @@
 """Weights on disk: safetensors with everything needed to build the model again in the header."""
 
 import hashlib
+import json
 from pathlib import Path
 from typing import Any
 
@@ -90,7 +91,7 @@ def _read_state(path: Path) -> dict[str, Any]:
 def save_module(path: Path, module: nn.Module, metadata: dict[str, str]) -> None:
     """Write a module's state with a text header and a hash of what is in it, in one step."""
     state = {key: value.detach().cpu().contiguous().clone() for key, value in module.state_dict().items()}
-    header = {**metadata, _HASH: _hash(state)}
+    header = {**metadata, _HASH: _hash(state, metadata)}
     rundir.write_atomically(path, lambda fresh: save_file(state, fresh, header))
 
 
@@ -105,15 +106,13 @@ def load_module(path: Path, module: nn.Module) -> None:
         module.load_state_dict(state)
     except (OSError, SafetensorError, RuntimeError) as error:
         raise CheckpointError(f"{path}: cannot be loaded: {error}") from None
-    if _read_header(path).get(_HASH) not in (
-        None,
-        _hash(state),
-    ):  # safetensors itself notices no flipped bit
-        raise CheckpointError(f"{path}: damaged: its weights are not those that were written; make it again.")
+    if _read_header(path).get(_HASH) not in (None, _hash(state, read_metadata(path))):
+        # a flipped bit, which safetensors does not notice; earlier versions wrote no hash
+        raise CheckpointError(f"{path}: damaged: it is not what was written; make it again.")
 
 
-def _hash(state: dict[str, Tensor]) -> str:
-    digest = hashlib.sha256()
+def _hash(state: dict[str, Tensor], metadata: dict[str, str]) -> str:
+    digest = hashlib.sha256(json.dumps(metadata, sort_keys=True).encode())
     for key, value in sorted(state.items()):
         digest.update(f"{key} {value.dtype} {tuple(value.shape)}\n".encode())
         digest.update(value.reshape(-1).view(torch.uint8).numpy().data)

@@ -178,8 +178,10 @@ def _bars(axes: Axes, table: dict[str, Any]) -> None:
                 if cell["low"] is not None:
                     axes.plot([100 * cell["low"], 100 * cell["high"]], [place, place], color=INK, linewidth=1.4)  # fmt: skip
                 else:
-                    covered = paper is not None and 0 <= paper - mean < _NUMBER
-                    axes.text(paper if covered else mean, place, f"  {mean:.1f}", va="center", fontsize=9)
+                    end = (
+                        paper if paper is not None and 0 <= paper - mean < _NUMBER else mean
+                    )  # else the diamond covers it
+                    axes.text(end, place, f"  {mean:.1f}", va="center", fontsize=9)
             if paper is not None:
                 axes.plot(paper, place, "D", color=INK, markersize=5, fillstyle="none")  # fmt: skip
             names.append(f"{row}, {table['columns'][column]}" if len(cells) > 1 else row)

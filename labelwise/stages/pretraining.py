@@ -132,7 +132,9 @@ def pretrain(settings: PretrainSettings, *, becomes_latest: bool = True) -> RunD
 
         precision = Precision(plan.precision, plan.layout, plan.reason)
         learner = make_learner(settings, plan, spec, precision, device)
-        rundir.check_space(run.path, bytes_needed(run.checkpoints, learner.modules.values()), "checkpoints")
+        folders = [run.checkpoints, *([run.sound] if settings.init else [])]
+        needed = sum(bytes_needed(folder, learner.modules.values()) for folder in folders)
+        rundir.check_space(run.path, needed, "checkpoints")
         _train(run, settings, plan, pool, spec.normalization, learner)
 
         save_module(
@@ -146,9 +148,9 @@ def pretrain(settings: PretrainSettings, *, becomes_latest: bool = True) -> RunD
             },
         )
         save_neighbours(run, pool, learner.encoder, spec.normalization, images, device)
-        save_encoder(run.encoder, learner.encoder, spec)
         shutil.rmtree(run.sound, ignore_errors=True)
         environment.finish(run, time.monotonic() - started)
+        save_encoder(run.encoder, learner.encoder, spec)
     if becomes_latest:
         rundir.point_latest(run)
     terminal.say(f"encoder saved: {run.encoder}")
@@ -284,6 +286,7 @@ def _train(
             if time.monotonic() - saved_at > SAVE_SECONDS / 4 or at.epoch == plan.epochs:
                 save_checkpoint(run.checkpoints, at, learner.modules, learner.optimizer)
                 saved_at = time.monotonic()
+        stop.check(f"saved step {at.step:,} of {steps:,} in {run.path}; the same command goes on.")
 
 
 def _no_memory(run: RunDirectory, plan: Plan, at: Position) -> ResourceError:

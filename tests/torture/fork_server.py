@@ -7,9 +7,10 @@ Reads one JSON request a line and answers each with one JSON line:
     {"wait": pid, "seconds"} -> {"status"}: exit code, -signal, or null when it still runs
 
 A fault is {"at": "module:function", "call": n, "when": "before" | "after", and "exit": code, "signal": [numbers], "hang":
-seconds or "raise": the name of an errno, or an expression}: what happens at the n-th call of a function, counted from 1.
+seconds or "raise": the name of an errno or of an exception}: what happens at the n-th call of a function, counted from 1.
 """
 
+import builtins
 import contextlib
 import errno as errors
 import functools
@@ -75,7 +76,7 @@ def run(request: dict[str, Any]) -> NoReturn:
     os.environ.update(request["environment"])
     for name in request.get("unset", ()):
         os.environ.pop(name, None)
-    socket.socket.connect = no_network  # type: ignore[method-assign]
+    socket.socket.connect = socket.socket.connect_ex = no_network  # type: ignore[method-assign]
     socket.getaddrinfo = no_network  # type: ignore[assignment]
     for place, value in request.get("set", {}).items():
         module, name = place.split(":")
@@ -104,6 +105,7 @@ def run(request: dict[str, Any]) -> NoReturn:
 
 
 def no_network(*arguments: Any) -> NoReturn:
+    os.write(2, b"\nthe network was asked for\n")  # whatever becomes of the error
     raise OSError(errors.ENETUNREACH, "the network is blocked")
 
 
@@ -134,7 +136,7 @@ def strike(fault: dict[str, Any]) -> None:
         os._exit(fault["exit"])
     if "raise" in fault:
         number = getattr(errors, fault["raise"], None)
-        raise OSError(number, os.strerror(number)) if number else eval(fault["raise"])
+        raise OSError(number, os.strerror(number)) if number else getattr(builtins, fault["raise"])
     if "hang" in fault:
         print("hanging", file=sys.stderr, flush=True)
         time.sleep(fault["hang"])

@@ -1,4 +1,4 @@
-"""A disk that is full at the start, full at a save, read-only or gone: exit code 5 or 2, what was saved stays, and it goes on."""
+"""A disk that is full at the start or at a save, read-only or broken: exit code 5, what was saved stays, and it goes on."""
 
 import os
 import subprocess
@@ -6,8 +6,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from conftest import Undisturbed, Work, state_of
-from test_kills import wait_for
+from commands import Undisturbed, Work, state_of, wait_for
 
 from labelwise.rundir import RunDirectory
 
@@ -92,7 +91,8 @@ def test_a_save_that_fails_is_never_called_saved(
     run = RunDirectory(work.folder / "run")
     fault = {"at": "labelwise.learning.checkpoint:_flush", "call": 6, "when": "before", "raise": error}
     command = work.start("pretrain", run.path, faults=[fault])
-    assert command.wait() == 1, command.words
+    assert command.wait() == 5, command.words
+    assert "mend that and run the same command again." in " ".join(command.words.split())
     assert "saved" not in command.words
     work.finish("pretrain", run.path)
     assert state_of(run) == undisturbed.states["pretrain"]
@@ -107,7 +107,7 @@ def test_memory_that_runs_out_is_told_with_what_needs_less_and_nothing_is_lost(
         "at": "labelwise.stages.pretraining:make_views",
         "call": 9,
         "when": "before",
-        "raise": "MemoryError()",
+        "raise": "MemoryError",
     }
     command = work.start("pretrain", run.path, faults=[fault])
     assert command.wait() == 5, command.words

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import FINETUNE_RECIPE, RECIPE, Server
+from commands import FINETUNE_RECIPE, RECIPE, Server
 
 from labelwise.rundir import RunDirectory
 

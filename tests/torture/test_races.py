@@ -3,7 +3,7 @@
 import re
 from collections.abc import Callable
 
-from conftest import Undisturbed, Work, state_of
+from commands import Undisturbed, Work, state_of
 
 from labelwise.rundir import RunDirectory
 
@@ -11,11 +11,14 @@ from labelwise.rundir import RunDirectory
 def test_of_two_commands_on_one_folder_one_works_and_one_is_told(
     work: Work, undisturbed: Undisturbed, tally: Callable[..., None], is_long: bool
 ) -> None:
+    refused = 0
     for trial in range(20 if is_long else 6):
         run = RunDirectory(work.folder / f"{trial}")
         both = [work.start("pretrain", run.path) for _ in range(2)]
         codes = [command.wait() for command in both]
         assert sorted(codes) in ([0, 0], [0, 2]), [command.words for command in both]
+        if codes == [0, 0]:  # one began when the other was through
+            assert sum("is pretrained already" in command.words for command in both) == 1
         for command, code in zip(both, codes, strict=True):
             other = both[1 - both.index(command)]
             words = " ".join(command.words.split())
@@ -24,4 +27,6 @@ def test_of_two_commands_on_one_folder_one_works_and_one_is_told(
                     rf"process {other.pid} on .* is working on it|another (labelwise )?command", words
                 )
         assert state_of(run) == undisturbed.states["pretrain"]
-        tally("race of two commands for one folder")
+        refused += 2 in codes
+        tally("race of two commands for one folder", codes.count(2))
+    assert refused

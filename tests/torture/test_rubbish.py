@@ -92,7 +92,8 @@ def test_a_path_that_leads_out_is_never_opened(
 ) -> None:
     place.write_text(f"file_name,label\n{path},cat\na.jpg,dog\n")
     rows, _ = read_label_table(place)
-    monkeypatch.setattr("builtins.open", None)
+    for opener in ("builtins.open", "io.open", "os.open"):
+        monkeypatch.setattr(opener, None)
     found = match_labels(rows, place, ["a.jpg"], place.parent, None)
     assert found.labels == {"a.jpg": "dog"}
     assert f"1 unknown: {path} (line 2)" in found.notes[0]
@@ -114,7 +115,7 @@ def test_settings_are_taken_or_refused_by_name(
         try:
             kind.resolve({"images": Path("photos")} | asked if kind is PretrainSettings else asked, {})
         except UsageError as error:
-            assert str(error)
+            assert any(key in str(error) or key.replace("_", "-") in str(error) for key in asked)
 
     endure(
         "settings of rubbish, taken or refused", 5000 if is_long else 250, tally, holds,

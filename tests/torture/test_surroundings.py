@@ -1,22 +1,23 @@
 """Machines set up oddly: no home, another alphabet, another clock, nobody who reads what is printed."""
 
 import json
+import os
+import pty
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import Server, Undisturbed, Work, state_of
+from commands import FINETUNE, FINETUNE_RECIPE, PRETRAIN, RECIPE, Undisturbed, Work, state_of, wait_for
 
 from labelwise.rundir import RunDirectory
 
 ODD = {
-    "another alphabet": {"LC_ALL": "POSIX", "LANG": "C"},
+    "another alphabet": {"LC_ALL": "POSIX", "LANG": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"},
     "the other side of the date line": {"TZ": "Pacific/Apia"},
-    "a dumb terminal": {"TERM": "dumb", "NO_COLOR": "1"},
-    "two columns": {"COLUMNS": "2"},
     "no temporary folder": {"TMPDIR": "/nonexistent"},
-    "a proxy that is not there": {"HTTPS_PROXY": "http://127.0.0.1:9", "HTTP_PROXY": "http://127.0.0.1:9"},
 }
 
 
@@ -24,8 +25,15 @@ ODD = {
 def test_a_run_comes_out_the_same(
     work: Work, undisturbed: Undisturbed, name: str, tally: Callable[..., None]
 ) -> None:
-    run = RunDirectory(Path(shutil.copytree(undisturbed.pretrained, work.folder / "run")))
-    work.finish("finetune", run.path, environment=ODD[name])
+    """In a process that starts there, as Python looks at its surroundings once."""
+    run = RunDirectory(Path(shutil.copytree(undisturbed.pretrained, work.folder / "b\u00e4r \u56fe")))
+    (work.folder / "finetune.toml").write_text(FINETUNE_RECIPE)
+    words = ["finetune", "--run", run.path, *FINETUNE, work.folder / "finetune.toml", "--json"]
+    ran = subprocess.run(
+        [sys.executable, "-m", "labelwise", *words], env={**os.environ, **work.server.environment, **ODD[name]}, capture_output=True
+    )  # fmt: skip
+    assert ran.returncode == 0, ran.stderr
+    assert json.loads(ran.stdout)["run"] == str(run.path)
     assert state_of(run) == undisturbed.states["finetune"]
     tally("odd surroundings, the same results")
 
@@ -42,22 +50,32 @@ def test_without_a_home_it_is_said_what_to_name(work: Work, public: Path, tally:
 
 
 @pytest.mark.parametrize("stage", ["pretrain", "finetune"])
-def test_a_run_whose_reader_is_gone_ends_without_a_traceback_and_goes_on_when_it_is_asked(
+def test_a_run_goes_on_when_nobody_reads_what_it_prints(
     work: Work, undisturbed: Undisturbed, stage: str, tally: Callable[..., None]
 ) -> None:
     run = RunDirectory(work.folder / "run")
     if stage == "finetune":
         shutil.copytree(undisturbed.pretrained, run.path)
-    assert work.start(stage, run.path, closed=True).wait() == 1
-    work.finish(stage, run.path)
+    work.start(stage, run.path, closed=True).wait()
     assert state_of(run) == undisturbed.states[stage]
-    tally("nobody reads what is printed, continued to the same tensors")
+    tally("nobody reads what is printed, the same results")
 
 
-def test_one_json_document_comes_out_whatever_is_in_a_name(
-    server: Server, tmp_path: Path, digits: Path
+def test_a_run_outlives_its_terminal(
+    work: Work, undisturbed: Undisturbed, tally: Callable[..., None]
 ) -> None:
-    images = Path(shutil.copytree(digits, tmp_path / "b\u00e4r \u56fe"))
-    command = server.start("scan", images, "--json", environment={"LC_ALL": "POSIX"})
-    assert command.wait() == 0, command.words
-    assert json.loads(command.printed)["images"] == sum(1 for _ in images.rglob("*.png"))
+    """As after `disown`, when the connection is lost: every write to the terminal fails from then on."""
+    ours, theirs = pty.openpty()
+    run, recipe = work.folder / "run", work.folder / "pretrain.toml"
+    recipe.write_text(RECIPE)
+    words = ["pretrain", work.images, "--out", run, "--epochs", "6", *PRETRAIN, recipe]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "labelwise", *words], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=theirs,
+        env={**os.environ, **work.server.environment}, start_new_session=True,
+    )  # fmt: skip
+    os.close(theirs)
+    wait_for((run / "environment.json").exists)
+    os.close(ours)
+    assert process.wait(120) == 0
+    assert state_of(RunDirectory(run)) == undisturbed.states["pretrain"]
+    tally("terminal lost, the same results")

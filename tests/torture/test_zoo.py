@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from conftest import Server, Work
+from commands import Server, Work
 from zoo import FINE, SKIPPED, write_zoo
 
 from labelwise.rundir import RunDirectory, read_json, read_jsonl
