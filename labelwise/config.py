@@ -53,6 +53,11 @@ class Settings(BaseModel):
             made = cls.model_validate({**(recipe or {}), **own})
         except ValidationError as error:
             raise UsageError(_in_words(error, cls)) from None
+        for name, value in made:
+            if isinstance(value, Path) and any(0xD800 <= ord(char) <= 0xDFFF for char in str(value)):
+                raise UsageError(
+                    f"{name} = {value}: a name that is not UTF-8; rename it, or set LC_ALL=C.UTF-8 if it is."
+                )
         made._of_recipe = frozenset(recipe or {}) - own.keys()
         return made
 

@@ -369,3 +369,8 @@ def test_every_recipe_says_something_and_what_it_is_for(recipe: Path) -> None:
 def test_a_recipe_is_found_by_name_and_by_path(recipe: Path) -> None:
     assert find_recipe(recipe.stem).read_text() == recipe.read_text()
     assert find_recipe(str(recipe)) == recipe
+
+
+def test_a_path_that_is_not_utf8_is_refused() -> None:
+    with pytest.raises(UsageError, match=r"images = .*: a name that is not UTF-8; rename it"):
+        PretrainSettings.resolve({"images": Path("caf\udce9")})

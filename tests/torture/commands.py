@@ -80,7 +80,7 @@ class Server:
 
     def start(
         self,
-        *words: str | Path,
+        *words: object,
         cwd: Path | None = None,
         environment: dict[str, str] | None = None,
         **more: Any,
@@ -133,9 +133,8 @@ class Work:
         recipe.write_text(RECIPE if stage == "pretrain" else FINETUNE_RECIPE)
         often = {"labelwise.stages.pretraining:SAVE_SECONDS": 0.0}  # so that there is something to go on from
         if stage == "pretrain":
-            return self.server.start(
-                "pretrain", self.images, "--out", run, *PRETRAIN, recipe, set=often, **more
-            )
+            words = (self.images, "--out", run, "--epochs", epochs, *PRETRAIN, recipe)
+            return self.server.start("pretrain", *words, set=often, **more)
         return self.server.start("finetune", "--run", run, *FINETUNE, recipe, **more)
 
     def finish(self, stage: str, run: Path, *, wait: float = 120, **more: Any) -> Command:

@@ -13,7 +13,7 @@ from labelwise.rundir import RunDirectory
 
 @pytest.mark.parametrize("call", [1, 2, 7])
 @pytest.mark.parametrize(
-    "at", ["labelwise.learning.checkpoint:save_file", "labelwise.learning.checkpoint:_flush"]
+    "at", ["labelwise.learning.checkpoint:save_file", "labelwise.learning.checkpoint:flush"]
 )
 def test_a_save_that_finds_the_disk_full_costs_nothing(
     work: Work, undisturbed: Undisturbed, at: str, call: int, tally: Callable[..., None]
@@ -89,7 +89,7 @@ def test_a_save_that_fails_is_never_called_saved(
     work: Work, undisturbed: Undisturbed, error: str, tally: Callable[..., None]
 ) -> None:
     run = RunDirectory(work.folder / "run")
-    fault = {"at": "labelwise.learning.checkpoint:_flush", "call": 6, "when": "before", "raise": error}
+    fault = {"at": "labelwise.learning.checkpoint:flush", "call": 6, "when": "before", "raise": error}
     command = work.start("pretrain", run.path, faults=[fault])
     assert command.wait() == 5, command.words
     assert "mend that and run the same command again." in " ".join(command.words.split())

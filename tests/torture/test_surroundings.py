@@ -15,7 +15,7 @@ from commands import FINETUNE, FINETUNE_RECIPE, PRETRAIN, RECIPE, Undisturbed, W
 from labelwise.rundir import RunDirectory
 
 ODD = {
-    "another alphabet": {"LC_ALL": "POSIX", "LANG": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"},
+    "another alphabet": {"LC_ALL": "POSIX", "LANG": "C"},
     "the other side of the date line": {"TZ": "Pacific/Apia"},
     "no temporary folder": {"TMPDIR": "/nonexistent"},
 }
