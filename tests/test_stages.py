@@ -355,6 +355,25 @@ def test_a_kill_loses_no_more_than_the_steps_since_the_last_save(digits: Path, t
     assert steps(whole) == steps(cut)
 
 
+def test_a_run_killed_right_after_its_last_save_is_finished_by_the_next_command(
+    digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = PretrainSettings(images=digits, out=tmp_path / "run", **{**SMALL, "epochs": 1})
+
+    def fail(*_: Any) -> None:
+        raise RuntimeError("killed")
+
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="killed"):
+        patch.setattr(environment, "finish", fail)
+        pretrain(settings)
+    run = RunDirectory(tmp_path / "run")
+    run.sound.mkdir()
+    assert rundir.read_json(run.environment)["finished"] is None
+    pretrain(settings)
+    assert rundir.read_json(run.environment)["finished"] is not None
+    assert not run.sound.exists()
+
+
 def test_the_users_folder_is_left_as_it_was(digits: Path, finished: RunDirectory) -> None:
     assert all(re.fullmatch(r"\d/\d{4}\.png", name) for name in files_of(digits))
 

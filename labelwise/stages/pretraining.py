@@ -93,6 +93,10 @@ def pretrain(settings: PretrainSettings, *, becomes_latest: bool = True) -> RunD
     settings = inherit_model(settings)
     run, is_new = find_run(settings)
     if run.encoder.exists():
+        if (
+            rundir.read_json(run.environment)["finished"] is None
+        ):  # it was killed right after saving the encoder
+            _finish(run, time.monotonic() - started)
         terminal.say(f"{run.path}: is pretrained already, {run.encoder}")
         if becomes_latest:
             rundir.point_latest(run)
@@ -148,9 +152,8 @@ def pretrain(settings: PretrainSettings, *, becomes_latest: bool = True) -> RunD
             },
         )
         save_neighbours(run, pool, learner.encoder, spec.normalization, images, device)
-        shutil.rmtree(run.sound, ignore_errors=True)
-        environment.finish(run, time.monotonic() - started)
         save_encoder(run.encoder, learner.encoder, spec)
+        _finish(run, time.monotonic() - started)
     if becomes_latest:
         rundir.point_latest(run)
     terminal.say(f"encoder saved: {run.encoder}")
@@ -287,6 +290,11 @@ def _train(
                 save_checkpoint(run.checkpoints, at, learner.modules, learner.optimizer)
                 saved_at = time.monotonic()
         stop.check(f"saved step {at.step:,} of {steps:,} in {run.path}; the same command goes on.")
+
+
+def _finish(run: RunDirectory, seconds: float) -> None:
+    shutil.rmtree(run.sound, ignore_errors=True)
+    environment.finish(run, seconds)
 
 
 def _no_memory(run: RunDirectory, plan: Plan, at: Position) -> ResourceError:
