@@ -1229,6 +1229,21 @@ def test_a_time_limit_compares_what_fits_and_the_same_command_goes_on(
     assert "training the classifier to keep" in capsys.readouterr().err
 
 
+def test_what_too_few_draws_found_is_told_beside_what_is_claimed() -> None:
+    """A page that says only where pretraining helps would hide that it hurts with all labels, which are one draw."""
+    pair = {"arm": "simclr", "against": "supervised"}
+    claimed = {**pair, "mean": 0.084, "low": 0.065, "high": 0.104, "n": 5, "verdict": "helps"}
+    single = {**pair, "mean": -0.067, "low": None, "high": None, "n": 1, "verdict": "no difference shown"}
+    summary: list[dict[str, Any]] = [
+        {"labels": 100, "fraction": None, "comparisons": [claimed], "arms": {}},
+        {"labels": 9969, "fraction": None, "comparisons": [single], "arms": {}},
+    ]
+    assert reporting._verdict(summary, 10_000, 2_000, []) == (
+        "Pretraining on your images helps: +8.4 \u00b1 1.9 points with 100 labels (1 % of the images). "
+        "Too few label draws to claim anything: -6.7 points with 9,969 labels."
+    )
+
+
 def test_two_draws_claim_nothing_and_say_how_many_are_needed(finished: RunDirectory) -> None:
     document = rundir.read_json(finished.report_json)
     assert document["verdict"].startswith("2 label draws where 3 are needed, so nothing is claimed: ")

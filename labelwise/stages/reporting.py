@@ -303,6 +303,8 @@ def _verdict(
         sentences.append(
             f"No difference{' is' if sentences else ' between pretraining and training from scratch is'} shown: {', '.join(said[UNCLEAR])}."
         )
+    if few:
+        sentences.append(f"Too few label draws to claim anything: {', '.join(words for _, words in few)}.")
     sentences += _over_encoders_in_words(over_encoders)
     for finding, words in (
         (HURTS, "Plain pixels are better"),
