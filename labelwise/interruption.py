@@ -25,9 +25,9 @@ class StopRequest:
 
 
 def asking_to_end() -> list[signal.Signals]:
-    """Signals by which somebody asks for an end, but for those that are ignored."""
-    asking = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    return [number for number in asking if signal.getsignal(number) != signal.SIG_IGN]
+    """Signals by which somebody asks for an end: SIGHUP only where `nohup` has not set it to be ignored."""
+    is_asked = signal.getsignal(signal.SIGHUP) != signal.SIG_IGN
+    return [signal.SIGINT, signal.SIGTERM, *([signal.SIGHUP] if is_asked else [])]
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from commands import Undisturbed, Work, state_of, wait_for
 
 from labelwise.rundir import RunDirectory, read_jsonl
 
-SHORT, LONG = {"pretrain": 8, "finetune": 4}, {"pretrain": 30, "finetune": 20}
+SHORT, LONG = {"pretrain": 5, "finetune": 3}, {"pretrain": 30, "finetune": 20}
 
 
 def test_runs_killed_at_random_moments_end_in_the_same_tensors(
@@ -86,7 +86,7 @@ def test_a_process_that_ends_at_any_point_loses_nothing(
 ) -> None:
     expected = undisturbed.states
     seed = random.randrange(10**6)
-    cases = CASES if is_long else random.Random(seed).sample(CASES, 10)
+    cases = CASES if is_long else random.Random(seed).sample(CASES, 6)
     for number, (stage, at, call, when) in enumerate(cases):
         run = RunDirectory(work.folder / f"{number}")
         if stage == "finetune":

@@ -12,7 +12,7 @@ def test_of_two_commands_on_one_folder_one_works_and_one_is_told(
     work: Work, undisturbed: Undisturbed, tally: Callable[..., None], is_long: bool
 ) -> None:
     refused = 0
-    for trial in range(20 if is_long else 6):
+    for trial in range(20 if is_long else 4):
         run = RunDirectory(work.folder / f"{trial}")
         both = [work.start("pretrain", run.path) for _ in range(2)]
         codes = [command.wait() for command in both]

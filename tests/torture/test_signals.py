@@ -57,7 +57,7 @@ def test_a_signal_ends_a_command_and_the_next_one_goes_on(
     work: Work, undisturbed: Undisturbed, tally: Callable[..., None], is_long: bool
 ) -> None:
     seed = random.randrange(10**6)
-    for number, (phase, name) in enumerate(CASES if is_long else random.Random(seed).sample(CASES, 12)):
+    for number, (phase, name) in enumerate(CASES if is_long else random.Random(seed).sample(CASES, 8)):
         case = f"{name} in {phase}, seed {seed}"
         stage, at, call = PHASES[phase]
         run, cache = RunDirectory(work.folder / f"{number}"), work.folder / f"{number}-cache"
