@@ -14,6 +14,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self, get_args
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PrivateAttr, ValidationError
 
 from labelwise.errors import CheckpointError, UsageError
+from labelwise.rundir import is_utf8
 
 MOST_DRAWS = 100
 SMALLEST_POOL = 32  # images; SimCLR contrasts each with the others of its batch
@@ -54,7 +55,7 @@ class Settings(BaseModel):
         except ValidationError as error:
             raise UsageError(_in_words(error, cls)) from None
         for name, value in made:
-            if isinstance(value, Path) and any(0xD800 <= ord(char) <= 0xDFFF for char in str(value)):
+            if isinstance(value, Path) and not is_utf8(str(value)):
                 raise UsageError(
                     f"{name} = {value}: a name that is not UTF-8; rename it, or set LC_ALL=C.UTF-8 if it is."
                 )

@@ -189,6 +189,15 @@ def point_latest(run: RunDirectory) -> None:
     os.replace(fresh, link)
 
 
+def is_utf8(name: str) -> bool:
+    """Whether a name can be written down; names on disk may be any bytes."""
+    try:
+        name.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def check_space(folder: Path, needed: int, what: str) -> None:
     """Make sure that so many bytes are free before they are needed.
 

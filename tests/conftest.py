@@ -67,18 +67,31 @@ def photo() -> Callable[..., Image.Image]:
     return write
 
 
+def write_some_digits(folder: Path, every: int) -> Path:
+    """Write each so many-th of the handwritten digits into class folders."""
+    from labelwise.stages.demo import write_digits
+
+    write_digits(folder)
+    for number, file in enumerate(sorted(folder.glob("*/*.png"))):
+        if number % every:
+            file.unlink()
+    return folder
+
+
+@pytest.fixture(scope="session")
+def some_digits() -> Callable[[Path, int], Path]:
+    """`write_some_digits`, for fixtures of other files."""
+    return write_some_digits
+
+
 @pytest.fixture(scope="session")
 def pretrained(tmp_path_factory: pytest.TempPathFactory) -> "RunDirectory":
     """A small encoder of some digits, pretrained for one epoch; to be copied, not written to."""
     from labelwise.config import PretrainSettings
-    from labelwise.stages.demo import write_digits
     from labelwise.stages.pretraining import pretrain
 
     folder = tmp_path_factory.mktemp("pretrained")
-    write_digits(folder / "images")
-    for number, file in enumerate(sorted((folder / "images").glob("*/*.png"))):
-        if number % 6:
-            file.unlink()
+    write_some_digits(folder / "images", 6)
     settings = PretrainSettings(
         images=folder / "images",
         out=folder / "run",

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,6 @@ from labelwise.errors import CheckpointError, DataError, UsageError
 from labelwise.images.cache import build_cache
 from labelwise.images.source import open_images
 from labelwise.rundir import RunDirectory
-from labelwise.stages.demo import write_digits
 from labelwise.stages.finetuning import predict as probabilities_of
 from labelwise.stages.predicting import load_classifier, predict, show
 from labelwise.stages.repeating import finetune
@@ -43,14 +43,9 @@ def run(pretrained: RunDirectory, tmp_path_factory: pytest.TempPathFactory) -> R
 
 
 @pytest.fixture(scope="module")
-def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def digits(tmp_path_factory: pytest.TempPathFactory, some_digits: Callable[[Path, int], Path]) -> Path:
     """Ninety digits in class folders, a ninth of which no training has seen."""
-    folder = tmp_path_factory.mktemp("new") / "digits"
-    write_digits(folder)
-    for number, file in enumerate(sorted(folder.glob("*/*.png"))):
-        if number % 20:
-            file.unlink()
-    return folder
+    return some_digits(tmp_path_factory.mktemp("new") / "digits", 20)
 
 
 def rows_of(file: Path) -> list[dict[str, str]]:

@@ -173,6 +173,12 @@ def ends(pid: int, seconds: float) -> bool:
     return not is_alive(pid)
 
 
+def outcome(code: str, folder: Path) -> tuple[str, str]:
+    """What a program of a few lines prints and complains of."""
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=folder, timeout=60)
+    return ran.stdout, ran.stderr
+
+
 def test_a_reader_is_gone_when_nobody_asks(tmp_path: Path) -> None:
     """Its parent sleeps on; the child waits a second, as it finds written in its module."""
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
@@ -185,10 +191,7 @@ def test_a_reader_is_gone_when_nobody_asks(tmp_path: Path) -> None:
         "child = readers._idle[0].process; print('alive' if child.poll() is None else 'dead')\n"
         "child.wait(20); print(child.returncode)"
     )
-    ran = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, timeout=60
-    )
-    assert (ran.stdout, ran.stderr) == ("alive\n0\n", "")
+    assert outcome(code, tmp_path) == ("alive\n0\n", "")
 
 
 def test_modules_in_the_folder_one_stands_in_are_not_run(
@@ -240,10 +243,7 @@ def test_a_child_keeps_its_limits_and_heeds_no_signal_that_was_meant_for_its_par
         "with readers.Readers('size') as children: print(list(children.map([0], lambda row: data)))\n"
         "print(child.poll()); os.kill(child.pid, signal.SIGALRM); print(child.wait(10))"
     )
-    ran = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, timeout=60
-    )
-    assert (ran.stdout, ran.stderr) == ("[([8, 8], b'')]\nNone\n-14\n", "")
+    assert outcome(code, tmp_path) == ("[([8, 8], b'')]\nNone\n-14\n", "")
 
 
 def test_pixels_are_those_of_decoding_here(tmp_path: Path, photo: Any) -> None:

@@ -26,7 +26,6 @@ from labelwise.errors import DataError, Interrupted, UsageError
 from labelwise.images.source import open_images
 from labelwise.measures.linear import fit_network, fit_probe
 from labelwise.measures.statistics import HELPS, HURTS, UNCLEAR
-from labelwise.stages.demo import write_digits
 from labelwise.stages.pretraining import pretrain
 from labelwise.stages.reporting import report
 from labelwise.stages.running import list_runs, remove_run, show_runs
@@ -66,14 +65,9 @@ def keys() -> np.ndarray:
 
 
 @pytest.fixture(scope="module")
-def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def digits(tmp_path_factory: pytest.TempPathFactory, some_digits: Callable[[Path, int], Path]) -> Path:
     """300 handwritten digits in class folders."""
-    everything = tmp_path_factory.mktemp("digits") / "all"
-    write_digits(everything)
-    for number, file in enumerate(sorted(everything.glob("*/*.png"))):
-        if number % 6:
-            file.unlink()
-    return everything
+    return some_digits(tmp_path_factory.mktemp("digits") / "all", 6)
 
 
 # --- one augmentation at a time

@@ -13,6 +13,7 @@ import datasets
 
 from labelwise.errors import DataError, UsageError
 from labelwise.images.labels import OUTSIDE, SUFFIXES, match_labels, read_label_table
+from labelwise.rundir import is_utf8
 
 SPLITS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
 _IGNORED_FOLDERS = ("__MACOSX",)
@@ -135,7 +136,7 @@ def open_files(files: list[Path]) -> ImageSet:
         if not file.is_file():
             kind = "a folder; give one folder, or files" if file.is_dir() else "no such file"
             raise DataError(f"{file}: {kind}.")
-        if not _is_text(str(file)):
+        if not is_utf8(str(file)):
             raise DataError(f"{file}: its name is not UTF-8; rename it.")
     names = [str(file) for file in files]
     none: list[str | None] = [None] * len(names)
@@ -145,7 +146,7 @@ def open_files(files: list[Path]) -> ImageSet:
 def _open_folder(root: Path, group_column: str | None = None) -> ImageSet:
     if not root.exists():
         raise DataError(f"{root}: no such folder.")
-    if not _is_text(str(root.absolute())):
+    if not is_utf8(str(root.absolute())):
         raise DataError(f"{root}: its name, or that of a folder it lies in, is not UTF-8; rename it.")
     if not root.is_dir():
         raise DataError(f"{root}: a file, not a folder of images.")
@@ -203,7 +204,7 @@ def _walk(root: Path) -> tuple[list[PurePosixPath], dict[str, int], list[str]]:
             suffix = os.path.splitext(name)[1].lower()
             if name.startswith(".") or suffix not in SUFFIXES or not os.path.isfile(path):
                 ignored[suffix] += 1
-            elif not _is_text(path):
+            elif not is_utf8(path):
                 odd_names += 1
             else:
                 found.append(PurePosixPath(os.path.relpath(path, root)))
@@ -213,14 +214,6 @@ def _walk(root: Path) -> tuple[list[PurePosixPath], dict[str, int], list[str]]:
     if linked:
         notes.append(f"{linked} linked folders not followed")
     return sorted(found), dict(ignored), notes
-
-
-def _is_text(name: str) -> bool:
-    try:
-        name.encode("utf-8")
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def _read_layout(paths: list[PurePosixPath]) -> tuple[list[str | None], list[str | None], str, list[str]]:

@@ -69,16 +69,9 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 
 @pytest.fixture(scope="session")
-def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def digits(tmp_path_factory: pytest.TempPathFactory, some_digits: Callable[[Path, int], Path]) -> Path:
     """300 handwritten digits in class folders."""
-    from labelwise.stages.demo import write_digits
-
-    everything = tmp_path_factory.mktemp("digits") / "digits"
-    write_digits(everything)
-    for number, file in enumerate(sorted(everything.glob("*/*.png"))):
-        if number % 6:
-            file.unlink()
-    return everything
+    return some_digits(tmp_path_factory.mktemp("digits") / "digits", 6)
 
 
 @pytest.fixture
