@@ -8,9 +8,16 @@ import torch
 from torch import Tensor, nn
 
 from labelwise.learning.large_batch import Rows
-from labelwise.learning.optimization import DEFAULTS, create_optimizer, scaled_rate, set_rate, warmup_cosine
+from labelwise.learning.optimization import (
+    DEFAULTS,
+    Diverged,
+    create_optimizer,
+    scaled_rate,
+    set_rate,
+    warmup_cosine,
+)
 from labelwise.learning.precision import Precision
-from labelwise.learning.simclr import Diverged, Learner
+from labelwise.learning.simclr import Learner
 from labelwise.models.encoder import Encoder
 
 KINDS = ["lars", "sgd", "adamw"]

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 import os
 import shutil
 import signal
@@ -17,13 +18,15 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from labelwise import rundir
 from labelwise.cli import app
 from labelwise.config import FinetuneSettings
-from labelwise.errors import CheckpointError, DataError, UsageError
+from labelwise.errors import CheckpointError, DataError, LabelwiseError, UsageError
 from labelwise.images.cache import build_cache
 from labelwise.images.source import open_images
+from labelwise.models.weights import read_metadata
 from labelwise.rundir import RunDirectory
 from labelwise.stages.finetuning import predict as probabilities_of
 from labelwise.stages.predicting import load_classifier, predict, show
@@ -159,6 +162,21 @@ def test_a_damaged_classifier_is_named(run: RunDirectory, digits: Path, tmp_path
     copy.classifier.write_bytes(copy.classifier.read_bytes()[:1000])
     with pytest.raises(CheckpointError, match=r"classifier\.safetensors: cannot be loaded"):
         predict(copy, [digits], tmp_path / "out.csv")
+
+
+def test_a_classifier_that_says_no_numbers_is_named(run: RunDirectory, digits: Path, tmp_path: Path) -> None:
+    state, metadata = load_file(run.classifier), read_metadata(run.classifier)
+    broken = RunDirectory(Path(shutil.copytree(run.path, tmp_path / "broken")))
+    save_file(
+        {key: value * math.nan if key == "linear.weight" else value for key, value in state.items()},
+        broken.classifier,
+        metadata,
+    )
+    with pytest.raises(
+        LabelwiseError, match=r"what it predicts is not finite; train another with `labelwise finetune`\."
+    ):
+        predict(broken, [digits], tmp_path / "found.csv")
+    assert not (tmp_path / "found.csv").exists()
 
 
 def test_deep_images_are_scaled_as_the_pretraining_images_were(run: RunDirectory, tmp_path: Path) -> None:

@@ -21,14 +21,16 @@ from labelwise import environment, rundir
 from labelwise.config import METHODS, FinetuneSettings, PretrainSettings, read_run_config
 from labelwise.errors import CheckpointError, DataError, Interrupted, LabelwiseError, UsageError
 from labelwise.images.splits import hash_names
+from labelwise.learning.optimization import Diverged
 from labelwise.predictions import read_predictions, store_predictions
 from labelwise.reports import html, markdown, model_card, text
 from labelwise.reports.markdown import escape
 from labelwise.reports.text import doubts_in_words, is_too_weak
 from labelwise.rundir import RunDirectory
-from labelwise.stages import comparing, methods, pretraining, reporting
+from labelwise.stages import benching, comparing, concluding, methods, pretraining
 from labelwise.stages.demo import write_digits
 from labelwise.stages.guarding import Guard
+from labelwise.stages.methods import Way
 from labelwise.stages.pretraining import pretrain
 from labelwise.stages.repeating import finetune
 from labelwise.stages.reporting import report, show
@@ -219,7 +221,7 @@ def test_the_saved_classifier_is_whole(finished: RunDirectory) -> None:
 
 
 def test_every_method_has_as_many_ways_and_the_frozen_network_is_the_probe(copy: RunDirectory) -> None:
-    bench = comparing._set_up(copy, FinetuneSettings(run=copy.path, **FEW))
+    bench = benching.set_up_bench(copy, FinetuneSettings(run=copy.path, **FEW))
     ways = {method: methods._ways(method, bench, 100) for method in METHODS}
     assert {len(each) for each in ways.values()} == {methods.TRIES}
     assert all(len({way.name for way in each}) == methods.TRIES for each in ways.values())
@@ -746,7 +748,7 @@ def test_what_is_left_and_what_is_wrong_with_the_encoder_is_said(
 def test_advice_fits_the_verdict(low: float, high: float, words: str, finished: RunDirectory) -> None:
     gain = {"mean": (low + high) / 2, "low": low, "high": high}
     computed = {"summary": [{"gain": gain, "comparisons": []}], "results": [], "folds": 0}
-    said = reporting._next_steps(finished, computed, None, {}, {}, has_classifier=False)
+    said = concluding.next_steps(finished, computed, None, {}, {}, has_classifier=False)
     assert [words in each for each in said] == [True] * bool(words)
     check = {
         "checked": 30,
@@ -754,10 +756,10 @@ def test_advice_fits_the_verdict(low: float, high: float, words: str, finished: 
         "unlabeled": 5,
         "classes": [{"name": "x", "labels": 9, "agreed": 0.4}],
     }
-    more = reporting._next_steps(finished, computed, check, {}, {}, has_classifier=False)
+    more = concluding.next_steps(finished, computed, check, {}, {}, has_classifier=False)
     assert more == [*said, "class x has 9 labels and 40% of them fit: label more of it first"]
     weak = {**check, "doubted": 11}
-    assert reporting._next_steps(finished, computed, weak, {}, {}, has_classifier=False) == said
+    assert concluding.next_steps(finished, computed, weak, {}, {}, has_classifier=False) == said
 
 
 def test_labels_are_not_judged_by_an_encoder_that_doubts_a_third_of_them() -> None:
@@ -847,6 +849,64 @@ def test_a_training_whose_weights_are_no_numbers_ends_in_one_sentence(digits: Pa
         pretrain(more)
     assert not list((tmp_path / "more" / "checkpoints").glob("step-*"))
     assert not (tmp_path / "run" / "encoder.safetensors").exists()
+
+
+def test_what_diverges_is_told_and_everything_else_is_trained(
+    copy: RunDirectory, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """From the second step on, as no classifier is finite then; precision, layout and time are as ever."""
+    for counts in ((20,), (120,)):  # one way, and one that is chosen among three
+        asked = {**FEW, "label_counts": counts, "scratch_rate": 1e30, "scratch_steps": 3}
+        said = rf"2 of 10 classifiers diverge, first supervised with {counts[0]} labels, draw 0 \(.*\); the others are kept\. "
+        with pytest.raises(LabelwiseError, match=said + "Lower --scratch-rate"):
+            finetune(FinetuneSettings(run=copy.path, **asked))
+        kept = rundir.read_jsonl(copy.results)
+        methods_left = {"simclr", "simclr_probe", "random_probe", "pixels"}
+        assert {(row["method"], row["draw"]) for row in kept} == {
+            (each, draw) for each in methods_left for draw in (0, 1)
+        }
+        assert report(copy)["verdict"].startswith("No comparison with training from scratch yet.")
+    assert len(report(finetune(FinetuneSettings(run=copy.path, **{**FEW, "seed": 1})))["results"]) == 10
+
+
+def test_where_every_training_diverges_there_is_no_classifier_to_keep(
+    copy: RunDirectory, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(methods, "TRUNK_RATES", (1e30,))
+    monkeypatch.setattr(methods, "FEW_PER_CLASS", 10**6)  # nothing is chosen
+    asked = {**FEW, "steps": 3, "methods": ("simclr_probe", "simclr")}
+    with pytest.raises(
+        LabelwiseError, match="2 of 4 classifiers diverge, first simclr with 20 labels, draw 0 "
+    ):
+        finetune(FinetuneSettings(run=copy.path, **asked))
+    assert "no classifier is kept, as its training diverges: " in " ".join(capsys.readouterr().err.split())
+    assert not copy.model_card.exists() or not report(copy)["next"][-1].startswith("labelwise predict")
+    assert {row["method"] for row in rundir.read_jsonl(copy.results)} == {"simclr_probe"}
+
+
+def test_a_way_that_diverges_in_one_fold_is_not_chosen(copy: RunDirectory) -> None:
+    bench = benching.set_up_bench(copy, FinetuneSettings(run=copy.path, **FEW))
+    rows = bench.labeled[:: len(bench.labeled) // 100]
+    begun: list[str] = []
+
+    def way(name: str, *, wrong: bool, diverges_at: int | None = None) -> Way:
+        def fit(train: Any, held: Any, *_: Any) -> Any:
+            begun.append(name)
+            if diverges_at is not None and begun.count(name) > diverges_at:
+                raise Diverged("the loss is nan")
+            return np.eye(len(bench.classes))[(bench.labels[held] + wrong) % len(bench.classes)]
+
+        return Way(name, fit)
+
+    ways = [
+        way("never", wrong=False, diverges_at=0),
+        way("half", wrong=False, diverges_at=1),
+        way("wrong", wrong=True),
+    ]
+    assert methods._choose(bench, rows, 0, ways).name == "wrong"
+    assert begun == ["never", "half", "half", "wrong", "wrong"]
+    with pytest.raises(Diverged, match="every way to train it does, inside the labels"):
+        methods._choose(bench, rows, 0, ways[:2])
 
 
 def test_a_run_goes_on_however_its_label_file_is_spelt_and_a_study_is_no_run(
@@ -1238,7 +1298,7 @@ def test_what_too_few_draws_found_is_told_beside_what_is_claimed() -> None:
         {"labels": 100, "fraction": None, "comparisons": [claimed], "arms": {}},
         {"labels": 9969, "fraction": None, "comparisons": [single], "arms": {}},
     ]
-    assert reporting._verdict(summary, 10_000, 2_000, []) == (
+    assert concluding.verdict_in_words(summary, 10_000, 2_000, []) == (
         "Pretraining on your images helps: +8.4 \u00b1 1.9 points with 100 labels (1 % of the images). "
         "Too few label draws to claim anything: -6.7 points with 9,969 labels."
     )

@@ -5,7 +5,8 @@ from collections.abc import Iterable
 
 import torch
 from timm.optim.lars import Lars
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.utils import get_total_norm
 
 # Rate at batch 256 and weight decay of each optimizer.
 #   lars: 0.075 sqrt(batch), 1e-6: Chen et al. 2020 (arXiv 2002.05709), Sec. 2.3 and App. B.1
@@ -13,6 +14,10 @@ from torch import nn
 #   adamw: measured on CIFAR-10, recipes/LOG.md
 DEFAULTS = {"lars": (1.2, 1e-6), "sgd": (0.06, 5e-4), "adamw": (2e-3, 1e-4)}
 REFERENCE_BATCH = 256
+
+
+class Diverged(Exception):
+    """The loss or its gradient is not a finite number any more."""
 
 
 def scaled_rate(rate: float, batch_size: int, rule: str) -> float:
@@ -80,3 +85,26 @@ def set_rate(optimizer: torch.optim.Optimizer, share: float) -> None:
     """Set every group's rate to a share of its peak."""
     for group in optimizer.param_groups:
         group["lr"] = group["peak"] * share
+
+
+def update(optimizer: torch.optim.Optimizer, loss: Tensor) -> float:
+    """Take the optimizer's step, the gradients being there already; give the loss.
+
+    Args:
+        optimizer: At least one of its weights has a gradient.
+        loss: float32, ().
+
+    Raises:
+        Diverged: The loss or a gradient is infinite or not a number; no weight was changed by it,
+            though batch norm has seen the batch.
+    """
+    groups = optimizer.param_groups
+    gradients = [each.grad for group in groups for each in group["params"] if each.grad is not None]
+    # on a GPU, the one wait of a step
+    found, length = torch.stack([loss.detach(), get_total_norm(gradients)]).tolist()
+    if not math.isfinite(found):
+        raise Diverged(f"the loss is {found}")
+    if not math.isfinite(length):
+        raise Diverged(f"the loss is {found:.3g} but its gradient is not finite")
+    optimizer.step()
+    return float(found)

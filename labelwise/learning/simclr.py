@@ -1,21 +1,16 @@
 """One step of SimCLR."""
 
 import dataclasses
-import math
 from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import get_total_norm
 
 from labelwise.learning.contrast import nt_xent
 from labelwise.learning.large_batch import Rows, backward_in_parts
+from labelwise.learning.optimization import update
 from labelwise.learning.precision import Precision, arrange_images
 from labelwise.models.encoder import Encoder
-
-
-class Diverged(Exception):
-    """The loss or its gradient is not a finite number any more."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,8 +47,7 @@ class Learner:
             members: Images of the batch, (B,).
 
         Raises:
-            Diverged: The loss or a gradient is infinite or not a number; no weight was changed by it,
-                though batch norm has seen the batch.
+            Diverged: As in `update`.
         """
         self.optimizer.zero_grad(set_to_none=True)
         if self.micro_batch_size < len(members):
@@ -62,19 +56,7 @@ class Learner:
         else:
             loss = self.loss_of(self.project(make_views(members)))
             loss.backward()
-        found, length = torch.stack(
-            [loss.detach(), get_total_norm(self._gradients())]
-        ).tolist()  # the one wait of a step
-        if not math.isfinite(found):
-            raise Diverged(f"the loss is {found}")
-        if not math.isfinite(length):
-            raise Diverged(f"the loss is {found:.3g} but its gradient is not finite")
-        self.optimizer.step()
-        return float(found)
-
-    def _gradients(self) -> list[Tensor]:
-        groups = self.optimizer.param_groups
-        return [each.grad for group in groups for each in group["params"] if each.grad is not None]
+        return update(self.optimizer, loss)
 
     def loss_of(self, projections: Tensor) -> Tensor:
         """Contrast the projections of a batch, (2B, D) -> scalar."""

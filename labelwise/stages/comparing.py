@@ -5,7 +5,6 @@ whole network from the pretrained weights, the same network from random weights,
 plain pixels. Probes come first, so that a first verdict shows within a minute.
 """
 
-import dataclasses
 import math
 import time
 from collections import Counter
@@ -15,27 +14,22 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from labelwise import environment, rundir, terminal
 from labelwise.config import MOST_DRAWS, FinetuneSettings, parse_duration, read_run_config, to_toml
-from labelwise.errors import DataError, UsageError
-from labelwise.images.cache import ImageCache, build_cache
-from labelwise.images.grouping import Groups, group_images
-from labelwise.images.labels import OUTSIDE
-from labelwise.images.source import ImageSet, open_images
-from labelwise.images.splits import OWN_TEST_SPLIT, draw_labels, hash_names, lock_test, pool_indices
+from labelwise.errors import DataError, LabelwiseError, UsageError
+from labelwise.images.splits import draw_labels, hash_names
 from labelwise.interruption import stop_between_steps
-from labelwise.learning.memory import keep_freed_memory
-from labelwise.learning.precision import Precision, choose_device, has_fast_bf16
+from labelwise.learning.optimization import Diverged
 from labelwise.learning.workers import side_by_side
 from labelwise.measures.linear import accuracy, macro_accuracy, one_of_each
 from labelwise.measures.statistics import FEWEST_DRAWS
-from labelwise.models.weights import load_encoder, save_module
+from labelwise.models.weights import save_module
 from labelwise.ownership import hold
 from labelwise.predictions import keep_predictions, read_predictions, store_predictions
 from labelwise.rundir import RunDirectory
 from labelwise.stages.alternatives import Alternative, add_alternative, find_alternatives
+from labelwise.stages.benching import remember_sources, set_up_bench
 from labelwise.stages.checking import check_labels, check_lookalikes
 from labelwise.stages.finetuning import Floats, Rows
 from labelwise.stages.methods import (
@@ -43,7 +37,6 @@ from labelwise.stages.methods import (
     TRIES,
     Bench,
     is_trained,
-    is_unbalanced,
     refit,
     run_method,
     steps_of,
@@ -52,12 +45,10 @@ from labelwise.stages.methods import (
     workers_for,
 )
 from labelwise.stages.scoring import classifier_of
-from labelwise.views.draws import Policy
 
 Job = tuple[str, int, int]  # method, number of labels, draw
 LADDER = (2, 5, 10, 25, 50, 100)  # labels per class when nothing is asked
 _LONG = 1800.0  # seconds
-FEWEST_FOLDS, MOST_FOLDS = 2, 5  # where no test images are there
 
 
 def compare(settings: FinetuneSettings) -> RunDirectory:
@@ -66,13 +57,14 @@ def compare(settings: FinetuneSettings) -> RunDirectory:
     Raises:
         DataError: There are no labels, one class, or no test images.
         UsageError: Another command is working on this run, or a setting does not fit it.
+        LabelwiseError: Trainings diverged; every other classifier is kept.
         Interrupted: A signal came; every finished classifier is kept.
     """
     started = time.monotonic()
     run = rundir.open_run(settings.run)
     terminal.say(f"run        {run.path}")
     with hold(run):
-        _compare(run, _remember(run, settings))
+        _compare(run, remember_sources(run, settings))
         environment.finish(run, time.monotonic() - started)
     return run
 
@@ -80,7 +72,7 @@ def compare(settings: FinetuneSettings) -> RunDirectory:
 def _compare(run: RunDirectory, settings: FinetuneSettings) -> None:
     """Train whatever is not there yet, probes first, then draw by draw, and keep each result once it is done."""
     pace = _Pace(settings.time_limit)
-    bench = _set_up(run, settings)
+    bench = set_up_bench(run, settings)
     counts = _label_counts(settings, bench)
     alternatives = find_alternatives(settings.methods, bench.spec)
     finished = _finished(bench, alternatives)
@@ -111,7 +103,12 @@ def _compare(run: RunDirectory, settings: FinetuneSettings) -> None:
         if not pace.has_time_for(method, costs[job]):
             return None
         clock = time.monotonic()
-        probabilities, chosen, tries = run_method(method, bench, bench.labeled[orders[draw][:count]], draw)
+        try:
+            rows = bench.labeled[orders[draw][:count]]
+            probabilities, chosen, tries = run_method(method, bench, rows, draw)
+        except Diverged as error:
+            diverged.append(f"{method} with {count:,} labels, draw {draw} ({error})")
+            return None
         seconds = time.monotonic() - clock
         if is_trained(method, bench):  # the first probe also computes features
             pace.note(method, costs[job], seconds)
@@ -124,6 +121,7 @@ def _compare(run: RunDirectory, settings: FinetuneSettings) -> None:
             "frozen": not is_trained(method, bench),
         }
 
+    diverged: list[str] = []
     already, late = sum(costs[job] for job in done), 0
     with (
         stop_between_steps() as bench.stop,
@@ -146,6 +144,7 @@ def _compare(run: RunDirectory, settings: FinetuneSettings) -> None:
                     left[method, count] -= 1
                     if not left[method, count]:
                         bar.note(_line(bench, method, count))
+        late -= len(diverged)
         if "simclr" in settings.methods and not late:
             _keep_classifier(bench)
     if late:
@@ -156,6 +155,11 @@ def _compare(run: RunDirectory, settings: FinetuneSettings) -> None:
         check_labels(bench, _signature(bench))
         check_lookalikes(bench, _signature(bench))
     _write_settings(run, settings)
+    if diverged:
+        raise LabelwiseError(
+            f"{run.path}: {len(diverged):,} of {len(jobs):,} classifiers diverge, first {sorted(diverged)[0]}; the others are kept. Lower "
+            "--scratch-rate if it is supervised (which compares anew), else leave the method out with --methods."
+        )
 
 
 class _Pace:
@@ -175,190 +179,6 @@ class _Pace:
         """Whether so many steps would be done in time; the first of a method only has to begin in time."""
         seconds, done = self.spent.get(method, (0.0, 1))
         return time.monotonic() + steps * seconds / done <= self.deadline
-
-
-# --- before and after
-
-
-def _set_up(run: RunDirectory, settings: FinetuneSettings) -> Bench:
-    """Open images, labels, test lock and encoder of a run."""
-    _, spec = load_encoder(run.path)
-    data = rundir.read_json(run.data)
-    images = _open_images(data["sources"], settings)
-    with terminal.track("reading images", len(images.names)) as bar:
-        cache = build_cache(
-            images, side=data["cache_side"], evaluation_size=spec.image_size, progress=bar.advance
-        )
-    with terminal.track("comparing images", len(images.names)) as bar:
-        groups = group_images(images, cache, bar.advance)
-    for note in groups.notes:
-        terminal.say(f"note       {note}")
-    lock, test_method = _test_lock(run, settings, images, cache, groups)
-    classes = sorted({label for label in images.labels if label is not None})
-    if len(classes) < 2:
-        found = f"only class {classes[0]!r} was found" if classes else "no labels were found"
-        raise DataError(
-            f"{data['root']}: {found}; comparing needs two classes or more: class folders, or --labels FILE."
-        )
-    labels = np.array([classes.index(label) if label is not None else -1 for label in images.labels])
-    place = {name: row for row, name in enumerate(images.names)}
-    test = np.array(
-        [place[name] for name in lock["names"] if labels[place[name]] >= 0 and cache.readable[place[name]]],
-        dtype=np.int64,
-    )
-    if 0 < len(test) < len(lock["names"]):
-        terminal.say(
-            f"test       {len(test):,} of {len(lock['names']):,} locked test images have a label; label the others for narrower intervals"
-        )
-    pool = pool_indices(images, cache.readable, lock)
-    left_out = len(lock["excluded_duplicates"]) + len(lock["excluded_groups"])
-    if left_out:
-        terminal.say(f"groups     {left_out:,} images left out, because a test image belongs with them")
-    labeled = pool[labels[pool] >= 0]
-    missing = sorted(set(range(len(classes))) - set(labels[labeled].tolist()))
-    if missing:
-        raise DataError(
-            f"{data['root']}: class {classes[missing[0]]!r} has no labeled image outside the test set; label one, or leave the class out."
-        )
-    folds = 0
-    if not len(test):
-        if settings.test is not None or lock["method"] == OWN_TEST_SPLIT:
-            raise DataError(
-                f"{run.path}: none of its {len(lock['names'])} test images has a label; label them, or give another --test FOLDER."
-            )
-        if lock["names"]:
-            terminal.warn(
-                f"none of the {len(lock['names']):,} locked test images has a label, so the labels are tested in turn; label some of "
-                f"those that {run.test_lock} names, or give --test FOLDER, for images that the encoder has not seen."
-            )
-        test, folds = labeled, _count_folds(data["root"], labels[labeled], groups.of[labeled], classes)
-        came_later = (
-            settings.labels is not None and str(settings.labels.resolve()) != data["sources"]["labels"]
-        )
-        seen = sum(not (came_later and images.names[row].startswith(OUTSIDE)) for row in labeled)
-        share = "all" if seen == len(labeled) else f"{seen:,}" if seen else "none"
-        test_method = (
-            f"no test set: {folds}-fold cross-validation; the encoder saw {share} of them, without labels"
-        )
-    keep_freed_memory()
-    plan = rundir.read_json(run.environment)["plan"]
-    policy = _view_policy(read_run_config(run.config), plan)
-    device = choose_device(settings.device)
-    return Bench(
-        run=run, settings=settings, images=images, cache=cache, groups=groups.of, names=images.names, labels=labels, classes=classes, labeled=labeled, test=test, folds=folds, test_method=test_method, pool=pool,
-        spec=spec, policy=policy, precision=_precision(plan, device), device=device,
-        unbalanced=is_unbalanced(labels[labeled], len(classes)),
-    )  # fmt: skip
-
-
-def _count_folds(root: str, labels: Rows, groups: Rows, classes: list[str]) -> int:
-    """Into how many folds labels can be cut so that each class is in all of them.
-
-    Raises:
-        DataError: A class is in one group only.
-    """
-    sizes = np.bincount(one_of_each(groups, labels)[1], minlength=len(classes))
-    smallest = int(sizes.argmin())
-    if sizes[smallest] < FEWEST_FOLDS:
-        raise DataError(
-            f"{root}: there are no labeled test images, and to test the labels in turn each class needs two labeled images or groups; "
-            f"{classes[smallest]!r} has {sizes[smallest]}. Label more of it, or give --test FOLDER."
-        )
-    return min(MOST_FOLDS, int(sizes[smallest]))
-
-
-def _remember(run: RunDirectory, settings: FinetuneSettings) -> FinetuneSettings:
-    """Take labels and test images that the last comparison of this run was given, where none are given now."""
-    before = read_run_config(run.config, FinetuneSettings)
-    known: dict[str, Any] = {}
-    for name in ("labels", "labels_root", "test"):
-        given = getattr(settings, name)
-        if given is not None:
-            known[name] = given.absolute()
-        elif name in before:
-            known[name] = Path(before[name])
-            terminal.say(f"{name:<10} {before[name]}, as in the last comparison")
-    column = before.get("group_column")
-    if column and settings.group_column is None:
-        if settings.labels is None or str(settings.labels.absolute()) == before.get("labels"):
-            known["group_column"] = column
-            terminal.say(f"groups     by {column}, as in the last comparison")
-        else:
-            terminal.warn(
-                f"--group-column {column} of the last comparison is not used with other labels; give it again."
-            )
-    return settings.model_copy(update=known)
-
-
-def _precision(plan: dict[str, Any], device: torch.device) -> Precision:
-    """What was chosen when pretraining, unless this device does not compute in it."""
-    if plan["precision"] == "bf16" and not has_fast_bf16(device):
-        terminal.say(
-            f"precision  fp32: pretraining used bf16, which {device.type} here has no arithmetic for"
-        )
-        return Precision("fp32", plan["layout"], "no bf16 arithmetic here")
-    return Precision(plan["precision"], plan["layout"], plan["reason"])
-
-
-def _test_lock(
-    run: RunDirectory, settings: FinetuneSettings, images: ImageSet, cache: ImageCache, groups: Groups
-) -> tuple[dict[str, Any], str]:
-    """The test images locked before pretraining, or those that came later, and in words which they are."""
-    lock = rundir.read_json(run.test_lock)
-    if lock["names"] and settings.test is None:
-        later = {name for name, split in zip(images.names, images.splits, strict=True) if split == "test"}
-        if later - set(lock["names"]):
-            terminal.warn(
-                "the test split of the labels came after pretraining and is not used; the images locked then are. "
-                "To use it, pretrain with the same --labels."
-            )
-        now = lock_test(images, cache.keys, cache.readable, None, 0, groups=groups.of, locked=lock)
-        known = {*lock.get("excluded_groups", ()), *lock.get("excluded_groups_keys", ())}
-        seen = sum(
-            not name.startswith(OUTSIDE) and name not in known and key not in known
-            for name, key in zip(now["excluded_groups"], now["excluded_groups_keys"], strict=True)
-        )
-        if not seen:
-            return now, f"{now['method']}, never trained on"
-        words = f"{seen:,} images that belong with test images were pretrained on, without labels"
-        terminal.warn(f"{words}; they get none. To keep them out, pretrain again.")
-        return now, f"{now['method']}, never trained on; {words}"
-    if "test" in images.splits:
-        lock = lock_test(images, cache.keys, cache.readable, None, 0, groups=groups.of)
-        terminal.warn(
-            "the test images came after pretraining: the encoder may have seen them, without labels."
-        )
-    return lock, f"{lock['method']}, given after pretraining: the encoder may have seen them, without labels"
-
-
-def _open_images(sources: dict[str, str | None], settings: FinetuneSettings) -> ImageSet:
-    """Open the images pretraining saw, with the labels given now or then."""
-    given = {"labels": settings.labels, "labels_root": settings.labels_root, "test": settings.test}
-    first = {name: Path(str(sources[name])) if sources[name] else None for name in given}
-    paths = {name: path or first[name] for name, path in given.items()}
-    root, column = Path(str(sources["images"])), sources.get("group_column")
-    if settings.group_column is not None or column is None or settings.labels is None:
-        return open_images(root, group_column=settings.group_column or column, **paths)
-    images = open_images(root, group_column=None, **paths)
-    try:
-        earlier = open_images(root, group_column=column, **first)
-    except DataError as error:
-        terminal.warn(
-            f"groups by {column}, as in pretraining, cannot be read any more ({error}); intervals do without."
-        )
-        return images
-    by_name = dict(zip(earlier.names, earlier.groups, strict=True))
-    return dataclasses.replace(images, groups=[by_name.get(name) for name in images.names])
-
-
-def _view_policy(config: dict[str, Any], plan: dict[str, Any]) -> Policy:
-    names = {field.name for field in dataclasses.fields(Policy)} - {"size", "blur"}
-    values: dict[str, Any] = {
-        name: tuple(value) if isinstance(value, list) else value
-        for name, value in config.items()
-        if name in names
-    }
-    return Policy(size=plan["image_size"], blur=plan["blur"], **values)
 
 
 def _label_counts(settings: FinetuneSettings, bench: Bench) -> dict[int, float | None]:
@@ -607,7 +427,11 @@ def _keep_classifier(bench: Bench) -> None:
     if before is not None and before["signature"] == signature and bench.run.classifier.exists():
         return
     terminal.say(f"training the classifier to keep on all {len(bench.labeled):,} labels")
-    classifier, trial = refit(bench)
+    try:
+        classifier, trial = refit(bench)
+    except Diverged as error:
+        terminal.warn(f"no classifier is kept, as its training diverges: {error}.")
+        return
     save_module(bench.run.classifier, classifier, bench.spec.to_metadata())
     facts = {
         "classes": bench.classes,

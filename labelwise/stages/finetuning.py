@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from labelwise import seeding
 from labelwise.images.cache import ImageCache
-from labelwise.learning.optimization import create_optimizer, set_rate, warmup_cosine
+from labelwise.learning.optimization import Diverged, create_optimizer, set_rate, update, warmup_cosine
 from labelwise.learning.precision import Precision, arrange_images
 from labelwise.measures.linear import Probe
 from labelwise.models.features import extract_features
@@ -103,6 +103,9 @@ def train_classifier(
         seed: Of order and augmentation.
         before_step: Called before each step; what it raises ends the training.
         views: What makes the augmented images.
+
+    Raises:
+        Diverged: As in `update`; the classifier is then half trained, and for nothing.
     """
     precision.arrange(classifier.network)
     optimizer = create_optimizer(
@@ -128,15 +131,29 @@ def train_classifier(
         loss = F.cross_entropy(logits.float(), targets[members], weight=class_weights)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        optimizer.step()
+        update(optimizer, loss)
     classifier.eval()
 
 
 def predict(
     classifier: Classifier, cache: ImageCache, rows: Rows, normalization: Normalization, device: torch.device
 ) -> Floats:
-    """Class probabilities of images, (M, C)."""
-    logits = extract_features(classifier, cache.evaluations, rows, normalization, device)
+    """Class probabilities of images, (M, C).
+
+    Raises:
+        Diverged: As in `chances_of`.
+    """
+    return chances_of(extract_features(classifier, cache.evaluations, rows, normalization, device))
+
+
+def chances_of(logits: Tensor) -> Floats:
+    """Class probabilities from what a classifier says, (M, C) -> (M, C).
+
+    Raises:
+        Diverged: They are not finite numbers.
+    """
+    if not logits.isfinite().all():
+        raise Diverged("what it predicts is not finite")
     return F.softmax(logits, dim=1).numpy()
 
 

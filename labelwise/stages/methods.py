@@ -21,6 +21,7 @@ from labelwise.config import FinetuneSettings
 from labelwise.images.cache import ImageCache
 from labelwise.images.source import ImageSet
 from labelwise.interruption import StopRequest
+from labelwise.learning.optimization import Diverged
 from labelwise.learning.precision import Precision
 from labelwise.learning.workers import count_workers
 from labelwise.measures.linear import (
@@ -128,7 +129,7 @@ class Start:
 class Way:
     """One way to train a method: `fit(rows, asked, seed, share)` trains on rows and predicts others.
 
-    `share` is the share of the steps to take: folds train on fewer labels for fewer steps.
+    `share` is the share of the steps to take: folds train on fewer labels for fewer steps. Raises `Diverged`.
     """
 
     name: str
@@ -140,12 +141,15 @@ def run_method(method: str, bench: Bench, rows: Rows, draw: int) -> tuple[Floats
 
     Returns:
         Class probabilities of the rows of `tested_in`, (T, C); the way that was chosen; how many were tried.
+
+    Raises:
+        Diverged: The training that was chosen, or each there was to choose from.
     """
     seed = int(seeding.combine(bench.settings.seed, draw, len(rows))) % 2**31
     ways, asked = _ways(method, bench, len(rows)), tested_in(bench, draw)
     if is_few(bench, rows):
-        return ways[0].fit(rows, asked, seed, 1.0), ways[0].name, 1
-    best = _choose(bench, rows, seed, ways)
+        ways = ways[:1]
+    best = ways[0] if len(ways) == 1 else _choose(bench, rows, seed, ways)
     return best.fit(rows, asked, seed, 1.0), best.name, len(ways)
 
 
@@ -187,7 +191,8 @@ def workers_for(method: str, bench: Bench) -> int:
 
 def time_a_step(bench: Bench) -> float:
     """Seconds that one training step of the run's own network takes on all cores, once it is warm; side by side it takes less."""
-    trial = dataclasses.replace(_scratch_trials(bench, len(bench.labeled))[0], steps=1)
+    usual = _scratch_trials(bench, len(bench.labeled))[0]
+    trial = dataclasses.replace(usual, steps=1, trunk_rate=0.0, head_rate=0.0)
     with bench.building:
         encoder = create_encoder(bench.spec)
     classifier = Classifier(encoder, encoder.features, len(bench.classes)).to(bench.device)
@@ -199,7 +204,11 @@ def time_a_step(bench: Bench) -> float:
 
 
 def refit(bench: Bench) -> tuple[Classifier, Trial]:
-    """Train `simclr` once more, chosen as it was measured, on every label outside the test set: the one to keep."""
+    """Train `simclr` once more, chosen as it was measured, on every label outside the test set: the one to keep.
+
+    Raises:
+        Diverged: As in `run_method`.
+    """
     rows = bench.labeled
     trials = _finetuning_trials(bench, len(rows))
     trial = trials[0]
@@ -210,6 +219,9 @@ def refit(bench: Bench) -> tuple[Classifier, Trial]:
         trial = next(each for each in trials if each.name == best.name)
     classifier = _pretrained_classifier("simclr", bench, rows)
     _train(bench, classifier, trial, rows, bench.settings.seed, bench.spec)
+    predict(
+        classifier, bench.cache, rows[:1], bench.spec.normalization, bench.device
+    )  # it does say something
     return classifier, trial
 
 
@@ -227,15 +239,25 @@ def is_unbalanced(labels: npt.NDArray[np.int64], classes: int) -> bool:
 
 
 def _choose(bench: Bench, rows: Rows, seed: int, ways: list[Way]) -> Way:
-    """Pick the way with the best out-of-fold accuracy; the first one on a tie."""
+    """Pick the way with the best out-of-fold accuracy; the first one on a tie; none that diverges in a fold.
+
+    Raises:
+        Diverged: All of them do.
+    """
     truth = bench.labels[rows]
     score = macro_accuracy if bench.unbalanced else accuracy
+    folds = stratified_folds(truth, FOLDS, seed, bench.groups[rows])
     scores = []
     for way in ways:
         predicted = np.empty(len(rows), dtype=np.int64)
-        for train, held in stratified_folds(truth, FOLDS, seed, bench.groups[rows]):
-            predicted[held] = way.fit(rows[train], rows[held], seed, 1 - 1 / FOLDS).argmax(axis=1)
-        scores.append(score(predicted, truth))
+        try:
+            for train, held in folds:
+                predicted[held] = way.fit(rows[train], rows[held], seed, 1 - 1 / FOLDS).argmax(axis=1)
+            scores.append(score(predicted, truth))
+        except Diverged:
+            scores.append(-math.inf)
+    if max(scores) == -math.inf:
+        raise Diverged("every way to train it does, inside the labels")
     return ways[int(np.argmax(scores))]
 
 

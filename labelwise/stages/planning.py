@@ -24,12 +24,13 @@ from labelwise.learning.large_batch import largest_part, step_bytes
 from labelwise.learning.memory import TRAINING_SHARE, available_memory
 from labelwise.learning.optimization import (
     DEFAULTS,
+    Diverged,
     create_optimizer,
     scaled_rate,
     set_rate,
 )
 from labelwise.learning.precision import Precision, calibrate, seconds_of
-from labelwise.learning.simclr import Diverged, Learner
+from labelwise.learning.simclr import Learner
 from labelwise.models.encoder import (
     Encoder,
     EncoderSpec,

@@ -7,13 +7,13 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from labelwise import rundir, terminal
-from labelwise.errors import CheckpointError, DataError, UsageError
+from labelwise.errors import CheckpointError, DataError, LabelwiseError, UsageError
 from labelwise.images.cache import read_evaluations
 from labelwise.images.source import ImageSet, open_files, open_images
 from labelwise.interruption import stop_between_steps
+from labelwise.learning.optimization import Diverged
 from labelwise.learning.precision import choose_device
 from labelwise.models.encoder import EncoderSpec, create_encoder
 from labelwise.models.features import extract_features
@@ -21,7 +21,7 @@ from labelwise.models.heads import keep_first_layer
 from labelwise.models.weights import load_module, read_metadata
 from labelwise.predictions import open_table
 from labelwise.rundir import RunDirectory
-from labelwise.stages.finetuning import Classifier
+from labelwise.stages.finetuning import Classifier, chances_of
 from labelwise.stages.reporting import kept_classifier
 
 COLUMNS = ("file", "label", "confidence", "second_label", "second_confidence")
@@ -79,7 +79,12 @@ def predict(
                 logits = extract_features(
                     classifier, pixels, np.arange(len(chunk)), spec.normalization, place
                 )
-                chances = torch.softmax(logits, dim=1).numpy()
+                try:
+                    chances = chances_of(logits)
+                except Diverged as error:
+                    raise LabelwiseError(
+                        f"{run.classifier}: {error}; train another with `labelwise finetune`."
+                    ) from None
                 columns = _columns(found, chunk, chances, classes)
                 columns |= {f"p_{name}": chances[:, i].tolist() for i, name in enumerate(classes)}
                 table.write({name: columns[name] for name in names})

@@ -33,11 +33,12 @@ from labelwise.learning.contrast import chance_loss
 from labelwise.learning.memory import keep_freed_memory
 from labelwise.learning.optimization import (
     DEFAULTS,
+    Diverged,
     set_rate,
     warmup_cosine,
 )
 from labelwise.learning.precision import Precision, choose_device, compute_deterministically, device_name
-from labelwise.learning.simclr import Diverged, Learner
+from labelwise.learning.simclr import Learner
 from labelwise.measures import health
 from labelwise.models.encoder import check_backbone
 from labelwise.models.weights import save_encoder, save_module

@@ -14,12 +14,29 @@ from labelwise.rundir import RunDirectory
 
 PREDICTED = ("method", "labels", "draw", "name", "label", "group", "prediction", CONFIDENCE)  # columns
 
+ARMS = {
+    "simclr": "SimCLR, fine-tuned",
+    "simclr_probe": "SimCLR, linear probe",
+    "supervised": "From scratch",
+    "random_probe": "Random features, probe",
+    "pixels": "Pixels, logistic regression",
+    "imagenet": "ImageNet weights, fine-tuned",
+    "imagenet_probe": "ImageNet weights, linear probe",
+    "dinov2_probe": "DINOv2, linear probe",
+}
+OURS = ("simclr", "simclr_probe", "supervised", "random_probe", "pixels")  # all else others trained
+
 Result = dict[str, Any]
 
 
 def classifier_of(result: Result) -> tuple[str, int, int]:
     """Method, number of labels and draw: which classifier a result is of."""
     return result["method"], result["labels"], result["draw"]
+
+
+def counts_of_all_labels(results: list[Result]) -> set[int]:
+    """The number of labels that was all there were, if it was measured."""
+    return {row["labels"] for row in results if row["labels"] >= row["labels_there"]}
 
 
 @dataclass(frozen=True)

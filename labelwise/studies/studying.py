@@ -12,8 +12,8 @@ from labelwise.config import PretrainSettings, StudySettings, parse_duration, to
 from labelwise.errors import Interrupted, UsageError
 from labelwise.interruption import stop_between_steps
 from labelwise.learning.memory import keep_freed_memory
+from labelwise.learning.optimization import Diverged
 from labelwise.learning.precision import choose_device, device_name
-from labelwise.learning.simclr import Diverged
 from labelwise.ownership import hold
 from labelwise.reports import study_page
 from labelwise.rundir import RunDirectory

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 
 from labelwise import seeding
 from labelwise.config import PretrainSettings
-from labelwise.learning.optimization import DEFAULTS, scaled_rate, set_rate, warmup_cosine
+from labelwise.learning.optimization import DEFAULTS, Diverged, scaled_rate, set_rate, warmup_cosine
 from labelwise.learning.precision import Precision
-from labelwise.learning.simclr import Diverged, Learner
+from labelwise.learning.simclr import Learner
 from labelwise.measures.linear import fit_probe, stratified_folds
 from labelwise.measures.statistics import Interval, accuracy_interval, paired_difference
 from labelwise.models.encoder import EncoderSpec, create_encoder
@@ -194,6 +194,9 @@ def supervised_answers(
     """Whether the network trained from scratch on the other fold names the class of each scored image, (T,).
 
     For each fold it takes as many steps as SimCLR does, each on one view of as many images.
+
+    Raises:
+        Diverged: As in `train_classifier`.
     """
     settings = settings_of(material, trial, seed)
     plan = _plan_of(material, trial, settings)

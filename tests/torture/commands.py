@@ -39,7 +39,6 @@ class Command:
         if self.status is None:
             self.kill()
             pytest.fail(f"still running after {seconds} s: {self.words}")
-        assert "the network was asked for" not in self.words
         return self.status
 
     def is_over(self) -> bool:
@@ -64,10 +63,18 @@ class Server:
     """Forks commands; see fork_server.py."""
 
     def __init__(self, folder: Path, environment: dict[str, str]) -> None:
-        self.folder, self.environment, self.count = folder, environment, 0
+        self.network_asked_for = folder / "network"
+        self.network_asked_for.touch()
+        self.network_asked_for.chmod(0o666)  # some commands are another user's
+        paths = (str(Path(__file__).with_name("offline")), os.environ.get("PYTHONPATH", ""))
+        offline = {
+            "PYTHONPATH": os.pathsep.join(filter(None, paths)),
+            "NETWORK_ASKED_FOR": str(self.network_asked_for),
+        }
+        self.folder, self.environment, self.count = folder, {**environment, **offline}, 0
         self.process = subprocess.Popen(
             [sys.executable, str(Path(__file__).with_name("fork_server.py"))],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env={**os.environ, **environment},
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env={**os.environ, **self.environment},
         )  # fmt: skip
 
     def ask(self, request: dict[str, Any]) -> dict[str, Any]:

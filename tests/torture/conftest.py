@@ -68,6 +68,15 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     found.end()
 
 
+@pytest.fixture(autouse=True)
+def no_network(server: Server) -> Iterator[None]:
+    """Fail a test whose commands asked for the network, whatever became of that."""
+    yield
+    notes = server.network_asked_for.read_text(encoding="utf-8")
+    server.network_asked_for.write_text("", encoding="utf-8")
+    assert not notes
+
+
 @pytest.fixture(scope="session")
 def digits(tmp_path_factory: pytest.TempPathFactory, some_digits: Callable[[Path, int], Path]) -> Path:
     """300 handwritten digits in class folders."""

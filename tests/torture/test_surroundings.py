@@ -10,7 +10,17 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from commands import FINETUNE, FINETUNE_RECIPE, PRETRAIN, RECIPE, Undisturbed, Work, state_of, wait_for
+from commands import (
+    FINETUNE,
+    FINETUNE_RECIPE,
+    PRETRAIN,
+    RECIPE,
+    Server,
+    Undisturbed,
+    Work,
+    state_of,
+    wait_for,
+)
 
 from labelwise.rundir import RunDirectory
 
@@ -79,3 +89,36 @@ def test_a_run_outlives_its_terminal(
     assert process.wait(120) == 0
     assert state_of(RunDirectory(run)) == undisturbed.states["pretrain"]
     tally("terminal lost, the same results")
+
+
+UDP = "socket.socket(type=socket.SOCK_DGRAM)"
+ASKING = {
+    "a connection": "socket.socket().connect(('192.0.2.1', 9))",
+    "a connection, by its error": "socket.socket().connect_ex(('192.0.2.1', 9))",
+    "a datagram": f"{UDP}.sendto(b'', ('192.0.2.1', 9))",
+    "a message": f"{UDP}.sendmsg([b''], [], 0, ('192.0.2.1', 9))",
+    "a name": "socket.getaddrinfo('example.org', 80)",
+}
+
+
+@pytest.mark.parametrize("words", ASKING.values(), ids=ASKING)
+def test_the_network_is_blocked_here(server: Server, tmp_path: Path, words: str) -> None:
+    """In a process as those that read images are, which take over nothing but the environment and the paths."""
+    notes = tmp_path / "network"
+    paths = "import os, sys; os.environ['PYTHONPATH'] = os.pathsep.join(sys.path)"
+    child = f"{paths}; import subprocess; sys.exit(subprocess.run([sys.executable, '-P', '-c', sys.argv[1]]).returncode)"
+    ran = subprocess.run(
+        [sys.executable, "-c", child, f"import socket; {words}"], capture_output=True, text=True, cwd=tmp_path,
+        env={**os.environ, **server.environment, "NETWORK_ASKED_FOR": str(notes)},
+    )  # fmt: skip
+    assert "the network is blocked" in ran.stderr
+    assert "socket." in notes.read_text(encoding="utf-8")
+
+
+def test_the_whole_demo_without_a_network(
+    server: Server, tmp_path: Path, is_long: bool, tally: Callable[..., None]
+) -> None:
+    command = server.start("demo", *([] if is_long else ["--quick"]), "--out", tmp_path / "demo")
+    assert command.wait(1800) == 0, command.words
+    assert (tmp_path / "demo/runs/digits/report.html").stat().st_size
+    tally("the whole demo without a network" if is_long else "the quick demo without a network")

@@ -1,0 +1,279 @@
+"""What the numbers say, in words: the verdict, what they do not say, what to do next."""
+
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+from labelwise.measures.statistics import (
+    FEWEST_DRAWS,
+    FEWEST_PER_CLASS,
+    HELPS,
+    HURTS,
+    UNCLEAR,
+    test_set_margin,
+)
+from labelwise.reports import text
+from labelwise.rundir import RunDirectory
+from labelwise.stages.scoring import ARMS, OURS, Result, classifier_of, counts_of_all_labels
+
+FEW_TEST_IMAGES = 100  # an accuracy is known to about ten points then (Wilson 1927)
+
+
+def verdict_in_words(
+    summary: list[dict[str, Any]], pool: int, tested: int, over_encoders: list[dict[str, Any]]
+) -> str:
+    """The answer in words, for every number of labels: fine-tuned SimCLR against training from scratch."""
+    said: dict[str, list[str]] = {HELPS: [], UNCLEAR: [], HURTS: []}
+    few: list[tuple[dict[str, Any], str]] = []
+    for entry in summary:
+        best = next(
+            (c for c in entry["comparisons"] if c["arm"] == "simclr" and c["against"] == "supervised"), None
+        )
+        best = best or next((c for c in entry["comparisons"] if c["against"] == "supervised"), None)
+        if best is None:
+            continue
+        fraction = entry["fraction"] or entry["labels"] / max(1, pool)
+        share = "" if any(said.values()) else f" ({100 * fraction:.2g} % of the images)"
+        if best["low"] is None or best["n"] < FEWEST_DRAWS:
+            few.append((best, f"{100 * best['mean']:+.1f} points with {entry['labels']:,} labels"))
+            continue
+        said[best["verdict"]].append(f"{text.gain_in_words(best)} with {entry['labels']:,} labels{share}")
+    if few and not any(said.values()):
+        most = max(best["n"] for best, _ in few)
+        one = "One test image or group, no interval" if tested == 1 else "One label draw, no interval"
+        why = one if tested == 1 or most == 1 else f"{most} label draws where {FEWEST_DRAWS} are needed"
+        return f"{why}, so nothing is claimed: {', '.join(words for _, words in few)}."
+    if not any(said.values()):
+        done = {arm for entry in summary for arm in entry["arms"]}
+        return "No comparison with training from scratch yet." + (
+            f" Measured so far: {', '.join(sorted(done))}." if done else " Run `labelwise finetune`."
+        )
+    sentences = []
+    if said[HELPS]:
+        sentences.append(f"Pretraining on your images helps: {', '.join(said[HELPS])}.")
+    if said[HURTS]:
+        sentences.append(
+            f"{'It' if sentences else 'Pretraining on your images'} hurts: {', '.join(said[HURTS])}."
+        )
+    if said[UNCLEAR]:
+        sentences.append(
+            f"No difference{' is' if sentences else ' between pretraining and training from scratch is'} shown: {', '.join(said[UNCLEAR])}."
+        )
+    if few:
+        sentences.append(f"Too few label draws to claim anything: {', '.join(words for _, words in few)}.")
+    sentences += _over_encoders_in_words(over_encoders)
+    for finding, words in (
+        (HURTS, "Plain pixels are better"),
+        (UNCLEAR, "No difference to plain pixels is shown"),
+    ):
+        found = [f"{entry['labels']:,}" for entry in summary if _against_pixels(entry) == finding]
+        if found:
+            sentences.append(f"{words} with {', '.join(found)} labels.")
+    sentences += _against_others(summary)
+    if tested < FEW_TEST_IMAGES:
+        sentences.append(f"Only {tested} independent test images: they alone may decide this.")
+    return " ".join(sentences)
+
+
+def _over_encoders_in_words(gains: list[dict[str, Any]]) -> list[str]:
+    """The gain where encoders are drawn again too, once there are enough of them."""
+    said: dict[str, list[str]] = defaultdict(list)
+    for gain in gains:
+        if gain["claims"]:
+            said[gain["verdict"]].append(f"{text.gain_in_words(gain)} with {gain['labels']:,} labels")
+    findings = {HELPS: "it helps", UNCLEAR: "no difference is shown", HURTS: "it hurts"}
+    found = "; ".join(f"{findings[finding]}, {', '.join(words)}" for finding, words in said.items())
+    return [f"Over {len(gains[0]['of_each'])} encoders: {found}."] if found else []
+
+
+def _against_others(summary: list[dict[str, Any]]) -> list[str]:
+    """Fine-tuned SimCLR against the best of the networks that others trained, at every number of labels."""
+    said: dict[tuple[str, str], list[str]] = defaultdict(list)
+    for entry in summary:
+        rivals = [
+            c
+            for c in entry["comparisons"]
+            if c["against"] not in OURS and c["low"] is not None and c["n"] >= FEWEST_DRAWS
+        ]
+        if rivals:
+            best = min(rivals, key=lambda c: float(c["mean"]))  # that where ours leads least
+            words = f"{text.gain_in_words(best)} with {entry['labels']:,} labels"
+            said[best["against"], best["verdict"]].append(words)
+    findings = {HELPS: "it is better", UNCLEAR: "no difference is shown", HURTS: "it is worse"}
+    return [
+        f"Against {ARMS.get(arm, arm)}: {findings[finding]}, {', '.join(words)}."
+        for (arm, finding), words in said.items()
+    ]
+
+
+def _against_pixels(entry: dict[str, Any]) -> str | None:
+    """Whether fine-tuned SimCLR beats logistic regression on pixels; None where that was not measured twice."""
+    pairs = (c for c in entry["comparisons"] if (c["arm"], c["against"]) == ("simclr", "pixels"))
+    found = next(pairs, None)
+    return found["verdict"] if found is not None and found["low"] is not None else None
+
+
+def limits_in_words(
+    computed: dict[str, Any],
+    data: dict[str, Any],
+    surroundings: dict[str, Any],
+    test_uses: int,
+) -> list[str]:
+    """What these numbers do not say, in plain sentences."""
+    summary, results = computed["summary"], computed["results"]
+    found = []
+    left, wanted = _left_to_compare(surroundings, results)
+    if results and left:
+        found.append(
+            f"{left:,} of {wanted:,} classifiers were not trained yet, so numbers in one column may be means over different draws."
+        )
+    if results:
+        tested, groups = computed["tested"], computed["test_groups"]
+        best = max(arm["mean"] for entry in summary for arm in entry["arms"].values())
+        folds, most = computed["folds"], max(row["draw"] for row in results) + 1
+        if folds:
+            tied = f", in {groups:,} groups that stay whole (copies, bursts, group column)" if groups else ""
+            found.append(
+                f"No test set: {tested:,} labeled images{tied} were tested in turn, in {folds} folds. The training sets of the draws overlap, "
+                "and the intervals count that in only roughly (Nadeau and Bengio 2003); they speak of this set of labels"
+                + (f", and more draws (--draws {4 * folds}) make them narrower." if most < 4 * folds else ".")
+            )
+        if folds and "the encoder saw none of them" not in results[0]["test_method"]:
+            found.append(
+                "What the encoder saw of the tested images, without labels, training from scratch did not: on new images its lead may be "
+                "smaller. Label images that were held out (splits/test.json names them, if there are any), or give --test FOLDER, to know."
+            )
+        if not folds and groups is None:
+            found.append(
+                f"{tested:,} test images: from the images alone, an accuracy of {best:.0%} is known to "
+                f"\u00b1{100 * test_set_margin(best, tested):.1f} points, with {3 * tested:,} more to half of that. "
+                "Intervals in the table count that in."
+            )
+        elif not folds:
+            found.append(
+                f"{tested:,} test images belong to {groups:,} groups (copies, bursts, group column); intervals let whole groups "
+                "be drawn again, so a few large groups make them wide, and more groups make them narrower, not more images of these."
+            )
+        single = [entry for entry in summary if 1 in {arm["n"] for arm in entry["arms"].values()}]
+        everything = counts_of_all_labels(results)
+        if any(entry["labels"] not in everything for entry in single):
+            found.append(
+                "With one label draw there is no interval, and no verdict can be more than 'no difference shown'."
+            )
+        if everything:
+            found.append(
+                "All labels are one draw: there is no interval there, no verdict, and in labels saved no spread of its own."
+            )
+        if computed["labels_saved"]:
+            found.append(
+                "Labels saved are read off a smooth curve through the measured numbers of labels. Where those are far apart, more than "
+                "four times, the true curve may run elsewhere and the saving be smaller than its interval says."
+            )
+        macros = [arm for entry in summary for arm in entry.get("macro", {}).values()]
+        if any(arm["n"] > 1 and arm["low"] is None for arm in macros):
+            found.append(
+                f"A class has fewer than {FEWEST_PER_CLASS} independent test images: too few for an interval of the mean over classes."
+            )
+        if not folds:
+            found.append(
+                f"The test set was used {test_uses:,} times, once per trained classifier; Labelwise chose nothing on it."
+            )
+    found.append(_limit_of_encoders(computed))
+    found.append(
+        f"SimCLR also used {data['pool']:,} images without their labels and the time to train on them; training from scratch did not."
+    )
+    init = surroundings["asked"]["init"]
+    if init == "pretrained" and any(row["method"] == "imagenet" for row in results):
+        found.append(
+            "The encoder started from ImageNet weights: what SimCLR added to them is its lead over ImageNet weights fine-tuned, not the gain."
+        )
+    elif init:
+        asked = "; `--methods simclr,supervised,imagenet` tells" if init == "pretrained" else ""
+        found.append(
+            f"The encoder started from {init}: how much of the gain is that start's was not measured{asked}."
+        )
+    if back := surroundings.get("rolled_back"):
+        found.append(
+            f"Training was taken back from epoch {back['from']} to epoch {back['to']} and ended there: {back['reason']}."
+        )
+    return found
+
+
+def _limit_of_encoders(computed: dict[str, Any]) -> str:
+    """What is not known of other seeds of pretraining."""
+    over = computed["over_encoders"]
+    left_out = (
+        f" Not compared as far as this one, and left out: {', '.join(over['unfinished'])}."
+        if over["unfinished"]
+        else ""
+    )
+    if over["damaged"]:
+        left_out = f" Others are left out: {over['damaged']}"
+    if over["runs"]:
+        few = not all(gain["claims"] for gain in over["gains"])
+        claims = f"; fewer than {FEWEST_DRAWS} encoders or draws claim nothing" if few else ""
+        return (
+            f"The table is of one of {len(over['runs'])} encoders; only the gain over all of them lets the seed of pretraining be drawn "
+            f"again{claims}.{left_out}"
+        )
+    how = "" if computed["folds"] else " (`labelwise finetune --pretrain-seeds 3` tells)"
+    return f"One encoder was compared: how much another seed of pretraining would change is not in the intervals{how}.{left_out}"
+
+
+def _left_to_compare(surroundings: dict[str, Any], results: list[Result]) -> tuple[int, int]:
+    """How many classifiers of the last comparison that was asked for are missing, and how many there shall be."""
+    comparison = surroundings.get("comparison", {"methods": [], "draws": {}})
+    asked = {
+        (method, int(labels), draw)
+        for method in comparison["methods"]
+        for labels, draws in comparison["draws"].items()
+        for draw in range(draws)
+    }
+    return len(asked - set(map(classifier_of, results))), len(asked)
+
+
+def next_steps(
+    run: RunDirectory,
+    computed: dict[str, Any],
+    check: dict[str, Any] | None,
+    surroundings: dict[str, Any],
+    data: dict[str, Any],
+    *,
+    has_classifier: bool,
+) -> list[str]:
+    """What to do next, the most useful first."""
+    summary = computed["summary"]
+    where = (
+        f"--run {run.path.relative_to(Path.cwd())}"
+        if run.path.is_relative_to(Path.cwd())
+        else f"--run {run.path}"
+    )
+    if not summary:
+        return [f"labelwise finetune {where} {text.few_labels(data)}"]
+    steps = []
+    gain = summary[0]["gain"]
+    left, asked = _left_to_compare(surroundings, computed["results"])
+    if left:
+        steps.append(f"{left:,} of {asked:,} classifiers are left: give the same finetune command again")
+    if gain and gain["high"] is not None and gain["high"] < 0:
+        steps.append(
+            "pretraining hurts at few labels: pretrain longer (--epochs), or with other augmentations"
+        )
+    elif gain and gain["low"] is not None and gain["low"] <= 0 and _against_pixels(summary[0]) != HURTS:
+        steps.append(
+            f"the few-label gain is not clear: pretrain longer (--epochs), or take more draws (--draws {4 * computed['folds'] or 10})"
+        )
+    if (
+        check
+        and check["unlabeled"]
+        and not text.is_too_weak(check)
+        and (weakest := check["classes"][0])["agreed"] != 1
+    ):
+        labels = f"{weakest['labels']:,} label{'s' if weakest['labels'] > 1 else ''}"
+        fit = f" and {weakest['agreed']:.0%} of them fit" if weakest["agreed"] is not None else ""
+        steps.append(f"class {weakest['name']} has {labels}{fit}: label more of it first")
+    if has_classifier:
+        steps.append(
+            f"labelwise predict NEW_IMAGES {where}: what the classifier trained on all labels says of them"
+        )
+    return steps
