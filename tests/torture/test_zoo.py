@@ -5,10 +5,12 @@ import hashlib
 import json
 import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from commands import Server, Work
+from commands import PRETRAIN, RECIPE, Server, Work
 from zoo import FINE, SKIPPED, write_zoo
 
 from labelwise.rundir import RunDirectory, read_json, read_jsonl
@@ -91,16 +93,20 @@ def test_a_folder_that_may_only_be_read_is_enough(
         path.chmod(0o555 if path.is_dir() else 0o444)
     hidden = next(images.rglob("*.png"))
     hidden.chmod(0)
-    surroundings = {
+    run, recipe = RunDirectory(public / "run"), public / "pretrain.toml"
+    recipe.write_text(RECIPE)
+    places = {
         "LABELWISE_CACHE": str(public / "cache"),
         "NUMBA_CACHE_DIR": str(public / "numba"),
         "HOME": "/nonexistent",
     }
-    run = RunDirectory(public / "run")
-    command = Work(work.server, public, images).finish(
-        "pretrain", run.path, user=12345, environment=surroundings
-    )
-    assert "Traceback" not in command.words
+    ran = subprocess.run(
+        [sys.executable, "-m", "labelwise", "pretrain", images, "--out", run.path, "--epochs", "2", *PRETRAIN, recipe],
+        env={**os.environ, **work.server.environment, **places}, cwd=public, capture_output=True, text=True,
+        user=12345, group=12345, extra_groups=[],
+    )  # fmt: skip
+    assert ran.returncode == 0, ran.stderr
+    assert "Traceback" not in ran.stderr
     (entry,) = read_json(run.data)["quarantined"]
     assert entry == {"file": str(hidden.relative_to(images)), "reason": "cannot be read (Permission denied)"}
     tally("unknown user without a home, images read-only")
