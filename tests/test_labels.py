@@ -177,7 +177,7 @@ def test_the_line_named_is_the_line_of_the_file(tmp_path: Path, before: str) -> 
 def test_a_missing_column_is_refused_with_the_columns_found(tmp_path: Path) -> None:
     file = written(tmp_path, "file_name,breed,age\na.jpg,cat,3\n")
     assert refusal(file) == (
-        f"{file}: no label column; looked for label, class, choice, category, tag, found file_name, breed, age."
+        f"{file}: no label column; looked for label, class, choice, category, tag, found file_name, breed, age; rename the one that is it."
     )
     assert "no path column; looked for file_name, image_path, image" in refusal(
         written(tmp_path, "name,label\na,cat\n")
@@ -423,10 +423,53 @@ def test_each_split_goes_to_the_image_of_its_row(root: Path) -> None:
         LabelRow(2, "a/1.jpg", "cat", "test"),
         LabelRow(3, "a/2.jpg", "dog", "train"),
         LabelRow(4, "b/1.jpg", "cat", None),
-        LabelRow(5, "b/3.jpg", "cat", "holiday"),
+        LabelRow(5, "b/3.jpg", None, "test"),
     ]
     splits = match_labels(found, root / "labels.csv", NAMES, root, None).splits
-    assert splits == {"a/1.jpg": "test", "a/2.jpg": "train"}
+    assert splits == {"a/1.jpg": "test", "a/2.jpg": "train", "b/3.jpg": "test"}
+
+
+def test_a_split_counts_without_a_label_too_and_in_any_spelling(tmp_path: Path) -> None:
+    file = written(tmp_path, "File,LABEL,Split\na.jpg,cat,Training\nb.jpg,,testing\nc.jpg,dog,valid\n")
+    found, note = read_label_table(file)
+    assert [(row.path, row.label, row.split) for row in found] == [
+        ("a.jpg", "cat", "train"), ("b.jpg", None, "test"), ("c.jpg", "dog", "val"),
+    ]  # fmt: skip
+    assert note == ""
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (
+            "file,label,split\na.jpg,cat,holiday\n",
+            "line 2: split 'holiday' is none of test, testing, train, training, val, valid, validation",
+        ),
+        ("file,label,label\na.jpg,cat,dog\n", "has the column 'label' twice; rename one."),
+        (
+            "a.jpg,cat\nb.jpg,dog\n",
+            "its first line names an image, not columns; put a line like file,label before it.",
+        ),
+        ("file,label,split\na.jpg,,test\nb.jpg,,train\n", "no labeled rows in it."),
+    ],
+)
+def test_what_would_be_misread_is_refused(tmp_path: Path, text: str, words: str) -> None:
+    assert words in refusal(written(tmp_path, text))
+
+
+def test_one_label_is_one_label_however_it_is_written(tmp_path: Path) -> None:
+    words = ["caf\u00e9", "cafe\u0301", 1, 1.0, "1"]
+    lines = [json.dumps({"file": f"{number}.jpg", "label": word}) for number, word in enumerate(words)]
+    found, _ = read_label_table(written(tmp_path, "\n".join(lines), "labels.jsonl"))
+    assert [row.label for row in found] == ["caf\u00e9", "caf\u00e9", "1", "1", "1"]
+
+
+def test_a_second_column_of_labels_is_told_and_an_empty_one_is_none(tmp_path: Path) -> None:
+    assert read_label_table(written(tmp_path, "file,label,class\na.jpg,cat,x\n"))[1].endswith(
+        "labels from its column 'label', not 'class'"
+    )
+    found, _ = read_label_table(written(tmp_path, "photo,garment,remark\na.jpg,coat,\nb.jpg,coat,\n"))
+    assert [row.label for row in found] == ["coat", "coat"]
 
 
 def test_a_path_out_of_the_images_finds_nothing(root: Path) -> None:

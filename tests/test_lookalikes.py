@@ -15,7 +15,7 @@ from labelwise.images.near_copies import NearCopies
 from labelwise.measures import knn
 from labelwise.measures.knn import resembling
 from labelwise.predictions import read_predictions
-from labelwise.stages import comparing, pretraining
+from labelwise.stages import benching, pretraining
 from labelwise.stages.checking import _crop_a_little
 from labelwise.stages.pretraining import pretrain
 from labelwise.stages.repeating import finetune
@@ -76,7 +76,7 @@ def test_planted_copies_are_listed_first_and_the_gain_without_them_is_told(
     def everyone_alone(images: Any, *_: Any) -> Groups:
         return Groups(np.arange(len(images.names)), NearCopies.none(), {}, [])
 
-    for stage in (pretraining, comparing):
+    for stage in (pretraining, benching):
         monkeypatch.setattr(stage, "group_images", everyone_alone)
     backbone: dict[str, Any] = {"layers": [1, 1, 1, 1], "channels": [8, 8, 16, 16]}
     settings = PretrainSettings(

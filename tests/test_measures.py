@@ -151,7 +151,7 @@ def test_a_loss_that_is_not_a_number_is_named() -> None:
 def test_a_loss_at_chance_is_named_after_a_third_of_the_run() -> None:
     words = diagnose(0.99 * CHANCE, CHANCE, 50, 128, 0.4)
     assert words is not None
-    assert "the loss (6.17) is no better than chance (6.24): give it more --epochs" in words
+    assert "the loss (6.17) is hardly better than chance (6.24): give it more --epochs" in words
     assert diagnose(0.99 * CHANCE, CHANCE, 50, 128, 0.3) is None
 
 

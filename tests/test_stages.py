@@ -727,7 +727,7 @@ def test_what_is_left_and_what_is_wrong_with_the_encoder_is_said(
     assert document["next"][0].startswith(f"{asked - done} of {asked} classifiers are left: ")
     assert document["limits"][0].startswith(f"{asked - done} of {asked} classifiers were not trained yet")
     trouble = rundir.read_json(run.environment)["trouble"]
-    assert re.match(r"the loss \(.*\) is no better than chance", trouble)
+    assert re.match(r"the loss \(.*\) is hardly better than chance", trouble)
     assert f"But the encoder is hardly one yet: {trouble}." in document["verdict"]
     heading, lead = re.search(
         r"<h1>(.*?)</h1>\s*<p class=\"lead\">(.*?)</p>", run.report_html.read_text()
@@ -857,7 +857,7 @@ def test_what_diverges_is_told_and_everything_else_is_trained(
     """From the second step on, as no classifier is finite then; precision, layout and time are as ever."""
     for counts in ((20,), (120,)):  # one way, and one that is chosen among three
         asked = {**FEW, "label_counts": counts, "scratch_rate": 1e30, "scratch_steps": 3}
-        said = rf"2 of 10 classifiers diverge, first supervised with {counts[0]} labels, draw 0 \(.*\); the others are kept\. "
+        said = rf"2 of 10 classifiers diverge, first supervised with {counts[0]} labels, draw 0 \(.*\); the others are kept, `labelwise report` shows them\. "
         with pytest.raises(LabelwiseError, match=said + "Lower --scratch-rate"):
             finetune(FinetuneSettings(run=copy.path, **asked))
         kept = rundir.read_jsonl(copy.results)

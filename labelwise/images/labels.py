@@ -28,6 +28,9 @@ SUFFIXES = (
     ".heic",
     ".heif",
 )
+SPLITS = {
+    "train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "test": "test", "testing": "test",
+}  # fmt: skip
 PATH_COLUMNS = ("file_name", "image_path", "image", "path", "filename", "file")
 ID_COLUMNS = ("image_id", "id")  # file names without their suffix, where no column has whole ones
 LABEL_COLUMNS = ("label", "class", "choice", "category", "tag")
@@ -81,6 +84,13 @@ def read_label_table(file: Path, group_column: str | None = None) -> tuple[list[
         raise DataError(f"--labels {file}: cannot be read ({error.strerror}).") from None
     except (csv.Error, RecursionError) as error:
         raise DataError(f"{file}: not a table: {error}.") from None
+    if twice := sorted({name for name in columns if columns.count(name) > 1}):
+        raise DataError(f"{file}: has the column {twice[0]!r} twice; rename one.")
+    if any(name.lower().endswith(SUFFIXES) for name in columns):
+        raise DataError(
+            f"{file}: its first line names an image, not columns; put a line like file,label before it."
+        )
+    columns, rows = _with_known_names(columns, rows, group_column)
     if group_column is not None:
         _column(file, columns, (group_column,), "group")
 
@@ -93,6 +103,7 @@ def read_label_table(file: Path, group_column: str | None = None) -> tuple[list[
     known_columns = (*PATH_COLUMNS, *ID_COLUMNS)
     path_column = _column(file, columns, path_columns if len(path_columns) == 1 else known_columns, "path")
     label_columns = tuple(name for name in LABEL_COLUMNS if name in columns)
+    notes += [f"labels from its column {label_columns[0]!r}, not {name!r}" for name in label_columns[1:]]
     if not label_columns and group_column is None:
         others = tuple(name for name in columns if name not in (path_column, "split"))
         label_columns = others if len(others) == 1 and _are_classes(filled(others[0])) else ()
@@ -114,12 +125,33 @@ def read_label_table(file: Path, group_column: str | None = None) -> tuple[list[
                 f"{file}, line {line}: several labels in one cell ({label}); Labelwise classifies with one label per image."
             )
         found, group = _text(label), _text(row.get(group_column)) if group_column else None
-        if path and (found or group):
-            split = str(row["split"]).strip().lower() if row.get("split") else None
+        said = _text(row.get("split"))
+        split = SPLITS.get(said.lower()) if said is not None else None
+        if said is not None and split is None:
+            raise DataError(
+                f"{file}, line {line}: split {said!r} is none of {', '.join(sorted(SPLITS))}; write one of them, or rename the column."
+            )
+        if path and (found or group or split):
             result.append(LabelRow(line, str(path), found, split, group))
-    if not result:
+    if not any(row.label or row.group for row in result):
         raise DataError(f"{file}: no labeled rows in it.")
     return result, f"{file.name}: {', '.join(notes)}" if notes else ""
+
+
+def _with_known_names(
+    columns: list[str], rows: list[tuple[int, dict[str, Any]]], group_column: str | None
+) -> tuple[list[str], list[tuple[int, dict[str, Any]]]]:
+    """Columns as we know them where only large letters differ, without those in which nothing stands."""
+    known = {*PATH_COLUMNS, *ID_COLUMNS, *LABEL_COLUMNS, "split"}
+    names = {
+        name: name.lower() if name.lower() in known - set(columns) and name != group_column else name
+        for name in columns
+    }
+    filled = {name for name in columns if any(_text(row.get(name)) is not None for _, row in rows)}
+    kept = [names[name] for name in columns if name in filled or name == group_column or names[name] in known]
+    return kept, [
+        (line, {names[name]: cell for name, cell in row.items() if name in names}) for line, row in rows
+    ]
 
 
 def match_labels(
@@ -165,7 +197,7 @@ def match_labels(
                 raise DataError(
                     f"{file}, line {row.line}: {row.path} is {words} {said!r} here and {known[match]!r} before; keep one."
                 )
-        if row.split in ("train", "val", "test"):
+        if row.split is not None:
             splits[match] = row.split
     if not matched:
         raise DataError(
@@ -180,7 +212,9 @@ def match_labels(
 
 def _text(cell: object) -> str | None:
     """The text of a cell; None where there is none."""
-    return str(cell).strip() or None if cell is not None else None
+    if isinstance(cell, float) and cell.is_integer():
+        cell = int(cell)  # JSON's 1.0 is 1
+    return _normal(str(cell).strip()) or None if cell is not None else None
 
 
 def _find_path(path: str, starts: list[Path], by_path: dict[str, str]) -> str | None:
@@ -255,7 +289,7 @@ def _read_jsonl(file: Path) -> Table:
         if not isinstance(row, dict):
             raise DataError(f"{file}: not JSON lines: line {line} is not an object in braces.")
         rows.append((line, row))
-    return list(rows[0][1]) if rows else [], rows, []
+    return list(dict.fromkeys(name for _, row in rows for name in row)), rows, []
 
 
 def _are_files(cells: list[str]) -> bool:
@@ -272,7 +306,7 @@ def _column(file: Path, columns: list[str], known: tuple[str, ...], what: str) -
     found = next((name for name in known if name in columns), None)
     if found is None:
         raise DataError(
-            f"{file}: no {what} column; looked for {', '.join(known)}, found {', '.join(columns) or 'nothing'}."
+            f"{file}: no {what} column; looked for {', '.join(known)}, found {', '.join(columns) or 'nothing'}; rename the one that is it."
         )
     return found
 

@@ -4,6 +4,7 @@ import errno
 import glob
 import os
 import re
+import unicodedata
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
@@ -12,10 +13,9 @@ from typing import Any
 import datasets
 
 from labelwise.errors import DataError, UsageError
-from labelwise.images.labels import OUTSIDE, SUFFIXES, match_labels, read_label_table
+from labelwise.images.labels import OUTSIDE, SPLITS, SUFFIXES, match_labels, read_label_table
 from labelwise.rundir import is_utf8
 
-SPLITS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
 _IGNORED_FOLDERS = ("__MACOSX",)
 _IMAGE_COLUMNS = ("image", "img", "jpg", "png")
 _LABEL_COLUMNS = ("label", "labels", "class", "fine_label")
@@ -231,7 +231,8 @@ def _read_layout(paths: list[PurePosixPath]) -> tuple[list[str | None], list[str
         outside += is_split and not inside
         below = part[1:] if inside else part
         splits.append(SPLITS[part[0].lower()] if inside else None)
-        labels.append(below[0] if len(below) > 1 and (inside or not is_split) else None)
+        folder = below[0] if len(below) > 1 and (inside or not is_split) else None
+        labels.append(folder and unicodedata.normalize("NFC", folder))
         loose += labels[-1] is None
     has_classes = any(label is not None for label in labels)
     notes = []

@@ -44,11 +44,12 @@ def lock_test(
 
     Returns:
         `method` in words, `names`, their content `keys`, `excluded_duplicates` (same pixels as a test image),
-        `excluded_groups` (others of its group) and their content keys, `seed`, `sha256` of the names.
+        `excluded_groups` (others of its group, and what has taken a locked image's name) and their content keys, `seed`, `sha256` of the names.
     """
     groups = np.unique(keys, return_inverse=True)[1] if groups is None else groups
+    changed: list[int] = []
     if locked is not None:
-        rows = _find_locked(images, keys, locked)
+        rows, changed = _find_locked(images, keys, locked)
         method, seed = locked["method"], locked["seed"]
     elif "test" in images.splits:
         rows = [row for row, split in enumerate(images.splits) if split == "test" and readable[row]]
@@ -74,7 +75,12 @@ def lock_test(
         row
         for row in others
         if int(keys[row]) not in test_keys
-        and (int(groups[row]) in test_groups or images.names[row] in earlier or int(keys[row]) in earlier)
+        and (
+            row in changed
+            or int(groups[row]) in test_groups
+            or images.names[row] in earlier
+            or int(keys[row]) in earlier
+        )
     ]
     tied.sort(key=images.names.__getitem__)
     names = [images.names[row] for row in rows]
@@ -90,26 +96,41 @@ def lock_test(
     }
 
 
-def _find_locked(images: ImageSet, keys: npt.NDArray[np.uint64], locked: dict[str, Any]) -> list[int]:
-    """Find the images of a lock again: by their pixels, wherever they lie now, else by their names."""
+def _find_locked(
+    images: ImageSet, keys: npt.NDArray[np.uint64], locked: dict[str, Any]
+) -> tuple[list[int], list[int]]:
+    """Find the images of a lock again, by their pixels, wherever they lie now.
+
+    Returns:
+        Their rows, and rows whose names were locked and whose pixels are others now: an image that was trained on may have
+        taken a test image's name, so they are neither tested nor trained on.
+
+    Raises:
+        DataError: An image is gone, or none has its pixels any more.
+    """
     by_name = {name: row for row, name in enumerate(images.names)}
     by_key: dict[int, list[int]] = defaultdict(list)
     for row, key in enumerate(keys.tolist()):
         by_key[key].append(row)
-    rows, gone = [], []
+    rows, changed, gone = [], [], []
     for name, key in zip(locked["names"], locked["keys"], strict=True):
         same_name, same_pixels = by_name.get(name), by_key.get(key, [])
-        if same_pixels and same_name not in same_pixels:
-            rows.append(same_pixels[0])
+        if same_pixels:
+            rows.append(same_name if same_name in same_pixels else same_pixels[0])
         elif same_name is not None:
-            rows.append(same_name)
+            changed.append(same_name)
         else:
             gone.append(name)
     if gone:
         raise DataError(
             f"{images.root}: {len(gone)} of the locked test images are gone, e.g. {gone[0]}; put them back."
         )
-    return list(dict.fromkeys(rows))
+    if changed and not rows:
+        raise DataError(
+            f"{images.root}: none of the locked test images has the pixels it had, e.g. {images.names[changed[0]]}: whether the encoder "
+            "was trained on what lies there now cannot be told. Put them back, pretrain again, or give --test FOLDER."
+        )
+    return list(dict.fromkeys(rows)), [row for row in dict.fromkeys(changed) if row not in rows]
 
 
 def pool_indices(images: ImageSet, readable: npt.NDArray[np.bool_], lock: dict[str, Any]) -> Rows:

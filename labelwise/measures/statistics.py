@@ -7,7 +7,7 @@ labels are tested in folds, and the interval is that of a resampled training set
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 
 import numpy as np
@@ -18,10 +18,14 @@ CONFIDENCE = 0.95
 FEWEST_DRAWS = 3  # two may agree by chance, and then their interval is as narrow as one likes
 FEWEST_PER_CLASS = 5  # test images; fewer may agree by chance, and then a class looks certain
 _FEWEST_ERRORS = 10  # images; with fewer the normal distribution does not hold
+_FEW_OF_A_CLASS = (
+    2  # images that differ from the others of their class; with fewer Student's does not hold there
+)
 HELPS, UNCLEAR, HURTS = "helps", "no difference shown", "hurts"
 
 Floats = npt.NDArray[np.float64]
 Groups = npt.NDArray[np.int64]
+OfFew = Callable[[Floats], tuple[float, float]]
 
 
 @dataclass(frozen=True)
@@ -134,7 +138,7 @@ def _of_an_accuracy(found: Interval, images: int) -> Interval:
     if min(found.mean, 1 - found.mean) * images < _FEWEST_ERRORS:
         centre, half = _wilson(found.mean, images)
         low, high = min(low, centre - half), max(high, centre + half)
-    return replace(found, low=max(low, 0.0), high=min(high, 1.0))
+    return _within(replace(found, low=low, high=high), 0.0)
 
 
 def macro_interval(right: Floats, truth: npt.NDArray[np.int64], groups: Groups | None = None) -> Interval:
@@ -145,8 +149,40 @@ def macro_interval(right: Floats, truth: npt.NDArray[np.int64], groups: Groups |
         truth: Class of each image, (T,).
         groups: As in `by_group`; then each class has to be in five groups or more.
     """
-    found = accuracy_interval(macro_values(right, truth), groups)
-    return _if_enough_of_each(found, truth, np.arange(len(truth)) if groups is None else groups)
+    found = interval(by_group(macro_values(right, truth), groups))
+    own = np.arange(len(truth)) if groups is None else groups
+    return _within(_of_classes(found, right.mean(axis=0), truth, own, _accuracy_of_few), 0.0)
+
+
+def _of_classes(
+    found: Interval, values: Floats, truth: npt.NDArray[np.int64], groups: Groups, of_few: OfFew
+) -> Interval:
+    """An interval of a mean over classes: at least as wide as what each class's own images leave open, by Student, together.
+
+    None where a class is in fewer than five groups: they may agree by chance, and then the class looks certain.
+
+    Args:
+        values: Of each image, its mean over draws, or one for each time it was tested, (T,).
+        of_few: Interval of the mean of a class whose images hardly differ, by few of them.
+
+    Source: Zou and Donner 2008 (Statistics in Medicine 27), an interval of a sum from those of its parts.
+    """
+    found = _if_enough_of_each(found, truth, groups)
+    if found.low is None or found.high is None:
+        return found
+    below = above = 0.0
+    classes = np.unique(truth)
+    for each in classes:
+        own = _means_of_groups(values[truth == each], groups[truth == each])
+        mean, count = float(own.mean()), len(own)
+        half = float(stats.t.ppf((1 + CONFIDENCE) / 2, count - 1)) * float(own.std(ddof=1)) / math.sqrt(count)
+        low, high = mean - half, mean + half
+        if _disagreeing(own) < _FEW_OF_A_CLASS:
+            few_low, few_high = of_few(own)
+            low, high = min(low, few_low), max(high, few_high)
+        below, above = below + (mean - low) ** 2, above + (high - mean) ** 2
+    low, high = found.mean - math.sqrt(below) / len(classes), found.mean + math.sqrt(above) / len(classes)
+    return replace(found, low=min(found.low, low), high=max(found.high, high))
 
 
 def _if_enough_of_each(found: Interval, truth: npt.NDArray[np.int64], groups: Groups) -> Interval:
@@ -169,16 +205,61 @@ def paired_difference(
     shared = sorted(first.keys() & second.keys())
     if not shared:
         return None
-    return _of_a_difference(
-        interval(by_group(np.stack([first[draw] - second[draw] for draw in shared]), groups))
-    )
+    values = np.stack([first[draw] - second[draw] for draw in shared])
+    own = np.arange(values.shape[1]) if groups is None else groups
+    return _of_a_difference(interval(by_group(values, groups)), _means_of_groups(values.mean(axis=0), own))
 
 
-def _of_a_difference(found: Interval) -> Interval:
-    """An interval of a difference, which no two accuracies can have beyond -1 and 1."""
+def _of_a_difference(found: Interval, values: Floats) -> Interval:
+    """An interval of a difference: never past -1 and 1, and where fewer than ten images disagree, or agree, as wide as few allow.
+
+    Args:
+        values: Of each image or group, its mean over draws, (T,).
+    """
     if found.low is None or found.high is None:
         return found
-    return replace(found, low=max(found.low, -1.0), high=min(found.high, 1.0))
+    low, high = found.low, found.high
+    if _disagreeing(values) < _FEWEST_ERRORS:
+        few_low, few_high = _difference_of_few(values)
+        low, high = min(low, few_low), max(high, few_high)
+    return _within(replace(found, low=low, high=high), -1.0)
+
+
+def _disagreeing(values: Floats) -> float:
+    """How many images or groups do not agree with the others: are wrong, or right, or better, or worse, whichever are fewer."""
+    better, worse = float(values.clip(0).sum()), float((-values).clip(0).sum())
+    return min(better + worse, len(values) - max(better, worse))
+
+
+def _difference_of_few(values: Floats) -> tuple[float, float]:
+    """Interval of a paired difference over few images, (T,): one more where the first is right, and one where the second is.
+
+    Source: Bonett and Price 2012 (Journal of Educational and Behavioral Statistics 37).
+    """
+    count = len(values) + 2
+    better, worse = (1 + values.clip(0).sum()) / count, (1 + (-values).clip(0).sum()) / count
+    mean = float(better - worse)
+    half = float(stats.norm.ppf((1 + CONFIDENCE) / 2)) * math.sqrt((better + worse - mean**2) / count)
+    return mean - half, mean + half
+
+
+def _accuracy_of_few(values: Floats) -> tuple[float, float]:
+    """Wilson's interval of an accuracy over few images or groups, (T,)."""
+    centre, half = _wilson(float(values.mean()), len(values))
+    return centre - half, centre + half
+
+
+def _within(found: Interval, least: float) -> Interval:
+    """An interval cut off where no accuracy, or no difference, can lie: below `least` and above 1."""
+    if found.low is None or found.high is None:
+        return found
+    return replace(found, low=max(found.low, least), high=min(found.high, 1.0))
+
+
+def _means_of_groups(values: Floats, groups: Groups) -> Floats:
+    """The mean of each group's values, (T,) -> (G,)."""
+    _, place, sizes = np.unique(groups, return_inverse=True, return_counts=True)
+    return np.asarray(np.bincount(place, values) / sizes)
 
 
 def macro_values(right: Floats, truth: npt.NDArray[np.int64]) -> Floats:
@@ -276,6 +357,16 @@ class TestSet:
         """First minus second, see `paired_difference`."""
         return paired_difference(first, second, self.groups)
 
+    def macro_difference(self, first: dict[int, Floats], second: dict[int, Floats]) -> Interval | None:
+        """First minus second in the mean over classes."""
+        shared = sorted(first.keys() & second.keys())
+        if not shared:
+            return None
+        values = np.stack([first[draw] - second[draw] for draw in shared])
+        found = interval(by_group(macro_values(values, self.truth), self.groups))
+        own = np.arange(len(self.truth)) if self.groups is None else self.groups
+        return _within(_of_classes(found, values.mean(axis=0), self.truth, own, _difference_of_few), -1.0)
+
 
 @dataclass(frozen=True)
 class Folds:
@@ -306,16 +397,33 @@ class Folds:
 
     def macro(self, draws: dict[int, Floats]) -> Interval:
         """Mean over classes of the accuracy in each."""
-        values = {draw: macro_values(right[None], self.truth[draw])[0] for draw, right in draws.items()}
-        truth, groups = (np.concatenate([of[draw] for draw in draws]) for of in (self.truth, self.groups))
-        return _if_enough_of_each(self.accuracy(values), truth, groups)
+        return _within(self._of_classes(draws, _accuracy_of_few), 0.0)
 
     def difference(self, first: dict[int, Floats], second: dict[int, Floats]) -> Interval | None:
         """First minus second over the draws both have; None if they share none."""
         shared = sorted(first.keys() & second.keys())
         if not shared:
             return None
-        return _of_a_difference(self._interval({draw: first[draw] - second[draw] for draw in shared}))
+        values = {draw: first[draw] - second[draw] for draw in shared}
+        every, groups = (np.concatenate([of[draw] for draw in shared]) for of in (values, self.groups))
+        return _of_a_difference(self._interval(values), _means_of_groups(every, groups))
+
+    def macro_difference(self, first: dict[int, Floats], second: dict[int, Floats]) -> Interval | None:
+        """First minus second in the mean over classes."""
+        shared = sorted(first.keys() & second.keys())
+        if not shared:
+            return None
+        values = {draw: first[draw] - second[draw] for draw in shared}
+        return _within(self._of_classes(values, _difference_of_few), -1.0)
+
+    def _of_classes(self, draws: dict[int, Floats], of_few: OfFew) -> Interval:
+        found = self._interval(
+            {draw: macro_values(values[None], self.truth[draw])[0] for draw, values in draws.items()}
+        )
+        values, truth, groups = (
+            np.concatenate([of[draw] for draw in draws]) for of in (draws, self.truth, self.groups)
+        )
+        return _of_classes(found, values, truth, groups, of_few)
 
     def _interval(self, draws: dict[int, Floats]) -> Interval:
         splits = [by_group(values[None], self.groups[draw])[0] for draw, values in draws.items()]

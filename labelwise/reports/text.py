@@ -7,6 +7,7 @@ from typing import Any
 from labelwise.terminal import duration
 
 MACRO = ", mean over classes"
+_UNEQUAL = 0.002  # of the two sides of an interval
 
 
 def interval_of(document: dict[str, Any]) -> str:
@@ -22,7 +23,7 @@ def table_note(document: dict[str, Any]) -> str:
     """What stands under the table of methods."""
     return (
         f"Accuracy in %, mean over random label draws [95 % interval {interval_of(document)}]. "
-        "Gain: fine-tuned SimCLR minus from scratch, same draws."
+        f"Gain: fine-tuned SimCLR minus from scratch{MACRO if document['by_class'] else ''}, same draws."
     )
 
 
@@ -66,9 +67,11 @@ def points(entry: dict[str, Any]) -> str:
 
 
 def gain_in_words(entry: dict[str, Any]) -> str:
-    """A difference for a sentence: `+9.8 \u00b1 5.7 points`."""
+    """A difference for a sentence: `+9.8 \u00b1 5.7 points`, or with its bounds where they are not as far from it."""
     if entry["low"] is None:
         return f"{100 * entry['mean']:+.1f} points"
+    if abs(entry["high"] + entry["low"] - 2 * entry["mean"]) > _UNEQUAL:
+        return points(entry)
     return f"{100 * entry['mean']:+.1f} \u00b1 {50 * (entry['high'] - entry['low']):.1f} points"
 
 
@@ -252,7 +255,7 @@ def table(document: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     if any(entry["gain"] for entry in summary):
         rows.append(
             [
-                "gain, in points",
+                f"gain, in points{MACRO if document['by_class'] else ''}",
                 *(points(entry["gain"]).replace(" points", "") if entry["gain"] else "" for entry in summary),
             ]
         )

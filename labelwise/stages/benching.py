@@ -163,7 +163,13 @@ def _test_lock(
                 "To use it, pretrain with the same --labels."
             )
         now = lock_test(images, cache.keys, cache.readable, None, 0, groups=groups.of, locked=lock)
-        known = {*lock.get("excluded_groups", ()), *lock.get("excluded_groups_keys", ())}
+        lost = len(lock["names"]) - len(now["names"])
+        if lost:
+            terminal.warn(
+                f"{lost:,} of {len(lock['names']):,} locked test images have other pixels now and are left out: whether the encoder was "
+                "trained on what lies there cannot be told."
+            )
+        known = {*lock["names"], *lock.get("excluded_groups", ()), *lock.get("excluded_groups_keys", ())}
         seen = sum(
             not name.startswith(OUTSIDE) and name not in known and key not in known
             for name, key in zip(now["excluded_groups"], now["excluded_groups_keys"], strict=True)

@@ -17,7 +17,7 @@ import numpy as np
 
 from labelwise import environment, rundir, terminal
 from labelwise.config import MOST_DRAWS, FinetuneSettings, parse_duration, read_run_config, to_toml
-from labelwise.errors import DataError, LabelwiseError, UsageError
+from labelwise.errors import DataError, Interrupted, LabelwiseError, UsageError
 from labelwise.images.splits import draw_labels, hash_names
 from labelwise.interruption import stop_between_steps
 from labelwise.learning.optimization import Diverged
@@ -64,7 +64,11 @@ def compare(settings: FinetuneSettings) -> RunDirectory:
     run = rundir.open_run(settings.run)
     terminal.say(f"run        {run.path}")
     with hold(run):
-        _compare(run, remember_sources(run, settings))
+        try:
+            _compare(run, remember_sources(run, settings))
+        except Interrupted:
+            environment.finish(run, time.monotonic() - started)
+            raise
         environment.finish(run, time.monotonic() - started)
     return run
 
@@ -150,14 +154,16 @@ def _compare(run: RunDirectory, settings: FinetuneSettings) -> None:
     if late:
         terminal.warn(
             f"--time-limit {settings.time_limit}: {late} of {len(jobs)} classifiers are left; the same command goes on."
+            + ("" if run.classifier.exists() else " None is kept for `predict` before all are there.")
         )
     if {"simclr", "simclr_probe"} & set(settings.methods):
         check_labels(bench, _signature(bench))
         check_lookalikes(bench, _signature(bench))
     _write_settings(run, settings)
+    environment.note(run, diverged=sorted(diverged))
     if diverged:
         raise LabelwiseError(
-            f"{run.path}: {len(diverged):,} of {len(jobs):,} classifiers diverge, first {sorted(diverged)[0]}; the others are kept. Lower "
+            f"{run.path}: {len(diverged):,} of {len(jobs):,} classifiers diverge, first {sorted(diverged)[0]}; the others are kept, `labelwise report` shows them. Lower "
             "--scratch-rate if it is supervised (which compares anew), else leave the method out with --methods."
         )
 
@@ -416,7 +422,11 @@ def _announce(bench: Bench, counts: Sequence[int], jobs: int, done: int) -> None
 
 
 def _say_how_long(seconds: float, settings: FinetuneSettings) -> None:
-    limit = "" if settings.time_limit or seconds < _LONG else "; --time-limit 30m compares what fits"
+    if settings.time_limit is not None:
+        limit = f"; --time-limit {settings.time_limit} compares what fits, draw by draw, each classifier that was begun to its end"
+        limit = limit if seconds > parse_duration(settings.time_limit) else ""
+    else:
+        limit = "" if seconds < _LONG else "; --time-limit 30m compares what fits"
     terminal.say(f"time       about {terminal.duration(seconds)}{limit}")
 
 

@@ -20,9 +20,21 @@ FEW_TEST_IMAGES = 100  # an accuracy is known to about ten points then (Wilson 1
 
 
 def verdict_in_words(
-    summary: list[dict[str, Any]], pool: int, tested: int, over_encoders: list[dict[str, Any]]
+    summary: list[dict[str, Any]],
+    pool: int,
+    tested: int,
+    over_encoders: list[dict[str, Any]],
+    guessing: float | None = None,
 ) -> str:
-    """The answer in words, for every number of labels: fine-tuned SimCLR against training from scratch."""
+    """The answer in words, for every number of labels: fine-tuned SimCLR against training from scratch.
+
+    Args:
+        summary: An entry for each number of labels.
+        pool: How many images were pretrained on.
+        tested: Independent test images.
+        over_encoders: See `gains_over_encoders`.
+        guessing: How often naming one class is right.
+    """
     said: dict[str, list[str]] = {HELPS: [], UNCLEAR: [], HURTS: []}
     few: list[tuple[dict[str, Any], str]] = []
     for entry in summary:
@@ -70,6 +82,12 @@ def verdict_in_words(
         if found:
             sentences.append(f"{words} with {', '.join(found)} labels.")
     sentences += _against_others(summary)
+    if guessing is not None and (alike := [each for each in summary if each["guesses"] and each["gain"]]):
+        counts = ", ".join(f"{entry['labels']:,}" for entry in alike)
+        sentences.append(
+            f"But from scratch is hardly better than guessing ({100 * guessing:.1f} %) with {counts} labels: such a gain may be of its "
+            "rate or steps (--scratch-rate, --scratch-steps)."
+        )
     if tested < FEW_TEST_IMAGES:
         sentences.append(f"Only {tested} independent test images: they alone may decide this.")
     return " ".join(sentences)
@@ -123,10 +141,27 @@ def limits_in_words(
     summary, results = computed["summary"], computed["results"]
     found = []
     left, wanted = _left_to_compare(surroundings, results)
+    diverged = surroundings.get("diverged", [])
     if results and left:
+        found.append(f"{left:,} of {wanted:,} classifiers were not trained yet.")
+    if diverged:
+        found.append(f"{len(diverged):,} classifiers diverged and are missing, first {diverged[0]}.")
+    for entry in summary:
+        draws = {arm: each["n"] for arm, each in entry["arms"].items()}
+        if len(set(draws.values())) > 1:
+            each = ", ".join(f"{ARMS.get(arm, arm)} {n}" for arm, n in draws.items())
+            found.append(
+                f"With {entry['labels']:,} labels the numbers in one column are means over different draws ({each}); the gain is over those that both have."
+            )
+    if computed["by_class"]:
         found.append(
-            f"{left:,} of {wanted:,} classifiers were not trained yet, so numbers in one column may be means over different draws."
+            "Classes differ in size, so every difference, the gain and labels saved are of the mean over classes, in which each counts alike."
         )
+    if computed["guessing"] is not None:
+        what = (
+            "any one class, in the mean over classes," if computed["by_class"] else "the most frequent class"
+        )
+        found.append(f"Always naming {what} would be right in {computed['guessing']:.1%} of the test images.")
     if results:
         tested, groups = computed["tested"], computed["test_groups"]
         best = max(arm["mean"] for entry in summary for arm in entry["arms"].values())
@@ -229,7 +264,8 @@ def _left_to_compare(surroundings: dict[str, Any], results: list[Result]) -> tup
         for labels, draws in comparison["draws"].items()
         for draw in range(draws)
     }
-    return len(asked - set(map(classifier_of, results))), len(asked)
+    missing = len(asked - set(map(classifier_of, results)))
+    return missing - min(missing, len(surroundings.get("diverged", []))), len(asked)
 
 
 def next_steps(
@@ -255,6 +291,8 @@ def next_steps(
     left, asked = _left_to_compare(surroundings, computed["results"])
     if left:
         steps.append(f"{left:,} of {asked:,} classifiers are left: give the same finetune command again")
+    if surroundings.get("diverged"):
+        steps.append("some trainings diverge: lower --scratch-rate, or leave their method out with --methods")
     if gain and gain["high"] is not None and gain["high"] < 0:
         steps.append(
             "pretraining hurts at few labels: pretrain longer (--epochs), or with other augmentations"

@@ -111,7 +111,8 @@ def gains_over_encoders(scores: list[Scores]) -> list[Result]:
         arms = [[each.right[labels].get(arm, {}) for arm in ("simclr", "supervised")] for each in scores]
         draws = sorted(set.intersection(*(set(arm) for pair in arms for arm in pair)))
         if draws:
-            gains = [np.stack([simclr[draw] - scratch[draw] for draw in draws]) for simclr, scratch in arms]
+            pairs = [tuple(map(scores[0].counted, pair)) for pair in arms]
+            gains = [np.stack([simclr[draw] - scratch[draw] for draw in draws]) for simclr, scratch in pairs]
             values = np.stack(
                 [by_group(each, scores[0].test.groups_of(draws[0])) for each in gains]
             )  # (E, R, T)

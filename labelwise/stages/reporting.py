@@ -40,9 +40,12 @@ _COMPARED = (
     ("simclr_probe", "supervised"),
     ("simclr", "simclr_probe"),
     ("simclr", "pixels"),
+    ("simclr_probe", "pixels"),
     ("simclr_probe", "random_probe"),
 )
 
+_HARDLY = 0.03  # better than naming one class, and still no more than that
+_FEWEST_TESTED = 20  # independent test images, for labels saved
 SUSPECTS = 24  # labels that look wrong which the report names
 
 
@@ -108,7 +111,7 @@ def compute(
     summary = _summarize(results, scores)
     tested = len(scores.names) if scores.groups is None else scores.groups
     return {
-        "verdict": verdict_in_words(summary, pool, tested, over["gains"])
+        "verdict": verdict_in_words(summary, pool, tested, over["gains"], _guessing(scores))
         + (f" But the encoder is hardly one yet: {trouble}." if summary and trouble else ""),
         "summary": summary,
         "labels_saved": _labels_saved(results, scores),
@@ -116,6 +119,8 @@ def compute(
         "confusion": _confusion(summary, predictions),
         "calibration": _calibration(results, predictions),
         "folds": results[0].get("folds", 0) if results else 0,
+        "by_class": scores.by_class,
+        "guessing": _guessing(scores),
         "tested": len(scores.names),
         "test_groups": scores.groups,
         "lookalikes": lookalikes and {**lookalikes, "gains": _gains_without(scores, lookalikes)},
@@ -173,13 +178,14 @@ def show(document: dict[str, Any]) -> None:
 def _summarize(results: list[Result], scores: Scores) -> list[dict[str, Any]]:
     """One entry per number of labels, ascending: every method's mean, the gain, the comparisons."""
     fractions = {row["labels"]: row["fraction"] for row in results if row["fraction"] is not None}
+    guessing = _guessing(scores) or 0.0
     is_balanced = all(row["balanced"] for row in results)
     summary = []
     for labels, arms in sorted(scores.right.items()):
         comparisons = []
         others = [("simclr", arm) for arm in sorted(arms) if arm not in OURS]
         for arm, against in (*_COMPARED, *others):
-            difference = scores.test.difference(arms.get(arm, {}), arms.get(against, {}))
+            difference = scores.difference(labels, arm, against)
             if difference is not None:
                 comparisons.append(
                     {"arm": arm, "against": against, **difference.to_json(), "verdict": verdict(difference)}
@@ -201,6 +207,8 @@ def _summarize(results: list[Result], scores: Scores) -> list[dict[str, Any]]:
         }
         if not is_balanced:
             entry["macro"] = {arm: scores.test.macro(draws).to_json() for arm, draws in arms.items()}
+        counted = entry["macro"] if scores.by_class else entry["arms"]
+        entry["guesses"] = "supervised" in arms and counted["supervised"]["mean"] < guessing + _HARDLY
         summary.append(entry)
     return summary
 
@@ -212,8 +220,12 @@ def _labels_saved(results: list[Result], scores: Scores) -> list[dict[str, Any]]
         return []  # draws that are tested on different images have no common curve
     everything = counts_of_all_labels(results)
 
+    if (len(scores.names) if scores.groups is None else scores.groups) < _FEWEST_TESTED:
+        return []  # they may all agree by chance, and then the curve looks certain
+
     def drawn_again(draws: dict[int, Floats]) -> dict[int, Floats]:
-        return {draw: by_group(right[None], test.groups)[0] for draw, right in draws.items()}
+        values = scores.counted(draws)
+        return {draw: by_group(each[None], test.groups)[0] for draw, each in values.items()}
 
     curves = {labels: drawn_again(arms[against]) for labels, arms in scores.right.items() if against in arms}
     draws = set().union(*curves.values())
@@ -231,6 +243,19 @@ def _labels_saved(results: list[Result], scores: Scores) -> list[dict[str, Any]]
     return saved
 
 
+def _guessing(scores: Scores) -> float | None:
+    """How often naming one class is right: the most frequent one of the test images, or in the mean over classes any; None without any."""
+    truth = [scores.test.truth_of(draw) for draw in _draws(scores)]
+    if not truth:
+        return None
+    sizes = np.unique(np.concatenate(truth), return_counts=True)[1]
+    return 1 / len(sizes) if scores.by_class else float(sizes.max() / sizes.sum())
+
+
+def _draws(scores: Scores) -> set[int]:
+    return {draw for arms in scores.right.values() for draws in arms.values() for draw in draws}
+
+
 def _gains_without(scores: Scores, lookalikes: dict[str, Any]) -> list[dict[str, Any]]:
     """Fine-tuned SimCLR minus from scratch on the test images that resemble no training image, at each number of labels."""
     test, alike = scores.test, {pair["names"][0] for pair in lookalikes["pairs"]}
@@ -244,7 +269,7 @@ def _gains_without(scores: Scores, lookalikes: dict[str, Any]) -> list[dict[str,
             {draw: right[kept] for draw, right in arms.get(arm, {}).items()}
             for arm in ("simclr", "supervised")
         )
-        difference = rest.difference(simclr, scratch)
+        difference = (rest.macro_difference if scores.by_class else rest.difference)(simclr, scratch)
         if difference is not None:
             found.append({"labels": labels, **difference.to_json()})
     return found

@@ -1,6 +1,6 @@
 """What every classifier of a comparison got right, from its stored predictions."""
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,7 +8,7 @@ import numpy as np
 
 from labelwise import rundir
 from labelwise.errors import CheckpointError
-from labelwise.measures.statistics import Floats, Folds, TestSet
+from labelwise.measures.statistics import FEWEST_PER_CLASS, Floats, Folds, Interval, TestSet, macro_values
 from labelwise.predictions import CONFIDENCE, read_predictions
 from labelwise.rundir import RunDirectory
 
@@ -48,12 +48,26 @@ class Scores:
         test: What was tested, the same images for all or folds of the labels in turn.
         names: Of all images that were tested, sorted.
         groups: How many groups they are in; None where each stands for itself.
+        by_class: Differences are of the mean over classes: classes differ in size, and each has test images enough.
     """
 
     right: dict[int, dict[str, dict[int, Floats]]]
     test: TestSet | Folds
     names: list[str]
     groups: int | None
+    by_class: bool
+
+    def difference(self, labels: int, first: str, second: str) -> Interval | None:
+        """One method minus another at a number of labels, over the draws both have; None if they share none."""
+        arms = self.right[labels]
+        compare = self.test.macro_difference if self.by_class else self.test.difference
+        return compare(arms.get(first, {}), arms.get(second, {}))
+
+    def counted(self, draws: dict[int, Floats]) -> dict[int, Floats]:
+        """Of each draw, values per test image whose mean is what differences are of, (T,)."""
+        if not self.by_class:
+            return draws
+        return {draw: macro_values(right[None], self.test.truth_of(draw))[0] for draw, right in draws.items()}
 
 
 def read_scores(run: RunDirectory) -> Scores:
@@ -104,4 +118,8 @@ def score(results: list[Result], predictions: dict[str, list[Any]]) -> Scores:
         test = Folds(truth, groups, float(np.mean(shares)))
     else:
         test = TestSet(truth.get(0, np.array([])), groups[0] if tied else None)
-    return Scores(right, test, there, len(set(number.values())) if tied else None)
+    independent = Counter(
+        each for each, _ in {(each, number[name]) for images in tested.values() for name, each in images}
+    )
+    by_class = not all(row["balanced"] for row in results) and min(independent.values()) >= FEWEST_PER_CLASS
+    return Scores(right, test, there, len(set(number.values())) if tied else None, by_class)

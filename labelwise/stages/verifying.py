@@ -130,6 +130,8 @@ def _check_report(run: RunDirectory, computed: dict[str, Any]) -> list[str]:
             f"report.json: has no {missing[0]}, an earlier version wrote it; `labelwise report` comes first"
         ]
     beside = f", those of {run.path.name}-seed-* beside it included"
+    for each in (document, computed):  # a run and its siblings may have been moved
+        each["over_encoders"] = each["over_encoders"]["gains"]
     return [
         f"report.json: {key} is not what the predictions give{beside if key == 'over_encoders' else ''}"
         for key, value in json.loads(json.dumps(computed)).items()
