@@ -299,6 +299,21 @@ def test_a_name_that_now_shows_another_image_does_not_unlock_the_first() -> None
     assert images.names[shown] in pool_names(images, readable, found)
 
 
+def test_what_has_taken_the_name_of_a_locked_image_is_neither_tested_nor_trained_on() -> None:
+    images = classes(cat=20, dog=20)
+    first = lock(images)
+    keys, readable = different(images)
+    taken = images.names.index(first["names"][0])
+    other = next(row for row, name in enumerate(images.names) if name not in first["names"])
+    keys[taken] = keys[other]  # a copy of a training image lies there now
+    found = lock_test(images, keys, readable, None, 0, locked=first)
+    assert found["names"] == first["names"][1:]
+    assert found["excluded_groups"] == first["names"][:1]
+    assert first["names"][0] not in pool_names(images, readable, found)
+    with pytest.raises(DataError, match=r"none of the locked test images has the pixels it had, e\.g\. "):
+        lock_test(images, keys + np.uint64(10**6), readable, None, 0, locked=first)
+
+
 def test_a_holdout_too_small_for_one_image_is_refused() -> None:
     with pytest.raises(
         UsageError, match=r"^--holdout 0.001: leaves photos without a test image: too few images"

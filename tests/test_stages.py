@@ -865,8 +865,85 @@ def test_what_diverges_is_told_and_everything_else_is_trained(
         assert {(row["method"], row["draw"]) for row in kept} == {
             (each, draw) for each in methods_left for draw in (0, 1)
         }
-        assert report(copy)["verdict"].startswith("No comparison with training from scratch yet.")
+        document = report(copy)
+        assert document["verdict"].startswith("No comparison with training from scratch yet.")
+        assert any(
+            limit.startswith("2 classifiers diverged and are missing, first supervised with ")
+            for limit in document["limits"]
+        )
+        assert document["next"][0].startswith("some trainings diverge: ")
     assert len(report(finetune(FinetuneSettings(run=copy.path, **{**FEW, "seed": 1})))["results"]) == 10
+
+
+def test_a_training_image_under_the_name_of_a_test_image_is_not_tested(
+    copy: RunDirectory, digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    images = Path(shutil.copytree(digits, tmp_path / "images"))
+    data = rundir.read_json(copy.data)
+    rundir.write_json(
+        copy.data, {**data, "root": str(images), "sources": {**data["sources"], "images": str(images)}}
+    )
+    lock = rundir.read_json(copy.test_lock)
+    for name in lock["names"][:3]:
+        same_class = sorted(
+            file
+            for file in (images / name).parent.iterdir()
+            if f"{file.parent.name}/{file.name}" not in lock["names"]
+        )
+        shutil.copy(same_class[0], images / name)
+    document = report(finetune(FinetuneSettings(run=copy.path, **FEW)))
+    assert document["tested"] == len(lock["names"]) - 3
+    said = " ".join(capsys.readouterr().err.split())
+    assert f"3 of {len(lock['names'])} locked test images have other pixels now and are left out" in said
+    verify(copy)
+
+
+def test_where_classes_differ_in_size_differences_are_of_the_mean_over_them(
+    digits: Path, tmp_path: Path
+) -> None:
+    few = Path(shutil.copytree(digits, tmp_path / "images"))
+    for name in "23456789":
+        shutil.rmtree(few / name)
+    for file in sorted((few / "1").iterdir())[:22]:
+        file.unlink()
+    run = pretrain(
+        PretrainSettings(images=few, out=tmp_path / "run", holdout=0.3, **{**SMALL, "batch_size": 16})
+    )
+    document = report(finetune(FinetuneSettings(run=run.path, **{**FEW, "draws": 3})))
+    (entry,) = document["summary"]
+    arms = entry["macro"]
+    assert document["by_class"]
+    assert entry["gain"]["mean"] == pytest.approx(arms["simclr"]["mean"] - arms["supervised"]["mean"])
+    assert document["guessing"] == 0.5
+    assert entry["guesses"] is (arms["supervised"]["mean"] < 0.53)
+    assert any(
+        "every difference, the gain and labels saved are of the mean over classes" in limit
+        for limit in document["limits"]
+    )
+    assert "gain, in points, mean over classes" in run.report_md.read_text()
+    verify(run)
+
+
+def test_a_column_of_different_draws_says_so(copy: RunDirectory) -> None:
+    document = report(
+        finetune(FinetuneSettings(run=copy.path, **{**FEW, "draws": 3, "methods": ("pixels",)}))
+    )
+    said = next(limit for limit in document["limits"] if "means over different draws" in limit)
+    assert said.startswith("With 20 labels the numbers in one column are means over different draws (")
+    assert "Pixels, logistic regression 3" in said
+    assert "SimCLR, fine-tuned 2" in said
+
+
+def test_a_run_with_other_encoders_is_verified_wherever_it_lies(
+    finished: RunDirectory, tmp_path: Path
+) -> None:
+    shutil.copytree(finished.path, tmp_path / "here" / "one")
+    one = finetune(FinetuneSettings(run=tmp_path / "here" / "one", **FEW, pretrain_seeds=2))
+    report(one)
+    shutil.copytree(tmp_path / "here", tmp_path / "there")
+    for folder in (tmp_path / "there").iterdir():
+        folder.rename(folder.with_name(folder.name.replace("one", "two")))
+    verify(RunDirectory(tmp_path / "there" / "two"))
 
 
 def test_where_every_training_diverges_there_is_no_classifier_to_keep(

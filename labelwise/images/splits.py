@@ -128,7 +128,8 @@ def _find_locked(
     if changed and not rows:
         raise DataError(
             f"{images.root}: none of the locked test images has the pixels it had, e.g. {images.names[changed[0]]}: whether the encoder "
-            "was trained on what lies there now cannot be told. Put them back, pretrain again, or give --test FOLDER."
+            "was trained on what lies there now cannot be told (files written anew do that, and another version of the decoder). Put them "
+            "back, pretrain again, or give --test FOLDER."
         )
     return list(dict.fromkeys(rows)), [row for row in dict.fromkeys(changed) if row not in rows]
 
