@@ -1372,13 +1372,32 @@ def test_what_too_few_draws_found_is_told_beside_what_is_claimed() -> None:
     claimed = {**pair, "mean": 0.084, "low": 0.065, "high": 0.104, "n": 5, "verdict": "helps"}
     single = {**pair, "mean": -0.067, "low": None, "high": None, "n": 1, "verdict": "no difference shown"}
     summary: list[dict[str, Any]] = [
-        {"labels": 100, "fraction": None, "comparisons": [claimed], "arms": {}},
-        {"labels": 9969, "fraction": None, "comparisons": [single], "arms": {}},
+        {
+            "labels": 100,
+            "fraction": None,
+            "comparisons": [claimed],
+            "arms": {},
+            "gain": claimed,
+            "guesses": False,
+        },
+        {
+            "labels": 9969,
+            "fraction": None,
+            "comparisons": [single],
+            "arms": {},
+            "gain": single,
+            "guesses": True,
+        },
     ]
     assert concluding.verdict_in_words(summary, 10_000, 2_000, []) == (
         "Pretraining on your images helps: +8.4 \u00b1 1.9 points with 100 labels (1 % of the images). "
         "Too few label draws to claim anything: -6.7 points with 9,969 labels."
     )
+    summary[0]["guesses"] = True
+    assert concluding.verdict_in_words(summary, 10_000, 2_000, [], 0.1).endswith(
+        "From scratch is hardly better than guessing (10.0 %) with 100 labels: so large a gain may be that of a rate or steps that do not fit "
+        "(--scratch-rate, --scratch-steps)."
+    ), "only where a gain is claimed"
 
 
 def test_two_draws_claim_nothing_and_say_how_many_are_needed(finished: RunDirectory) -> None:

@@ -244,6 +244,17 @@ def test_line(document: dict[str, Any]) -> str:
     return f"{document['tested']:,} images ({results[0]['test_method']})"
 
 
+def _gain_row(document: dict[str, Any]) -> list[list[str]]:
+    """The row of gains, if there are any."""
+    gains = [entry["gain"] for entry in document["summary"]]
+    name = f"gain, in points{MACRO if document['by_class'] else ''}"
+    return (
+        [[name, *(points(gain).replace(" points", "") if gain else "" for gain in gains)]]
+        if any(gains)
+        else []
+    )
+
+
 def table(document: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     """The table of methods: columns are numbers of labels, rows are methods, the gain last."""
     summary, names = document["summary"], document["arm_names"]
@@ -252,13 +263,8 @@ def table(document: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
         [name, *(with_interval(entry["arms"][arm]) if arm in entry["arms"] else "" for entry in summary)]
         for arm, name in names.items()
     ]
-    if any(entry["gain"] for entry in summary):
-        rows.append(
-            [
-                f"gain, in points{MACRO if document['by_class'] else ''}",
-                *(points(entry["gain"]).replace(" points", "") if entry["gain"] else "" for entry in summary),
-            ]
-        )
+    gains = _gain_row(document)
+    rows += [] if document["by_class"] else gains
     for arm, name in names.items():
         if any("macro" in entry for entry in summary):
             rows.append(
@@ -270,6 +276,7 @@ def table(document: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
                     ),
                 ]
             )
+    rows += gains if document["by_class"] else []  # below the rows it is the difference of
     return columns, rows
 
 

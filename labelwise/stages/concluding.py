@@ -82,11 +82,14 @@ def verdict_in_words(
         if found:
             sentences.append(f"{words} with {', '.join(found)} labels.")
     sentences += _against_others(summary)
-    if guessing is not None and (alike := [each for each in summary if each["guesses"] and each["gain"]]):
+    alike = [
+        entry for entry in summary if entry["guesses"] and entry["gain"]["low"] and entry["gain"]["low"] > 0
+    ]
+    if guessing is not None and alike:
         counts = ", ".join(f"{entry['labels']:,}" for entry in alike)
         sentences.append(
-            f"But from scratch is hardly better than guessing ({100 * guessing:.1f} %) with {counts} labels: such a gain may be of its "
-            "rate or steps (--scratch-rate, --scratch-steps)."
+            f"From scratch is hardly better than guessing ({100 * guessing:.1f} %) with {counts} labels: so large a gain may be that of a "
+            "rate or steps that do not fit (--scratch-rate, --scratch-steps)."
         )
     if tested < FEW_TEST_IMAGES:
         sentences.append(f"Only {tested} independent test images: they alone may decide this.")

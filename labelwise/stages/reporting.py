@@ -208,7 +208,7 @@ def _summarize(results: list[Result], scores: Scores) -> list[dict[str, Any]]:
         if not is_balanced:
             entry["macro"] = {arm: scores.test.macro(draws).to_json() for arm, draws in arms.items()}
         counted = entry["macro"] if scores.by_class else entry["arms"]
-        entry["guesses"] = "supervised" in arms and counted["supervised"]["mean"] < guessing + _HARDLY
+        entry["guesses"] = gain is not None and counted["supervised"]["mean"] < guessing + _HARDLY
         summary.append(entry)
     return summary
 
