@@ -857,7 +857,7 @@ def test_what_diverges_is_told_and_everything_else_is_trained(
     """From the second step on, as no classifier is finite then; precision, layout and time are as ever."""
     for counts in ((20,), (120,)):  # one way, and one that is chosen among three
         asked = {**FEW, "label_counts": counts, "scratch_rate": 1e30, "scratch_steps": 3}
-        said = rf"2 of 10 classifiers diverge, first supervised with {counts[0]} labels, draw 0 \(.*\); the others are kept, `labelwise report` shows them\. "
+        said = rf"2 classifiers diverge, first supervised with {counts[0]} labels, draw 0 \(.*\); the others are kept, `labelwise report` shows them\. "
         with pytest.raises(LabelwiseError, match=said + "Lower --scratch-rate"):
             finetune(FinetuneSettings(run=copy.path, **asked))
         kept = rundir.read_jsonl(copy.results)
@@ -914,7 +914,11 @@ def test_where_classes_differ_in_size_differences_are_of_the_mean_over_them(
     arms = entry["macro"]
     assert document["by_class"]
     assert entry["gain"]["mean"] == pytest.approx(arms["simclr"]["mean"] - arms["supervised"]["mean"])
-    assert document["guessing"] == 0.5
+    assert 0.55 < document["guessing"] < 0.75, "of the larger class"
+    assert (
+        "Classes differ in size: these are differences of the mean over classes." in document["verdict"]
+        or not entry["gain"]["low"]
+    )
     assert entry["guesses"] is (arms["supervised"]["mean"] < 0.53)
     assert any(
         "every difference, the gain and labels saved are of the mean over classes" in limit
@@ -952,9 +956,7 @@ def test_where_every_training_diverges_there_is_no_classifier_to_keep(
     monkeypatch.setattr(methods, "TRUNK_RATES", (1e30,))
     monkeypatch.setattr(methods, "FEW_PER_CLASS", 10**6)  # nothing is chosen
     asked = {**FEW, "steps": 3, "methods": ("simclr_probe", "simclr")}
-    with pytest.raises(
-        LabelwiseError, match="2 of 4 classifiers diverge, first simclr with 20 labels, draw 0 "
-    ):
+    with pytest.raises(LabelwiseError, match="2 classifiers diverge, first simclr with 20 labels, draw 0 "):
         finetune(FinetuneSettings(run=copy.path, **asked))
     assert "no classifier is kept, as its training diverges: " in " ".join(capsys.readouterr().err.split())
     assert not copy.model_card.exists() or not report(copy)["next"][-1].startswith("labelwise predict")
@@ -1394,8 +1396,8 @@ def test_what_too_few_draws_found_is_told_beside_what_is_claimed() -> None:
         "Too few label draws to claim anything: -6.7 points with 9,969 labels."
     )
     summary[0]["guesses"] = True
-    assert concluding.verdict_in_words(summary, 10_000, 2_000, [], 0.1).endswith(
-        "From scratch is hardly better than guessing (10.0 %) with 100 labels: so large a gain may be that of a rate or steps that do not fit "
+    assert concluding.verdict_in_words(summary, 10_000, 2_000, []).endswith(
+        "From scratch is hardly better than guessing with 100 labels: the gain may be that of a rate or steps that do not fit "
         "(--scratch-rate, --scratch-steps)."
     ), "only where a gain is claimed"
 

@@ -439,7 +439,7 @@ def test_a_macro_difference_is_that_of_the_macro_accuracies() -> None:
     )
 
 
-@pytest.mark.parametrize(("images", "claims"), [(2, False), (3, False), (8, True)])
+@pytest.mark.parametrize(("images", "claims"), [(2, False), (4, False), (5, False), (6, True), (8, True)])
 def test_a_few_images_that_all_agree_leave_a_difference_open(images: int, claims: bool) -> None:
     first, second = ({draw: np.full(images, value) for draw in range(3)} for value in (1.0, 0.0))
     found = paired_difference(first, second)

@@ -84,13 +84,13 @@ def read_label_table(file: Path, group_column: str | None = None) -> tuple[list[
         raise DataError(f"--labels {file}: cannot be read ({error.strerror}).") from None
     except (csv.Error, RecursionError) as error:
         raise DataError(f"{file}: not a table: {error}.") from None
-    if twice := sorted({name for name in columns if columns.count(name) > 1}):
-        raise DataError(f"{file}: has the column {twice[0]!r} twice; rename one.")
     if any(name.lower().endswith(SUFFIXES) for name in columns):
         raise DataError(
             f"{file}: its first line names an image, not columns; put a line like file,label before it."
         )
     columns, rows = _with_known_names(columns, rows, group_column)
+    if twice := sorted({name for name in columns if columns.count(name) > 1}):
+        raise DataError(f"{file}: has the column {twice[0]!r} twice; rename one.")
     if group_column is not None:
         _column(file, columns, (group_column,), "group")
 

@@ -116,7 +116,8 @@ def _find_locked(
     for name, key in zip(locked["names"], locked["keys"], strict=True):
         same_name, same_pixels = by_name.get(name), by_key.get(key, [])
         if same_pixels:
-            rows.append(same_name if same_name in same_pixels else same_pixels[0])
+            free = [row for row in same_pixels if row not in rows]
+            rows += [same_name] if same_name in free else free[:1]
         elif same_name is not None:
             changed.append(same_name)
         else:
@@ -131,7 +132,7 @@ def _find_locked(
             "was trained on what lies there now cannot be told (files written anew do that, and another version of the decoder). Put them "
             "back, pretrain again, or give --test FOLDER."
         )
-    return list(dict.fromkeys(rows)), [row for row in dict.fromkeys(changed) if row not in rows]
+    return rows, [row for row in dict.fromkeys(changed) if row not in rows]
 
 
 def pool_indices(images: ImageSet, readable: npt.NDArray[np.bool_], lock: dict[str, Any]) -> Rows:

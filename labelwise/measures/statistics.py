@@ -18,9 +18,7 @@ CONFIDENCE = 0.95
 FEWEST_DRAWS = 3  # two may agree by chance, and then their interval is as narrow as one likes
 FEWEST_PER_CLASS = 5  # test images; fewer may agree by chance, and then a class looks certain
 _FEWEST_ERRORS = 10  # images; with fewer the normal distribution does not hold
-_FEW_OF_A_CLASS = (
-    2  # images that differ from the others of their class; with fewer Student's does not hold there
-)
+_FEW_OF_A_CLASS = 2  # images of a small class that disagree with its others; as _FEWEST_ERRORS
 HELPS, UNCLEAR, HURTS = "helps", "no difference shown", "hurts"
 
 Floats = npt.NDArray[np.float64]
@@ -174,10 +172,13 @@ def _of_classes(
     classes = np.unique(truth)
     for each in classes:
         own = _means_of_groups(values[truth == each], groups[truth == each])
-        mean, count = float(own.mean()), len(own)
-        half = float(stats.t.ppf((1 + CONFIDENCE) / 2, count - 1)) * float(own.std(ddof=1)) / math.sqrt(count)
+        parts = by_group(values[truth == each][None], groups[truth == each])[0]
+        mean, count = float(parts.mean()), len(parts)
+        half = (
+            float(stats.t.ppf((1 + CONFIDENCE) / 2, count - 1)) * float(parts.std(ddof=1)) / math.sqrt(count)
+        )
         low, high = mean - half, mean + half
-        if _disagreeing(own) < _FEW_OF_A_CLASS:
+        if _disagreeing(own) < min(_FEWEST_ERRORS, max(_FEW_OF_A_CLASS, count / 4)):
             few_low, few_high = of_few(own)
             low, high = min(low, few_low), max(high, few_high)
         below, above = below + (mean - low) ** 2, above + (high - mean) ** 2
@@ -234,12 +235,15 @@ def _disagreeing(values: Floats) -> float:
 def _difference_of_few(values: Floats) -> tuple[float, float]:
     """Interval of a paired difference over few images, (T,): one more where the first is right, and one where the second is.
 
+    With Student's quantile in place of the normal one, so that five who all agree are no proof, as to a sign test.
+
     Source: Bonett and Price 2012 (Journal of Educational and Behavioral Statistics 37).
     """
     count = len(values) + 2
     better, worse = (1 + values.clip(0).sum()) / count, (1 + (-values).clip(0).sum()) / count
     mean = float(better - worse)
-    half = float(stats.norm.ppf((1 + CONFIDENCE) / 2)) * math.sqrt((better + worse - mean**2) / count)
+    by_images = float(stats.t.ppf((1 + CONFIDENCE) / 2, len(values) - 1))
+    half = by_images * math.sqrt((better + worse - mean**2) / count)
     return mean - half, mean + half
 
 
@@ -364,8 +368,14 @@ class TestSet:
             return None
         values = np.stack([first[draw] - second[draw] for draw in shared])
         found = interval(by_group(macro_values(values, self.truth), self.groups))
+        return self.left_open(found, values.mean(axis=0), by_class=True)
+
+    def left_open(self, found: Interval, values: Floats, *, by_class: bool) -> Interval:
+        """An interval of a difference, at least as wide as its images alone leave it; values: of each image, its mean, (T,)."""
         own = np.arange(len(self.truth)) if self.groups is None else self.groups
-        return _within(_of_classes(found, values.mean(axis=0), self.truth, own, _difference_of_few), -1.0)
+        if not by_class:
+            return _of_a_difference(found, _means_of_groups(values, own))
+        return _within(_of_classes(found, values, self.truth, own, _difference_of_few), -1.0)
 
 
 @dataclass(frozen=True)

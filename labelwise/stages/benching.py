@@ -163,7 +163,7 @@ def _test_lock(
                 "To use it, pretrain with the same --labels."
             )
         now = lock_test(images, cache.keys, cache.readable, None, 0, groups=groups.of, locked=lock)
-        lost = len(lock["names"]) - len(now["names"])
+        lost = len(set(lock["names"]) & set(now["excluded_groups"]))
         if lost:
             terminal.warn(
                 f"{lost:,} of {len(lock['names']):,} locked test images have other pixels now and are left out: whether the encoder was "

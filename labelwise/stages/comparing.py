@@ -65,16 +65,25 @@ def compare(settings: FinetuneSettings) -> RunDirectory:
     terminal.say(f"run        {run.path}")
     with hold(run):
         try:
-            _compare(run, remember_sources(run, settings))
+            diverged = _compare(run, remember_sources(run, settings))
         except Interrupted:
             environment.finish(run, time.monotonic() - started)
             raise
         environment.finish(run, time.monotonic() - started)
+    if diverged:
+        raise LabelwiseError(
+            f"{run.path}: {len(diverged):,} classifiers diverge, first {diverged[0]}; the others are kept, `labelwise report` shows them. Lower "
+            "--scratch-rate if it is supervised (which compares anew), else leave the method out with --methods."
+        )
     return run
 
 
-def _compare(run: RunDirectory, settings: FinetuneSettings) -> None:
-    """Train whatever is not there yet, probes first, then draw by draw, and keep each result once it is done."""
+def _compare(run: RunDirectory, settings: FinetuneSettings) -> list[str]:
+    """Train whatever is not there yet, probes first, then draw by draw, and keep each result once it is done.
+
+    Returns:
+        Which trainings diverged, in words.
+    """
     pace = _Pace(settings.time_limit)
     bench = set_up_bench(run, settings)
     counts = _label_counts(settings, bench)
@@ -91,7 +100,9 @@ def _compare(run: RunDirectory, settings: FinetuneSettings) -> None:
     jobs = _with_weights(bench, alternatives, jobs, finished)
     done = [job for job in jobs if job in finished]
     _announce(bench, list(counts), len(jobs), len(done))
-    environment.note(run, comparison={"methods": sorted({method for method, _, _ in jobs}), "draws": draws})
+    environment.note(
+        run, comparison={"methods": sorted({method for method, _, _ in jobs}), "draws": draws}, diverged=[]
+    )
     costs = {job: steps_of(job[0], bench, bench.labeled[orders[job[2]][: job[1]]]) for job in jobs}
 
     waiting_steps = sum(costs[job] for job in jobs if job not in finished and is_trained(job[0], bench))
@@ -111,7 +122,7 @@ def _compare(run: RunDirectory, settings: FinetuneSettings) -> None:
             rows = bench.labeled[orders[draw][:count]]
             probabilities, chosen, tries = run_method(method, bench, rows, draw)
         except Diverged as error:
-            diverged.append(f"{method} with {count:,} labels, draw {draw} ({error})")
+            diverged[job] = str(error)
             return None
         seconds = time.monotonic() - clock
         if is_trained(method, bench):  # the first probe also computes features
@@ -125,7 +136,7 @@ def _compare(run: RunDirectory, settings: FinetuneSettings) -> None:
             "frozen": not is_trained(method, bench),
         }
 
-    diverged: list[str] = []
+    diverged: dict[Job, str] = {}
     already, late = sum(costs[job] for job in done), 0
     with (
         stop_between_steps() as bench.stop,
@@ -154,18 +165,22 @@ def _compare(run: RunDirectory, settings: FinetuneSettings) -> None:
     if late:
         terminal.warn(
             f"--time-limit {settings.time_limit}: {late} of {len(jobs)} classifiers are left; the same command goes on."
-            + ("" if run.classifier.exists() else " None is kept for `predict` before all are there.")
+            + (
+                ""
+                if run.classifier.exists() or "simclr" not in settings.methods
+                else " None is kept for `predict` before all are there."
+            )
         )
     if {"simclr", "simclr_probe"} & set(settings.methods):
         check_labels(bench, _signature(bench))
         check_lookalikes(bench, _signature(bench))
     _write_settings(run, settings)
-    environment.note(run, diverged=sorted(diverged))
-    if diverged:
-        raise LabelwiseError(
-            f"{run.path}: {len(diverged):,} of {len(jobs):,} classifiers diverge, first {sorted(diverged)[0]}; the others are kept, `labelwise report` shows them. Lower "
-            "--scratch-rate if it is supervised (which compares anew), else leave the method out with --methods."
-        )
+    lost = [dict(zip(("method", "labels", "draw"), job, strict=True)) for job in sorted(diverged)]
+    environment.note(run, diverged=lost)
+    return [
+        f"{method} with {count:,} labels, draw {draw} ({diverged[method, count, draw]})"
+        for method, count, draw in sorted(diverged)
+    ]
 
 
 class _Pace:

@@ -24,7 +24,8 @@ def verdict_in_words(
     pool: int,
     tested: int,
     over_encoders: list[dict[str, Any]],
-    guessing: float | None = None,
+    *,
+    by_class: bool = False,
 ) -> str:
     """The answer in words, for every number of labels: fine-tuned SimCLR against training from scratch.
 
@@ -33,10 +34,11 @@ def verdict_in_words(
         pool: How many images were pretrained on.
         tested: Independent test images.
         over_encoders: See `gains_over_encoders`.
-        guessing: How often naming one class is right.
+        by_class: Differences are of the mean over classes.
     """
     said: dict[str, list[str]] = {HELPS: [], UNCLEAR: [], HURTS: []}
     few: list[tuple[dict[str, Any], str]] = []
+    guesses: list[str] = []
     for entry in summary:
         best = next(
             (c for c in entry["comparisons"] if c["arm"] == "simclr" and c["against"] == "supervised"), None
@@ -49,6 +51,8 @@ def verdict_in_words(
         if best["low"] is None or best["n"] < FEWEST_DRAWS:
             few.append((best, f"{100 * best['mean']:+.1f} points with {entry['labels']:,} labels"))
             continue
+        if best["verdict"] == HELPS and entry["guesses"]:
+            guesses.append(f"{entry['labels']:,}")
         said[best["verdict"]].append(f"{text.gain_in_words(best)} with {entry['labels']:,} labels{share}")
     if few and not any(said.values()):
         most = max(best["n"] for best, _ in few)
@@ -82,14 +86,12 @@ def verdict_in_words(
         if found:
             sentences.append(f"{words} with {', '.join(found)} labels.")
     sentences += _against_others(summary)
-    alike = [
-        entry for entry in summary if entry["guesses"] and entry["gain"]["low"] and entry["gain"]["low"] > 0
-    ]
-    if guessing is not None and alike:
-        counts = ", ".join(f"{entry['labels']:,}" for entry in alike)
+    if by_class and any(said.values()):
+        sentences.append("Classes differ in size: these are differences of the mean over classes.")
+    if guesses:
         sentences.append(
-            f"From scratch is hardly better than guessing ({100 * guessing:.1f} %) with {counts} labels: so large a gain may be that of a "
-            "rate or steps that do not fit (--scratch-rate, --scratch-steps)."
+            f"From scratch is hardly better than guessing with {', '.join(guesses)} labels: the gain may be that of a rate or steps that do "
+            "not fit (--scratch-rate, --scratch-steps)."
         )
     if tested < FEW_TEST_IMAGES:
         sentences.append(f"Only {tested} independent test images: they alone may decide this.")
@@ -144,7 +146,10 @@ def limits_in_words(
     summary, results = computed["summary"], computed["results"]
     found = []
     left, wanted = _left_to_compare(surroundings, results)
-    diverged = surroundings.get("diverged", [])
+    diverged = [
+        f"{each['method']} with {each['labels']:,} labels, draw {each['draw']}"
+        for each in surroundings.get("diverged", [])
+    ]
     if results and left:
         found.append(f"{left:,} of {wanted:,} classifiers were not trained yet.")
     if diverged:
@@ -160,11 +165,18 @@ def limits_in_words(
         found.append(
             "Classes differ in size, so every difference, the gain and labels saved are of the mean over classes, in which each counts alike."
         )
-    if computed["guessing"] is not None:
-        what = (
-            "any one class, in the mean over classes," if computed["by_class"] else "the most frequent class"
+    if any("macro" in entry for entry in summary) and not computed["by_class"]:
+        found.append(
+            f"Classes differ in size, and one has fewer than {FEWEST_PER_CLASS} independent test images: differences are of plain accuracy, in which "
+            "large classes count most."
         )
-        found.append(f"Always naming {what} would be right in {computed['guessing']:.1%} of the test images.")
+    if results:
+        naming = (
+            "" if not computed["by_class"] else ", with a mean over classes of one divided by their number"
+        )
+        found.append(
+            f"Always naming the most frequent class would be right in {computed['guessing']:.1%} of the test images{naming}."
+        )
     if results:
         tested, groups = computed["tested"], computed["test_groups"]
         best = max(arm["mean"] for entry in summary for arm in entry["arms"].values())
@@ -267,8 +279,8 @@ def _left_to_compare(surroundings: dict[str, Any], results: list[Result]) -> tup
         for labels, draws in comparison["draws"].items()
         for draw in range(draws)
     }
-    missing = len(asked - set(map(classifier_of, results)))
-    return missing - min(missing, len(surroundings.get("diverged", []))), len(asked)
+    diverged = set(map(classifier_of, surroundings.get("diverged", [])))
+    return len(asked - diverged - set(map(classifier_of, results))), len(asked)
 
 
 def next_steps(

@@ -116,7 +116,8 @@ def gains_over_encoders(scores: list[Scores]) -> list[Result]:
             values = np.stack(
                 [by_group(each, scores[0].test.groups_of(draws[0])) for each in gains]
             )  # (E, R, T)
-            gain = interval_over_encoders(values)
+            plain = np.mean([arm[0][draw] - arm[1][draw] for arm in arms for draw in draws], axis=0)
+            gain = scores[0].left_open(interval_over_encoders(values), plain)
             each_mean = values.mean(axis=(1, 2)).tolist()
             claims = gain.low is not None and gain.n >= FEWEST_DRAWS
             entry = {"labels": labels, **gain.to_json(), "verdict": verdict(gain), "claims": claims}

@@ -26,7 +26,7 @@ from labelwise.errors import (
 from labelwise.images.cache import ImageCache, build_cache
 from labelwise.images.grouping import Groups, group_images
 from labelwise.images.source import ImageSet
-from labelwise.images.splits import hash_names, lock_test
+from labelwise.images.splits import OWN_TEST_SPLIT, hash_names, lock_test
 from labelwise.interruption import stop_between_steps
 from labelwise.learning.checkpoint import Position, bytes_needed, load_checkpoint, save_checkpoint
 from labelwise.learning.contrast import chance_loss
@@ -374,7 +374,17 @@ def _test_lock(
         earlier = rundir.open_run(Path(str(settings.init))).test_lock
     locked = rundir.read_json(earlier) if earlier.exists() else None
     share, seed = settings.holdout, settings.holdout_seed
-    return lock_test(images, cache.keys, cache.readable, share, seed, groups=groups.of, locked=locked)
+    lock = lock_test(images, cache.keys, cache.readable, share, seed, groups=groups.of, locked=locked)
+    label_of = dict(zip(images.names, images.labels, strict=True))
+    if (
+        lock["method"] == OWN_TEST_SPLIT
+        and any(images.labels)
+        and not any(label_of[name] for name in lock["names"])
+    ):
+        terminal.warn(
+            "none of your test images has a label, so nothing can be compared on them before you label some or give --test FOLDER."
+        )
+    return lock
 
 
 def _read_plan(run: RunDirectory) -> Plan | None:

@@ -111,7 +111,7 @@ def compute(
     summary = _summarize(results, scores)
     tested = len(scores.names) if scores.groups is None else scores.groups
     return {
-        "verdict": verdict_in_words(summary, pool, tested, over["gains"], _guessing(scores))
+        "verdict": verdict_in_words(summary, pool, tested, over["gains"], by_class=scores.by_class)
         + (f" But the encoder is hardly one yet: {trouble}." if summary and trouble else ""),
         "summary": summary,
         "labels_saved": _labels_saved(results, scores),
@@ -120,7 +120,7 @@ def compute(
         "calibration": _calibration(results, predictions),
         "folds": results[0].get("folds", 0) if results else 0,
         "by_class": scores.by_class,
-        "guessing": _guessing(scores),
+        "guessing": _guessing(scores)[0],
         "tested": len(scores.names),
         "test_groups": scores.groups,
         "lookalikes": lookalikes and {**lookalikes, "gains": _gains_without(scores, lookalikes)},
@@ -178,7 +178,7 @@ def show(document: dict[str, Any]) -> None:
 def _summarize(results: list[Result], scores: Scores) -> list[dict[str, Any]]:
     """One entry per number of labels, ascending: every method's mean, the gain, the comparisons."""
     fractions = {row["labels"]: row["fraction"] for row in results if row["fraction"] is not None}
-    guessing = _guessing(scores) or 0.0
+    guessing, classes = _guessing(scores)
     is_balanced = all(row["balanced"] for row in results)
     summary = []
     for labels, arms in sorted(scores.right.items()):
@@ -207,8 +207,11 @@ def _summarize(results: list[Result], scores: Scores) -> list[dict[str, Any]]:
         }
         if not is_balanced:
             entry["macro"] = {arm: scores.test.macro(draws).to_json() for arm, draws in arms.items()}
-        counted = entry["macro"] if scores.by_class else entry["arms"]
-        entry["guesses"] = gain is not None and counted["supervised"]["mean"] < guessing + _HARDLY
+        entry["guesses"] = gain is not None and (
+            entry["arms"]["supervised"]["mean"] < guessing + _HARDLY
+            if is_balanced
+            else entry["macro"]["supervised"]["mean"] < 1 / classes + _HARDLY
+        )
         summary.append(entry)
     return summary
 
@@ -243,13 +246,13 @@ def _labels_saved(results: list[Result], scores: Scores) -> list[dict[str, Any]]
     return saved
 
 
-def _guessing(scores: Scores) -> float | None:
-    """How often naming one class is right: the most frequent one of the test images, or in the mean over classes any; None without any."""
+def _guessing(scores: Scores) -> tuple[float, int]:
+    """How often naming the most frequent class of the test images is right, and how many classes they have."""
     truth = [scores.test.truth_of(draw) for draw in _draws(scores)]
     if not truth:
-        return None
+        return 0.0, 0
     sizes = np.unique(np.concatenate(truth), return_counts=True)[1]
-    return 1 / len(sizes) if scores.by_class else float(sizes.max() / sizes.sum())
+    return float(sizes.max() / sizes.sum()), len(sizes)
 
 
 def _draws(scores: Scores) -> set[int]:

@@ -63,6 +63,14 @@ class Scores:
         compare = self.test.macro_difference if self.by_class else self.test.difference
         return compare(arms.get(first, {}), arms.get(second, {}))
 
+    def left_open(self, found: Interval, values: Floats) -> Interval:
+        """An interval of a difference, as `TestSet.left_open`; in folds as it is."""
+        return (
+            found
+            if isinstance(self.test, Folds)
+            else self.test.left_open(found, values, by_class=self.by_class)
+        )
+
     def counted(self, draws: dict[int, Floats]) -> dict[int, Floats]:
         """Of each draw, values per test image whose mean is what differences are of, (T,)."""
         if not self.by_class:
