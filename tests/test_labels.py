@@ -457,7 +457,23 @@ def test_what_would_be_misread_is_refused(tmp_path: Path, text: str, words: str)
     assert words in refusal(written(tmp_path, text))
 
 
+def test_rows_of_one_image_that_disagree_on_its_split_are_refused(root: Path) -> None:
+    found = [LabelRow(2, "a/1.jpg", "cat", "test"), LabelRow(3, "a/1.jpg", "cat", "train")]
+    with pytest.raises(
+        DataError, match=r"line 3: a/1\.jpg is in split 'train' here and 'test' before; keep one\."
+    ):
+        match_labels(found, root / "labels.csv", NAMES, root, None)
+
+
 def test_one_label_is_one_label_however_it_is_written(tmp_path: Path) -> None:
+    assert (
+        read_label_table(
+            written(
+                tmp_path, '{"file": "a.jpg", "label": NaN}\n{"file": "b.jpg", "label": "x"}\n', "nan.jsonl"
+            )
+        )[0][0].path
+        == "b.jpg"
+    )
     words = ["caf\u00e9", "cafe\u0301", 1, 1.0, "1"]
     lines = [json.dumps({"file": f"{number}.jpg", "label": word}) for number, word in enumerate(words)]
     found, _ = read_label_table(written(tmp_path, "\n".join(lines), "labels.jsonl"))

@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import math
 import os
 import unicodedata
 from collections import defaultdict
@@ -192,13 +193,16 @@ def match_labels(
             unknown.append(row)
             continue
         matched.add(match)
-        for said, known, words in ((row.label, labels, "labeled"), (row.group, groups, "in group")):
+        said_of_it = (
+            (row.label, labels, "labeled"),
+            (row.group, groups, "in group"),
+            (row.split, splits, "in split"),
+        )
+        for said, known, words in said_of_it:
             if said is not None and known.setdefault(match, said) != said:
                 raise DataError(
                     f"{file}, line {row.line}: {row.path} is {words} {said!r} here and {known[match]!r} before; keep one."
                 )
-        if row.split is not None:
-            splits[match] = row.split
     if not matched:
         raise DataError(
             f"{file}: none of its {len(rows)} paths matches an image in {root}, e.g. {rows[0].path}; name their folder with --labels-root."
@@ -212,6 +216,8 @@ def match_labels(
 
 def _text(cell: object) -> str | None:
     """The text of a cell; None where there is none."""
+    if isinstance(cell, float) and math.isnan(cell):
+        return None  # as pandas writes nothing
     if isinstance(cell, float) and cell.is_integer():
         cell = int(cell)  # JSON's 1.0 is 1
     return _normal(str(cell).strip()) or None if cell is not None else None

@@ -63,7 +63,9 @@ def set_up_bench(run: RunDirectory, settings: FinetuneSettings) -> Bench:
     pool = pool_indices(images, cache.readable, lock)
     left_out = len(lock["excluded_duplicates"]) + len(lock["excluded_groups"])
     if left_out:
-        terminal.say(f"groups     {left_out:,} images left out, because a test image belongs with them")
+        terminal.say(
+            f"groups     {left_out:,} left out, as a test image belongs with them or their pixels are others now"
+        )
     labeled = pool[labels[pool] >= 0]
     missing = sorted(set(range(len(classes))) - set(labels[labeled].tolist()))
     if missing:
@@ -180,6 +182,14 @@ def _test_lock(
         terminal.warn(f"{words}; they get none. To keep them out, pretrain again.")
         return now, f"{now['method']}, never trained on; {words}"
     if "test" in images.splits:
+        named = sum(
+            split == "test" and not name.startswith(OUTSIDE[0])
+            for name, split in zip(images.names, images.splits, strict=True)
+        )
+        if settings.test is not None and 0 < named < images.splits.count("test"):
+            terminal.warn(
+                f"{named:,} test images of your table or folders are tested too, beside those of --test."
+            )
         lock = lock_test(images, cache.keys, cache.readable, None, 0, groups=groups.of)
         terminal.warn(
             "the test images came after pretraining: the encoder may have seen them, without labels."

@@ -82,6 +82,9 @@ def _check_draws(
     tested = defaultdict(set)
     for name, draw in set(zip(predictions["name"], predictions["draw"], strict=True)):
         tested[draw].add(name)
+    locked = set(lock["names"])
+    if not locked & set().union(*tested.values()):
+        locked = set()  # others were tested in its place, and these could be labeled
     if hash_names(lock["names"]) != lock["sha256"]:
         problems.append(f"{run.test_lock.name}: its names are not those that were hashed")
     orders: dict[Path, list[str]] = {}
@@ -89,7 +92,7 @@ def _check_draws(
         file = run.splits / f"draw-{row['seed']}-{row['draw']}.json"
         if file not in orders:
             orders[file] = rundir.read_json(file)["order"] if file.exists() else []
-            shared = set(orders[file]) & (tested[row["draw"]] | set(lock["names"]))
+            shared = set(orders[file]) & (tested[row["draw"]] | locked)
             if shared:
                 problems.append(f"{file.name}: {len(shared)} of its labels are test images, as {min(shared)}")
         if hash_names(orders[file][: row["labels"]]) != row["draw_sha256"]:
