@@ -1400,6 +1400,8 @@ def test_what_too_few_draws_found_is_told_beside_what_is_claimed() -> None:
         "From scratch is hardly better than guessing with 100 labels: the gain may be that of a rate or steps that do not fit "
         "(--scratch-rate, --scratch-steps)."
     ), "only where a gain is claimed"
+    words = concluding.verdict_in_words([{**summary[0], "macro": {}}], 10_000, 2_000, [])
+    assert "one has too few test images to count each alike: the large ones decide this." in words
 
 
 def test_two_draws_claim_nothing_and_say_how_many_are_needed(finished: RunDirectory) -> None:

@@ -88,6 +88,10 @@ def verdict_in_words(
     sentences += _against_others(summary)
     if by_class and any(said.values()):
         sentences.append("Classes differ in size: these are differences of the mean over classes.")
+    elif any("macro" in entry for entry in summary) and any(said.values()):
+        sentences.append(
+            "Classes differ in size, and one has too few test images to count each alike: the large ones decide this."
+        )
     if guesses:
         sentences.append(
             f"From scratch is hardly better than guessing with {', '.join(guesses)} labels: the gain may be that of a rate or steps that do "
