@@ -24,6 +24,8 @@ from labelwise.measures.statistics import (
     paired_difference,
     verdict,
 )
+from labelwise.stages.encoders import gains_over_encoders
+from labelwise.stages.scoring import Scores
 
 Floats = npt.NDArray[np.float64]
 LOGISTIC = 1.7  # a logistic curve this steep is close to the normal one
@@ -449,6 +451,24 @@ def test_a_few_images_that_all_agree_leave_a_difference_open(images: int, claims
     equal = paired_difference(first, first)
     assert equal is not None
     assert equal.low < 0 < equal.high
+
+
+@pytest.mark.parametrize("by_class", [False, True])
+def test_a_gain_over_encoders_is_left_as_open_as_that_of_one(by_class: bool) -> None:
+    """Two test images that all encoders agree on, or a rare class of five, claim no more than with one encoder."""
+    truth = np.repeat([0, 1], (95, 5)) if by_class else np.zeros(2, dtype=int)
+    better = np.where(truth == 1, 1.0, 0.0) if by_class else np.ones(2)
+    right = {
+        10: {"simclr": dict.fromkeys(range(3), better), "supervised": dict.fromkeys(range(3), 0 * better)}
+    }
+    scores = Scores(right, TestSet(truth, None), [f"{n}" for n in range(len(truth))], None, by_class)
+    (over,) = gains_over_encoders([scores] * 3)
+    one = scores.difference(10, "simclr", "supervised")
+    assert one is not None
+    assert over["mean"] == pytest.approx(one.mean)
+    assert over["low"] <= one.low < one.mean - 0.2
+    assert over["high"] >= one.high
+    assert over["verdict"] == "no difference shown"
 
 
 def test_a_class_of_a_few_test_images_leaves_the_macro_accuracy_without_an_interval() -> None:
