@@ -286,12 +286,16 @@ def test_a_locked_image_is_known_by_its_pixels_under_another_name() -> None:
     assert found["keys"] == first["keys"]
 
 
+def a_locked_and_a_free_row(images: ImageSet, lock: dict[str, Any]) -> tuple[int, int]:
+    free = next(row for row, name in enumerate(images.names) if name not in lock["names"])
+    return images.names.index(lock["names"][0]), free
+
+
 def test_a_name_that_now_shows_another_image_does_not_unlock_the_first() -> None:
     images = classes(cat=20, dog=20)
     first = lock(images)
     keys, readable = different(images)
-    shown = images.names.index(first["names"][0])
-    other = next(row for row, name in enumerate(images.names) if name not in first["names"])
+    shown, other = a_locked_and_a_free_row(images, first)
     keys[[shown, other]] = keys[[other, shown]]  # the two files swapped names
     found = lock_test(images, keys, readable, None, 0, locked=first)
     assert images.names[other] in found["names"]
@@ -303,8 +307,7 @@ def test_what_has_taken_the_name_of_a_locked_image_is_neither_tested_nor_trained
     images = classes(cat=20, dog=20)
     first = lock(images)
     keys, readable = different(images)
-    taken = images.names.index(first["names"][0])
-    other = next(row for row, name in enumerate(images.names) if name not in first["names"])
+    taken, other = a_locked_and_a_free_row(images, first)
     keys[taken] = keys[other]  # a copy of a training image lies there now
     found = lock_test(images, keys, readable, None, 0, locked=first)
     assert found["names"] == first["names"][1:]

@@ -400,12 +400,14 @@ def test_macro_intervals_hold_the_truth_with_a_rare_class(rare: int, share: floa
     rng = np.random.default_rng(12)
     truth = np.repeat([0, 1], (495, rare))
     chance = np.where(truth == 0, 0.98, share)
-    holding = []
+    holding, widths = [], []
     for _ in range(500):
         own, anew = rng.random(len(truth)) < chance, rng.random((5, len(truth))) < chance
         found = macro_interval(np.where(rng.random(anew.shape) < 0.3, anew, own).astype(float), truth)
         holding.append(found.low <= (0.98 + share) / 2 <= found.high)
+        widths.append(found.high - found.low)
     assert np.mean(holding) >= 0.95
+    assert np.mean(widths) < 0.5, "and says something"
 
 
 @pytest.mark.statistics

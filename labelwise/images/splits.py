@@ -47,7 +47,7 @@ def lock_test(
         `excluded_groups` (others of its group, and what has taken a locked image's name) and their content keys, `seed`, `sha256` of the names.
     """
     groups = np.unique(keys, return_inverse=True)[1] if groups is None else groups
-    changed: list[int] = []
+    changed: set[int] = set()
     if locked is not None:
         rows, changed = _find_locked(images, keys, locked)
         method, seed = locked["method"], locked["seed"]
@@ -98,7 +98,7 @@ def lock_test(
 
 def _find_locked(
     images: ImageSet, keys: npt.NDArray[np.uint64], locked: dict[str, Any]
-) -> tuple[list[int], list[int]]:
+) -> tuple[list[int], set[int]]:
     """Find the images of a lock again, by their pixels, wherever they lie now.
 
     Returns:
@@ -132,7 +132,7 @@ def _find_locked(
             "was trained on what lies there now cannot be told (files written anew do that, and another version of the decoder). Put them "
             "back, pretrain again, or give --test FOLDER."
         )
-    return rows, [row for row in dict.fromkeys(changed) if row not in rows]
+    return rows, set(changed) - set(rows)
 
 
 def pool_indices(images: ImageSet, readable: npt.NDArray[np.bool_], lock: dict[str, Any]) -> Rows:

@@ -148,8 +148,9 @@ def macro_interval(right: Floats, truth: npt.NDArray[np.int64], groups: Groups |
         groups: As in `by_group`; then each class has to be in five groups or more.
     """
     found = interval(by_group(macro_values(right, truth), groups))
-    own = np.arange(len(truth)) if groups is None else groups
-    return _within(_of_classes(found, right.mean(axis=0), truth, own, _accuracy_of_few), 0.0)
+    return _within(
+        _of_classes(found, right.mean(axis=0), truth, _each_in_one(groups, len(truth)), _accuracy_of_few), 0.0
+    )
 
 
 def _of_classes(
@@ -207,8 +208,8 @@ def paired_difference(
     if not shared:
         return None
     values = np.stack([first[draw] - second[draw] for draw in shared])
-    own = np.arange(values.shape[1]) if groups is None else groups
-    return _of_a_difference(interval(by_group(values, groups)), _means_of_groups(values.mean(axis=0), own))
+    found, own = interval(by_group(values, groups)), _each_in_one(groups, values.shape[1])
+    return _of_a_difference(found, _means_of_groups(values.mean(axis=0), own))
 
 
 def _of_a_difference(found: Interval, values: Floats) -> Interval:
@@ -258,6 +259,11 @@ def _within(found: Interval, least: float) -> Interval:
     if found.low is None or found.high is None:
         return found
     return replace(found, low=max(found.low, least), high=min(found.high, 1.0))
+
+
+def _each_in_one(groups: Groups | None, images: int) -> Groups:
+    """Number of each image's group, (T,), where each without one is its own."""
+    return np.arange(images) if groups is None else groups
 
 
 def _means_of_groups(values: Floats, groups: Groups) -> Floats:
@@ -372,7 +378,7 @@ class TestSet:
 
     def left_open(self, found: Interval, values: Floats, *, by_class: bool) -> Interval:
         """An interval of a difference, at least as wide as its images alone leave it; values: of each image, its mean, (T,)."""
-        own = np.arange(len(self.truth)) if self.groups is None else self.groups
+        own = _each_in_one(self.groups, len(self.truth))
         if not by_class:
             return _of_a_difference(found, _means_of_groups(values, own))
         return _within(_of_classes(found, values, self.truth, own, _difference_of_few), -1.0)
