@@ -120,11 +120,19 @@ def scan(
 
 def _pretrain(recipe: Recipe = None, json: Json = False, **given: Any) -> None:
     """Train an encoder on a folder of unlabeled images (SimCLR). The same command again goes on."""
+    from labelwise.learning.ranks import is_rank
     from labelwise.reports.text import few_labels
     from labelwise.rundir import read_json
+    from labelwise.stages.launching import count_devices, launch
     from labelwise.stages.pretraining import pretrain
 
-    run = pretrain(_resolve(PretrainSettings, recipe, given))
+    settings = _resolve(PretrainSettings, recipe, given)
+    if settings.devices != "1" and not is_rank():
+        count = count_devices(settings.devices, settings.device)
+        if count > 1:
+            launch(count)
+        settings = settings.model_copy(update={"devices": "1"})
+    run = pretrain(settings)
     if json:
         terminal.emit_json({"run": str(run.path), "encoder": str(run.encoder)})
     else:

@@ -108,9 +108,16 @@ def _is_duration(text: str) -> str:
     return text
 
 
+def _is_count_or_all(text: str) -> str:
+    if text != "all" and not (text.isdecimal() and int(text) >= 1):
+        raise ValueError("give a number, or all")
+    return text
+
+
 ShareRange = Annotated[tuple[Share, Share], AfterValidator(_is_ascending)]
 RatioRange = Annotated[tuple[Ratio, Ratio], AfterValidator(_is_ascending)]
 Duration = Annotated[str, AfterValidator(_is_duration)]
+Devices = Annotated[str, AfterValidator(_is_count_or_all)]
 
 
 class PretrainSettings(Settings):
@@ -310,6 +317,16 @@ class PretrainSettings(Settings):
         json_schema_extra={"panel": "Training"},
     )
     device: str = Field("auto", description="auto, cpu, cuda or mps", json_schema_extra={"panel": "Training"})
+    devices: Devices = Field(
+        "1",
+        description="GPUs of this machine to train on together, or all; with --device cpu processes",
+        json_schema_extra={"panel": "Training"},
+    )
+    rank_timeout: Duration = Field(
+        "10m",
+        description="with several devices or machines: a process that does not answer for so long is given up",
+        json_schema_extra={"panel": "Training"},
+    )
     deterministic: bool = Field(
         False,
         description="off by default: the same bits on a GPU too however often it is interrupted; slower (a CPU always gives them)",

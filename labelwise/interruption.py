@@ -1,12 +1,16 @@
 """Stop between two steps, not inside one: the first signal is remembered, a second Ctrl-C acts at once."""
 
+import os
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
 from labelwise.errors import Interrupted
+
+_FORWARDED_SECONDS = 2.0  # torch's launcher sends its ranks the Ctrl-C that they got from the terminal too
 
 
 class StopRequest:
@@ -17,6 +21,11 @@ class StopRequest:
 
     def __bool__(self) -> bool:
         return self.signal_number is not None
+
+    def ask(self, signal_number: int) -> None:
+        """Ask to stop, as if this signal had come; the first one counts."""
+        if self.signal_number is None:
+            self.signal_number = signal_number
 
     def check(self, words: str) -> None:
         """Raise Interrupted with these words if somebody did."""
@@ -43,10 +52,18 @@ def stop_between_steps() -> Iterator[StopRequest]:
         yield request
         return
 
+    is_launched, first_at = "TORCHELASTIC_RUN_ID" in os.environ, 0.0
+
     def remember(number: int, frame: FrameType | None) -> None:
+        nonlocal first_at
         if not request:
-            request.signal_number = number
-        elif number == signal.SIGINT:  # others come twice when a terminal closes or a scheduler insists
+            request.ask(number)
+            first_at = time.monotonic()
+            return
+        is_repeated = not is_launched or time.monotonic() - first_at > _FORWARDED_SECONDS
+        if (
+            number == signal.SIGINT and is_repeated
+        ):  # others come twice when a terminal closes or a scheduler insists
             raise KeyboardInterrupt
 
     previous = {number: signal.signal(number, remember) for number in asking_to_end()}

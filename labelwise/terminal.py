@@ -21,6 +21,7 @@ from rich.text import Text
 _LINE_SECONDS = 30.0
 _LINE_SHARE = 0.05
 _WIDE = 200  # width off a terminal, so that no column is cut
+_muted = False
 
 
 class Bar(Protocol):
@@ -31,6 +32,12 @@ class Bar(Protocol):
 
     def note(self, text: str) -> None:
         """Say something without tearing the bar."""
+
+
+def mute() -> None:
+    """Print nothing from now on but errors: another process speaks."""
+    global _muted  # noqa: PLW0603 - as streams are
+    _muted = True
 
 
 def say(text: str) -> None:
@@ -45,7 +52,7 @@ def warn(text: str) -> None:
 
 def fail(text: str) -> None:
     """Print an error to stderr."""
-    _print(sys.stderr, Text.assemble(("error: ", "bold red"), _clean(text, keep_lines=True)))
+    _console(sys.stderr).print(Text.assemble(("error: ", "bold red"), _clean(text, keep_lines=True)))
 
 
 def heading(text: str) -> None:
@@ -60,6 +67,8 @@ def emit(text: str, style: str = "") -> None:
 
 def emit_json(value: Any) -> None:
     """Print one JSON document to stdout."""
+    if _muted:
+        return
     sys.stdout.write(json.dumps(value, indent=2, ensure_ascii=True, allow_nan=False) + "\n")
     sys.stdout.flush()
 
@@ -96,7 +105,7 @@ def track(label: str, total: int, *, done: int = 0, unit: str = "images") -> Ite
         done: Units that were done before.
         unit: Their name, plural.
     """
-    if not sys.stderr.isatty():
+    if _muted or not sys.stderr.isatty():
         yield _Lines(label, total, done, unit)
         return
     columns = (
@@ -183,7 +192,8 @@ def _console(stream: TextIO) -> Console:
 
 
 def _print(stream: TextIO, what: Text | Table) -> None:
-    _console(stream).print(what)
+    if not _muted:
+        _console(stream).print(what)
 
 
 def _clean(text: str, *, keep_lines: bool = False) -> str:

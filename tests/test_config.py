@@ -73,6 +73,8 @@ TYPED: dict[type[Settings], dict[str, tuple[str | None, Any]]] = {
         "time_limit": ("1h30m", "1h30m"),
         "precision": ("fp32", "fp32"),
         "device": ("cpu", "cpu"),
+        "devices": ("2", "2"),
+        "rank_timeout": ("90s", "90s"),
         "deterministic": (None, True),
         "seed": ("3", 3),
     },

@@ -30,6 +30,7 @@ from typing import Any, NoReturn, Self
 
 import numpy as np
 
+from labelwise.environment import processors
 from labelwise.images import decoding
 from labelwise.images.decoding import Pixels, Range, UnreadableImage
 
@@ -60,7 +61,7 @@ class Readers:
     def __init__(self, job: str, **arguments: Any) -> None:
         self._request = {"job": job, "arguments": arguments}
         self._at_work: set[_Child] = set()
-        self._threads = ThreadPoolExecutor(_processors())
+        self._threads = ThreadPoolExecutor(processors())
         self._is_closed = False
 
     def __enter__(self) -> Self:
@@ -120,7 +121,7 @@ class Readers:
         finally:
             with _lock:
                 self._at_work.discard(child)
-                is_kept = answers is not None and len(_idle) < _processors() and not self._is_closed
+                is_kept = answers is not None and len(_idle) < processors() and not self._is_closed
                 if is_kept:
                     _idle.append(child)
             if not is_kept:
@@ -212,11 +213,6 @@ def _end_idle_at_exit() -> None:
             child.end()
 
     atexit.register(end)
-
-
-def _processors() -> int:
-    """Processors that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _locate(row: int, locate: Callable[[int], Contents]) -> Contents | UnreadableImage:

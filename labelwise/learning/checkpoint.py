@@ -18,7 +18,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from labelwise import terminal
-from labelwise.errors import CheckpointError
+from labelwise.errors import CheckpointError, LabelwiseError
+from labelwise.learning.ranks import Ranks
 from labelwise.rundir import flush
 
 KEPT = 2
@@ -103,6 +104,39 @@ def load_checkpoint(
             f"{folder}: no checkpoint in it is whole; the same command again starts from step 0."
         )
     return None
+
+
+def share_state(ranks: Ranks, modules: dict[str, nn.Module], optimizer: torch.optim.Optimizer) -> None:
+    """Give every rank the weights and the optimizer's state of the first one, which alone reads them."""
+    if ranks.count == 1:
+        return
+    tensors, rest = _flatten(modules, optimizer)
+    forms, rest = ranks.tell(
+        lambda: ({name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()}, rest)
+    )
+    if not ranks.is_first:
+        tensors = {name: torch.empty(shape, dtype=dtype) for name, (shape, dtype) in forms.items()}
+    ranks.copy_first(tensors.values())
+    if not ranks.is_first:
+        _unflatten(tensors, rest, modules, optimizer)
+
+
+def check_alike(ranks: Ranks, modules: dict[str, nn.Module]) -> None:
+    """Make sure that all ranks have the same weights, bit by bit.
+
+    Raises:
+        LabelwiseError: They have not: memory or a link between them fails, or a kernel gives other bits each time.
+    """
+    if ranks.count == 1:
+        return
+    weights = [each for module in modules.values() for each in module.parameters()]
+    sums = torch.stack([each.detach().view(torch.int32).sum(dtype=torch.int64) for each in weights]).cpu()
+    gathered = ranks.gather(sums)  # (W, weights)
+    if not (gathered == gathered[0]).all():
+        odd = [rank for rank in range(ranks.count) if not torch.equal(gathered[rank], gathered[0])]
+        raise LabelwiseError(
+            f"the weights of rank {odd[0]} are not those of rank 0 any more; nothing was saved since, and the same command goes on from there."
+        )
 
 
 def _write(folder: Path, position: Position, tensors: dict[str, Tensor], rest: Any) -> None:

@@ -7,22 +7,33 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from labelwise.learning.ranks import ALONE, Ranks
+
 _TILE = 2**22  # similarities held at a time, 16 MiB of float32
 
 
 def nt_xent(
-    projections: Tensor, temperature: float, *, decoupled: bool = False, normalized: bool = True
+    projections: Tensor,
+    temperature: float,
+    *,
+    decoupled: bool = False,
+    normalized: bool = True,
+    ranks: Ranks = ALONE,
 ) -> Tensor:
     """Contrast each image's two views against every other view in the batch (NT-Xent).
+
+    Over several ranks each gives the projections of its own images and gets the loss of the whole batch, whose gradient with
+    respect to them is exact: what other ranks' images owe to these is in it.
 
     Computed in float32 whatever the input type: exp(1 / temperature) overflows float16 below 0.09.
 
     Args:
-        projections: All first views, then all second views in the same order, (2B, D); need not be
-            normalized.
+        projections: All first views, then all second views in the same order, (2B, D), of a rank (2B / W, D); need not
+            be normalized.
         temperature: Divides the similarities; smaller is sharper.
         decoupled: Leave the positive pair out of the denominator (DCL), which helps small batches.
         normalized: Similarities are cosines; else plain inner products, which the paper found worse (Table 5).
+        ranks: Over which the batch is spread, evenly.
 
     Returns:
         Mean loss over the 2B views, a scalar; `chance_loss` when all rows agree. The official code
@@ -34,7 +45,7 @@ def nt_xent(
     with torch.autocast(projections.device.type, enabled=False):
         z = projections.float()
         z = F.normalize(z, dim=1) if normalized else z  # (2B, D)
-        loss: Tensor = _Contrast.apply(z, temperature, decoupled)
+        loss: Tensor = _Contrast.apply(z, temperature, decoupled, ranks)
         return loss
 
 
@@ -44,40 +55,61 @@ def chance_loss(batch_size: int, *, decoupled: bool = False) -> float:
 
 
 class _Contrast(torch.autograd.Function):
-    """Mean of logsumexp over the others minus the similarity of the partner, for rows z, (2B, D).
+    """Mean of logsumexp over the others minus the similarity of the partner, for a rank's own rows z, (2b, D), b = B / W.
 
-    The similarities are made a tile of rows at a time, and once more in the backward pass. With
+    The similarities are made a tile of own rows at a time, and once more in the backward pass. With
     p_ij = exp(s_ij - lse_i), the gradient of row i is sum_j (p_ij + p_ji) z_j - 2 z_partner(i), over
-    2B times the temperature; s is symmetric, so one tile of similarities gives both p_ij and p_ji.
+    2B times the temperature; s is symmetric, so one tile of similarities gives both p_ij and p_ji, and the ranks
+    tell each other z and lse, no more.
     """
 
     @staticmethod
-    def forward(ctx: Any, z: Tensor, temperature: float, decoupled: bool) -> Tensor:
+    def forward(ctx: Any, own: Tensor, temperature: float, decoupled: bool, ranks: Ranks) -> Tensor:
         """Give the loss, a scalar."""
-        lse = torch.empty(len(z), device=z.device)  # (2B,)
-        for start, stop in _tiles(len(z)):
-            lse[start:stop] = _similarities(z, start, stop, temperature, decoupled).logsumexp(dim=1)
+        z = _whole(ranks.gather(own))  # (2B, D)
+        b = len(own) // 2
+        lse = torch.empty(len(own), device=z.device)  # (2b,)
+        for place, start, stop in _tiles(b, ranks):
+            rows = slice(place, place + stop - start)
+            lse[rows] = _similarities(z, start, stop, temperature, decoupled).logsumexp(dim=1)
+        lse = _whole(ranks.gather(lse))  # (2B,)
         ctx.save_for_backward(z, lse)
-        ctx.temperature, ctx.decoupled = temperature, decoupled
+        ctx.temperature, ctx.decoupled, ctx.ranks = temperature, decoupled, ranks
         positive = (z * z.roll(len(z) // 2, 0)).sum(dim=1) / temperature  # (2B,)
         return (lse - positive).double().mean().float()
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
-        """Give the gradient of z, (2B, D)."""
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
+        """Give the gradient of own rows, (2b, D)."""
         z, lse = ctx.saved_tensors
-        gradient = z.roll(len(z) // 2, 0) * -2
-        for start, stop in _tiles(len(z)):
+        B, ranks = len(z) // 2, ctx.ranks  # noqa: N806 - as in the paper
+        b = B // ranks.count
+        partners = z.roll(B, 0).view(2, ranks.count, b, -1)
+        gradient = partners[:, ranks.number].reshape(2 * b, -1) * -2
+        for place, start, stop in _tiles(b, ranks):
             similarity = _similarities(z, start, stop, ctx.temperature, ctx.decoupled)  # (T, 2B)
             weights = (similarity - lse[start:stop, None]).exp_()
             weights += similarity.sub_(lse).exp_()
-            gradient[start:stop] += weights @ z
-        return gradient * (gradients[0] / (ctx.temperature * len(z))), None, None
+            gradient[place : place + stop - start] += weights @ z
+        return gradient * (gradients[0] / (ctx.temperature * len(z))), None, None, None
 
 
-def _tiles(rows: int) -> list[tuple[int, int]]:
-    tall = max(1, _TILE // rows)
-    return [(start, min(start + tall, rows)) for start in range(0, rows, tall)]
+def _whole(gathered: Tensor) -> Tensor:
+    """First views of all ranks, then second views, (W, 2b, ...) -> (2B, ...)."""
+    whole: Tensor = gathered.unflatten(1, (2, -1)).transpose(0, 1).flatten(0, 2)
+    return whole
+
+
+def _tiles(b: int, ranks: Ranks) -> list[tuple[int, int, int]]:
+    """Tiles of a rank's rows: where among its own they begin, and among all of them begin and end."""
+    total = b * ranks.count
+    tall = max(1, _TILE // (2 * total))
+    return [
+        (view * b + start, offset + start, offset + min(start + tall, b))
+        for view in (0, 1)
+        for offset in (view * total + ranks.number * b,)
+        for start in range(0, b, tall)
+    ]
 
 
 def _similarities(z: Tensor, start: int, stop: int, temperature: float, decoupled: bool) -> Tensor:

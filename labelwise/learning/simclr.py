@@ -10,12 +10,17 @@ from labelwise.learning.contrast import nt_xent
 from labelwise.learning.large_batch import Rows, backward_in_parts
 from labelwise.learning.optimization import update
 from labelwise.learning.precision import Precision, arrange_images
+from labelwise.learning.ranks import ALONE, Ranks
 from labelwise.models.encoder import Encoder
 
 
 @dataclasses.dataclass(frozen=True)
 class Learner:
-    """What is trained, and how one step of it goes."""
+    """What is trained, and how one step of it goes.
+
+    Attributes:
+        micro_batch_size: Images that go through the network at once, over all ranks.
+    """
 
     encoder: Encoder
     head: nn.Module
@@ -26,6 +31,7 @@ class Learner:
     micro_batch_size: int
     decoupled: bool
     normalized: bool = True
+    ranks: Ranks = ALONE
 
     @property
     def modules(self) -> dict[str, nn.Module]:
@@ -44,20 +50,30 @@ class Learner:
 
         Args:
             make_views: Images to their normalised views, row i and row B + i of the same image, (2B, 3, H, W).
-            members: Images of the batch, (B,).
+            members: Images of the batch, over all ranks, (B,).
 
         Raises:
             Diverged: As in `update`.
+            LostRankError: Another rank ended.
         """
         self.optimizer.zero_grad(set_to_none=True)
-        if self.micro_batch_size < len(members):
-            modules, size = self.modules.values(), self.micro_batch_size
-            loss = backward_in_parts(self.project, make_views, members, size, self.loss_of, modules)
+        part_size = min(self.micro_batch_size, len(members))
+        own = self.ranks.share(members, part_size)
+        if part_size < len(members):
+            modules, size = self.modules.values(), part_size // self.ranks.count
+            loss = backward_in_parts(self.project, make_views, own, size, self.loss_of, modules)
         else:
-            loss = self.loss_of(self.project(make_views(members)))
+            loss = self.loss_of(self.project(make_views(own)))
             loss.backward()
+        self.ranks.add_up_gradients(each for module in self.modules.values() for each in module.parameters())
         return update(self.optimizer, loss)
 
     def loss_of(self, projections: Tensor) -> Tensor:
-        """Contrast the projections of a batch, (2B, D) -> scalar."""
-        return nt_xent(projections, self.temperature, decoupled=self.decoupled, normalized=self.normalized)
+        """Contrast the projections of a batch, of this rank's share of it (2B / W, D), -> scalar."""
+        return nt_xent(
+            projections,
+            self.temperature,
+            decoupled=self.decoupled,
+            normalized=self.normalized,
+            ranks=self.ranks,
+        )

@@ -91,6 +91,12 @@ def create_encoder(spec: EncoderSpec, *, pretrained: bool = False) -> Encoder:
     return Encoder(backbone, _feature_width(backbone, spec.image_size))
 
 
+def synchronize_batch_norm(module: nn.Module) -> nn.Module:
+    """Let every batch norm take its statistics over all ranks' images; on GPUs. Weights are shared with the module given."""
+    synchronized: nn.Module = timm.layers.convert_sync_batchnorm(module)
+    return synchronized
+
+
 def check_backbone(backbone: str) -> None:
     """Make sure timm has a model of this name.
 

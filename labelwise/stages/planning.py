@@ -30,6 +30,7 @@ from labelwise.learning.optimization import (
     set_rate,
 )
 from labelwise.learning.precision import Precision, calibrate, seconds_of
+from labelwise.learning.ranks import ALONE, Ranks, share_batch_norm
 from labelwise.learning.simclr import Learner
 from labelwise.models.encoder import (
     Encoder,
@@ -37,6 +38,7 @@ from labelwise.models.encoder import (
     choose_stem,
     create_encoder,
     pretrained_spec,
+    synchronize_batch_norm,
     takes_size,
 )
 from labelwise.models.heads import create_head
@@ -266,11 +268,22 @@ def _build_model(
 
 
 def make_learner(
-    settings: PretrainSettings, plan: Plan, spec: EncoderSpec, precision: Precision, device: torch.device
+    settings: PretrainSettings,
+    plan: Plan,
+    spec: EncoderSpec,
+    precision: Precision,
+    device: torch.device,
+    ranks: Ranks = ALONE,
 ) -> Learner:
-    """Build encoder, head and optimizer, the same for the same seed."""
+    """Build encoder, head and optimizer, the same for the same seed; over several ranks their batch norms are one."""
     torch.manual_seed(settings.seed)
     encoder, head = _build_model(settings, spec, device)
+    if ranks.count > 1:
+        for module in (encoder, head):
+            if device.type == "cuda":
+                synchronize_batch_norm(module)
+            else:
+                share_batch_norm(module, ranks)
     precision.arrange(encoder)
     parts = [(encoder, plan.learning_rate), (head, plan.learning_rate)]
     optimizer = create_optimizer(settings.optimizer, parts, plan.weight_decay)
@@ -284,6 +297,7 @@ def make_learner(
         plan.micro_batch_size,
         decoupled=settings.loss == "dcl",
         normalized=settings.similarity == "cosine",
+        ranks=ranks,
     )
 
 
@@ -298,10 +312,16 @@ def make_plan(
     pool: Pool,
     side: int,
     device: torch.device,
+    ranks: Ranks = ALONE,
 ) -> Plan:
-    """Decide what was left open; time some steps for the precision and the epochs."""
+    """Decide what was left open; time some steps for the precision and the epochs.
+
+    Over several ranks one of them does, alone, so what they tell each other is not in the time.
+    """
     default_rate, default_decay = DEFAULTS[settings.optimizer]
     batch_size = batch_size_for(settings, len(pool.rows))
+    if "batch_size" not in settings.model_fields_set:
+        batch_size = max(batch_size // ranks.count, 2) * ranks.count
     plan = Plan(
         image_size=spec.image_size,
         initial_size=_initial_size(settings, spec),
@@ -321,13 +341,17 @@ def make_plan(
         blur=(0.5 if spec.image_size > 64 else 0.0) if settings.blur is None else settings.blur,
         seconds_per_step=None,
     )
-    plan = dataclasses.replace(plan, micro_batch_size=_fit_micro_batch(settings, plan, spec, pool, device))
+    check_divisible(plan, ranks)
+    plan = dataclasses.replace(
+        plan, micro_batch_size=_fit_micro_batch(settings, plan, spec, pool, device, ranks)
+    )
+    check_divisible(plan, ranks)
     if settings.precision != "auto" and settings.time_limit is None:
         return dataclasses.replace(
             plan, precision=settings.precision, reason=f"--precision {settings.precision}"
         )
     terminal.say("timing some steps")
-    trial = _TrialStep(settings, plan, spec, pool, device)
+    trial = _TrialStep(settings, plan, spec, pool, device, plan.micro_batch_size // ranks.count)
     precision, seconds = calibrate(trial, device, settings.precision)
     if not seconds:
         trial(precision)
@@ -359,6 +383,21 @@ def make_plan(
     return dataclasses.replace(plan, epochs=epochs, warmup_epochs=warmup)
 
 
+def check_divisible(plan: Plan, ranks: Ranks) -> None:
+    """Make sure that each rank gets as many images of a batch, and of its parts, as the others.
+
+    Raises:
+        UsageError: It does not.
+    """
+    for name, size in (("batch_size", plan.batch_size), ("micro_batch_size", plan.micro_batch_size)):
+        if size % ranks.count:
+            numbers = ", ".join(str(each) for each in range(1, min(size, 64) + 1) if size % each == 0)
+            raise UsageError(
+                f"{name} = {size}: {ranks.count} devices or processes cannot share it evenly; use so many: {numbers}; or start a new run with "
+                f"another --{name.replace('_', '-')}."
+            )
+
+
 def _initial_size(settings: PretrainSettings, spec: EncoderSpec) -> int:
     """Side of the first epochs' views, a multiple of 4.
 
@@ -376,24 +415,27 @@ def _initial_size(settings: PretrainSettings, spec: EncoderSpec) -> int:
 
 
 def _fit_micro_batch(
-    settings: PretrainSettings, plan: Plan, spec: EncoderSpec, pool: Pool, device: torch.device
+    settings: PretrainSettings, plan: Plan, spec: EncoderSpec, pool: Pool, device: torch.device, ranks: Ranks
 ) -> int:
-    """Images that go through the network at once: as asked, else the whole batch if it fits into memory."""
+    """Images that go through the network at once, over all ranks: as asked, else the whole batch if it fits into memory."""
     if settings.micro_batch_size is not None:
         if plan.batch_size % settings.micro_batch_size:
             raise UsageError(
                 f"--micro-batch-size {settings.micro_batch_size}: does not divide --batch-size {plan.batch_size}."
             )
         return settings.micro_batch_size
-    trial = _TrialStep(settings, plan, spec, pool, device)
+    trial = _TrialStep(settings, plan, spec, pool, device, plan.batch_size)
     learner = trial.learner_for(Precision("fp32", "channels_last", ""))
     probed = np.arange(min(_PROBED, plan.batch_size))
     needed = step_bytes(learner.project, trial.make_views(probed), learner.modules.values())
-    return largest_part(plan.batch_size, needed / len(probed), TRAINING_SHARE * available_memory(device))
+    available = TRAINING_SHARE * available_memory(device)
+    if device.type == "cpu":  # they share it
+        available /= ranks.local_count
+    return ranks.count * largest_part(plan.batch_size // ranks.count, needed / len(probed), available)
 
 
 class _TrialStep:
-    """One real training step on throw-away weights, for timing; of one micro-batch."""
+    """One real training step on throw-away weights, for timing; of one micro-batch, or one rank's part of it."""
 
     def __init__(
         self,
@@ -402,14 +444,16 @@ class _TrialStep:
         spec: EncoderSpec,
         pool: Pool,
         device: torch.device,
+        images: int,
     ) -> None:
         self.settings, self.plan, self.spec, self.pool, self.device = settings, plan, spec, pool, device
+        self.members = np.arange(images)
         self.size = plan.image_size
         self.learner: Learner | None = None
 
     def __call__(self, precision: Precision) -> float:
         try:
-            return self.learner_for(precision).step(self.make_views, np.arange(self.plan.micro_batch_size))
+            return self.learner_for(precision).step(self.make_views, self.members)
         except Diverged:
             return math.nan
 
@@ -439,6 +483,7 @@ def announce(
     images: ImageSet,
     groups: Groups,
     is_new: bool,
+    ranks: Ranks = ALONE,
 ) -> None:
     """Print the plan."""
     steps = plan.epochs * (len(pool.rows) // plan.batch_size)
@@ -472,7 +517,14 @@ def announce(
     parts = plan.batch_size // plan.micro_batch_size
     passes = f" in {parts} passes of {plan.micro_batch_size} (batch norm sees one pass)" if parts > 1 else ""
     terminal.say(f"training   {plan.epochs} epochs, batch {plan.batch_size}{passes}, {steps:,} steps{hours}")
-    if plan.batch_size < settings.batch_size:
+    if ranks.count > 1:
+        machines = ranks.count // ranks.local_count
+        terminal.say(
+            f"ranks      {ranks.count} processes"
+            + (f" on {machines} machines" if machines > 1 else "")
+            + f", {plan.micro_batch_size // ranks.count} images each at a time; loss, gradient and batch norm are those of the whole batch"
+        )
+    if batch_size_for(settings, len(pool.rows)) < settings.batch_size:
         terminal.say(f"           batch {settings.batch_size} is too large for so few images")
     elif (better := _small_batch(len(pool.rows))) < plan.batch_size and len(pool.rows) // plan.batch_size < 4:
         terminal.say(

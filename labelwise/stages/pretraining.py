@@ -4,6 +4,8 @@ import dataclasses
 import functools
 import re
 import shutil
+import signal
+import socket
 import time
 from collections import Counter
 from pathlib import Path
@@ -14,7 +16,7 @@ import numpy.typing as npt
 import torch
 
 from labelwise import environment, rundir, seeding, terminal
-from labelwise.config import PretrainSettings, to_toml
+from labelwise.config import PretrainSettings, parse_duration, to_toml
 from labelwise.errors import (
     DataError,
     Interrupted,
@@ -28,7 +30,14 @@ from labelwise.images.grouping import Groups, group_images
 from labelwise.images.source import ImageSet
 from labelwise.images.splits import OWN_TEST_SPLIT, hash_names, lock_test
 from labelwise.interruption import stop_between_steps
-from labelwise.learning.checkpoint import Position, bytes_needed, load_checkpoint, save_checkpoint
+from labelwise.learning.checkpoint import (
+    Position,
+    bytes_needed,
+    check_alike,
+    load_checkpoint,
+    save_checkpoint,
+    share_state,
+)
 from labelwise.learning.contrast import chance_loss
 from labelwise.learning.memory import keep_freed_memory
 from labelwise.learning.optimization import (
@@ -38,9 +47,10 @@ from labelwise.learning.optimization import (
     warmup_cosine,
 )
 from labelwise.learning.precision import Precision, choose_device, compute_deterministically, device_name
+from labelwise.learning.ranks import Ranks, device_of, is_rank, join
 from labelwise.learning.simclr import Learner
 from labelwise.measures import health
-from labelwise.models.encoder import check_backbone
+from labelwise.models.encoder import EncoderSpec, check_backbone
 from labelwise.models.weights import save_encoder, save_module
 from labelwise.ownership import hold
 from labelwise.rundir import RunDirectory
@@ -57,6 +67,7 @@ from labelwise.stages.planning import (
     Plan,
     Pool,
     announce,
+    check_divisible,
     choose_sizes,
     few_steps_in_words,
     inherit_model,
@@ -73,13 +84,16 @@ from labelwise.stages.planning import (
 from labelwise.views.pipeline import Normalization, make_views
 
 SAVE_SECONDS = 120.0
+_COURTESY_SECONDS = 1.5
+_OF_THE_MACHINE = ("devices", "rank_timeout")  # a run goes on with others
 CHECKS = 10  # such looks per run
 
 
 def pretrain(settings: PretrainSettings, *, becomes_latest: bool = True) -> RunDirectory:
     """Train an encoder on unlabeled images.
 
-    The same call again goes on where an interrupted one stopped.
+    The same call again goes on where an interrupted one stopped. In a process that torchrun started it trains together with
+    the others, and only the first one writes and speaks.
 
     Args:
         settings: Which images, and how.
@@ -89,54 +103,85 @@ def pretrain(settings: PretrainSettings, *, becomes_latest: bool = True) -> RunD
         DataError: The images cannot be used.
         UsageError: A setting does not fit the images or this machine.
         Interrupted: A signal came; the run is saved.
+        LostRankError: Another process ended, or does not answer; what was saved last is there.
     """
-    started = time.monotonic()
-    settings = inherit_model(settings)
-    run, is_new = find_run(settings)
-    if run.encoder.exists():
-        if (
-            rundir.read_json(run.environment)["finished"] is None
-        ):  # it was killed right after saving the encoder
-            _finish(run, time.monotonic() - started)
-        terminal.say(f"{run.path}: is pretrained already, {run.encoder}")
-        if becomes_latest:
+    if settings.devices != "1" and not is_rank():
+        raise UsageError(
+            "devices: only the command line starts other processes; from Python, run it under torchrun."
+        )
+    with join(parse_duration(settings.rank_timeout)) as ranks:
+        if not ranks.is_first:
+            terminal.mute()
+        try:
+            run = _pretrain(settings, ranks)
+        except LabelwiseError:
+            if not ranks.is_first:
+                time.sleep(
+                    _COURTESY_SECONDS
+                )  # it may be the first one's error too, who then ends this process
+            raise
+        if becomes_latest and ranks.is_first:
             rundir.point_latest(run)
+    return run
+
+
+def _pretrain(settings: PretrainSettings, ranks: Ranks) -> RunDirectory:
+    """Prepare, train, and write what came out."""
+    started = time.monotonic()
+    if ranks.is_first:
+        settings = inherit_model(settings)
+    settings = ranks.tell(lambda: settings)  # others may not have the run that it goes on from
+    run, is_new = ranks.tell(lambda: find_run(settings))
+    if ranks.tell(run.encoder.exists):
+        if ranks.is_first:
+            if rundir.read_json(run.environment)["finished"] is None:  # killed right after saving the encoder
+                _finish(run, time.monotonic() - started)
+            terminal.say(f"{run.path}: is pretrained already, {run.encoder}")
         return run
     keep_freed_memory()
-    device = choose_device(settings.device)
+    device = device_of(ranks, choose_device(settings.device))
     if settings.deterministic:
         compute_deterministically()
     check_backbone(settings.backbone)
     torch.manual_seed(settings.seed)
 
     images = open_sources(settings)
-    plan = _read_plan(run)
-    size, side = (plan.image_size, plan.cache_side) if plan else choose_sizes(settings, images, device)
+    plan = ranks.tell(lambda: _read_plan(run))
+    size, side = ranks.tell(
+        lambda: (plan.image_size, plan.cache_side) if plan else choose_sizes(settings, images, device)
+    )
     with terminal.track("reading images", len(images.names)) as bar:
         cache = build_cache(images, side=side, evaluation_size=size, progress=bar.advance)
-    with terminal.track("comparing images", len(images.names)) as bar:
-        groups = group_images(images, cache, bar.advance)
-    lock = _test_lock(run, settings, images, cache, groups)
+    groups, lock = ranks.tell(lambda: _separate_test(run, settings, images, cache), patient=True)
     pool = keep_on_device(make_pool(images, cache, lock, settings), device)
-    spec = specify_encoder(settings, size, pool)
-
-    if plan is None:
-        plan = make_plan(settings, spec, pool, side, device)
-    elif rundir.read_json(run.data)["pool_sha256"] != pool_hash(images, pool):
-        raise DataError(
-            f"{settings.images}: its images changed since {run.path} was started; put them back, or start a new run with another --out."
-        )
+    _check_pool(settings, ranks, pool_hash(images, pool))
+    spec, plan = ranks.tell(
+        lambda: _decide(run, settings, images, pool, plan, size, side, device, ranks), patient=True
+    )
+    check_divisible(plan, ranks)
     spec = dataclasses.replace(spec, stem=plan.stem)
+    precision = Precision(plan.precision, plan.layout, plan.reason)
+
+    if not ranks.is_first:
+        alike = settings.model_copy(update={"init": None})  # it gets its weights from the first one
+        _train(
+            run,
+            settings,
+            plan,
+            pool,
+            spec.normalization,
+            make_learner(alike, plan, spec, precision, device, ranks),
+        )
+        return run
     with hold(run, is_new=is_new):
         if is_new:
             _write_start(run, settings, plan, device, images, cache, groups, lock, pool)
         if not run.near_copies.exists():
             save_near_copies(run, images, cache, groups.near, lock)
-        announce(run, settings, plan, spec, pool, lock, images, groups, is_new)
+        announce(run, settings, plan, spec, pool, lock, images, groups, is_new, ranks)
         save_mosaic(run, view_policy(settings, plan, plan.image_size), pool, settings.seed)
 
-        precision = Precision(plan.precision, plan.layout, plan.reason)
-        learner = make_learner(settings, plan, spec, precision, device)
+        learner = make_learner(settings, plan, spec, precision, device, ranks)
         folders = [run.checkpoints, *([run.sound] if settings.init else [])]
         needed = sum(bytes_needed(folder, learner.modules.values()) for folder in folders)
         rundir.check_space(run.path, needed, "checkpoints")
@@ -155,8 +200,6 @@ def pretrain(settings: PretrainSettings, *, becomes_latest: bool = True) -> RunD
         save_neighbours(run, pool, learner.encoder, spec.normalization, images, device)
         save_encoder(run.encoder, learner.encoder, spec)
         _finish(run, time.monotonic() - started)
-    if becomes_latest:
-        rundir.point_latest(run)
     terminal.say(f"encoder saved: {run.encoder}")
     return run
 
@@ -169,7 +212,8 @@ def _train(
     normalization: Normalization,
     learner: Learner,
 ) -> None:
-    """Run SimCLR from wherever the run stands to its last epoch."""
+    """Run SimCLR from wherever the run stands to its last epoch; each rank does, and the first one writes."""
+    ranks = learner.ranks
     steps_per_epoch = len(pool.rows) // plan.batch_size
     steps = plan.epochs * steps_per_epoch
     warmup_steps = round(plan.warmup_epochs * steps_per_epoch)
@@ -179,10 +223,13 @@ def _train(
     def features() -> torch.Tensor:
         return monitored_features(pool, learner.encoder, normalization, learner.device)
 
-    start = features() if settings.init else None  # the learner still is at its start
+    start = features() if settings.init and ranks.is_first else None  # the learner still is at its start
     guard = Guard(run, learner, start) if start is not None else None
-    at = load_checkpoint(run.checkpoints, learner.modules, learner.optimizer) or Position(0, 0, 0)
-    losses = _rewind_metrics(run, at)
+    at = ranks.tell(
+        lambda: load_checkpoint(run.checkpoints, learner.modules, learner.optimizer) or Position(0, 0, 0)
+    )
+    share_state(ranks, learner.modules, learner.optimizer)
+    losses = ranks.tell(lambda: _rewind_metrics(run, at))
     saved_at, said = time.monotonic(), ""
     figures: dict[str, float] = {}
 
@@ -191,6 +238,41 @@ def _train(
         squares, sizes = pool.squares(members, learner.device)
         keys = pool.keys[members]
         return make_views(policy, squares, sizes, keys, settings.seed, epoch, (0, 1), normalization)
+
+    def is_overdue(seconds: float) -> bool:
+        return ranks.is_first and time.monotonic() - saved_at > seconds
+
+    def save() -> None:
+        nonlocal saved_at
+        check_alike(ranks, learner.modules)
+        if ranks.is_first:
+            save_checkpoint(run.checkpoints, at, learner.modules, learner.optimizer)
+        saved_at = time.monotonic()
+
+    def examine(row: dict[str, Any]) -> str | None:
+        """Look at the features, note what they say, and tell why training went wrong, where it did."""
+        nonlocal said, figures
+        now = features()
+        if not torch.isfinite(now).all():
+            raise LabelwiseError(
+                f"{run.path}: after epoch {at.epoch} the features are not numbers any more; lower --learning-rate."
+            )
+        row |= look(pool, now)
+        figures = {name: row[name] for name in ("effective_rank", "knn") if row[name] is not None}
+        progress, width = at.epoch / plan.epochs, learner.encoder.features
+        trouble = health.diagnose(row["loss"], chance, row["effective_rank"], width, progress)
+        if trouble and not said:
+            bar.note(f"epoch {at.epoch}: {trouble}")
+            said = trouble
+        if guard is not None:
+            row["kept_neighbours"], lost = guard.check(now, row["effective_rank"])
+            if lost:
+                return lost
+            guard.keep(at)
+        if at.epoch == plan.epochs:
+            few = few_steps_in_words(steps) if steps < FEW_STEPS and not settings.init else None
+            environment.note(run, trouble=trouble or few)
+        return None
 
     if at.step:
         terminal.say(f"going on after step {at.step:,} of {steps:,}")
@@ -211,7 +293,9 @@ def _train(
                 members = order[at.batch * plan.batch_size : (at.batch + 1) * plan.batch_size]
                 rate = warmup_cosine(at.step, steps, warmup_steps)
                 set_rate(learner.optimizer, rate)
-                torch.manual_seed(settings.seed * 1_000_003 + at.step)  # stochastic depth, dropout
+                torch.manual_seed(
+                    settings.seed * 1_000_003 + at.step + (ranks.number << 40)
+                )  # stochastic depth, dropout
                 try:
                     loss = learner.step(functools.partial(make, epoch=at.epoch), members)
                 except Diverged as error:
@@ -223,7 +307,9 @@ def _train(
                     raise
 
                 losses.append(loss)
-                must_save = bool(stop) or time.monotonic() - saved_at > SAVE_SECONDS
+                if ranks.launcher_is_gone():
+                    stop.ask(signal.SIGHUP)
+                asked, is_due = ranks.largest(stop.signal_number or 0, int(is_overdue(SAVE_SECONDS)))
                 line = {
                     "kind": "step",
                     "step": at.step,
@@ -231,16 +317,16 @@ def _train(
                     "loss": loss,
                     "learning_rate": rate * plan.learning_rate,
                 }
-                rundir.append_jsonl(run.metrics, line, durable=must_save)
+                if ranks.is_first:
+                    rundir.append_jsonl(run.metrics, line, durable=bool(asked or is_due))
                 at = Position(at.step + 1, at.epoch, at.batch + 1)
                 bar.advance(plan.batch_size, loss=loss, chance=chance, **figures)
-                if must_save:
-                    save_checkpoint(run.checkpoints, at, learner.modules, learner.optimizer)
-                    saved_at = time.monotonic()
-                if must_save and stop:
+                if asked or is_due:
+                    save()
+                if asked:
                     raise Interrupted(
                         f"saved step {at.step:,} of {steps:,} in {run.path}; the same command goes on.",
-                        stop.signal_number or 0,
+                        asked,
                     )
 
             seconds = time.monotonic() - epoch_started
@@ -255,42 +341,30 @@ def _train(
                 "images_per_second": (steps_per_epoch - epoch_from) * plan.batch_size / seconds,
                 "seconds": seconds,
             }
-            at = Position(at.step, at.epoch + 1, 0)
-            if at.epoch % look_every == 0 or at.epoch == plan.epochs:
-                now = features()
-                if not torch.isfinite(now).all():
-                    raise LabelwiseError(
-                        f"{run.path}: after epoch {at.epoch} the features are not numbers any more; lower --learning-rate."
-                    )
-                row |= look(pool, now)
-                figures = {name: row[name] for name in ("effective_rank", "knn") if row[name] is not None}
-                progress, width = at.epoch / plan.epochs, learner.encoder.features
-                trouble = health.diagnose(row["loss"], chance, row["effective_rank"], width, progress)
-                if trouble and not said:
-                    bar.note(f"epoch {at.epoch}: {trouble}")
-                    said = trouble
-                if guard is not None:
-                    row["kept_neighbours"], lost = guard.check(now, row["effective_rank"])
-                    if lost:
-                        rundir.append_jsonl(run.metrics, row)
-                        at = guard.roll_back()
-                        bar.note(
-                            f"epoch {row['epoch'] + 1}: {lost}. Back to epoch {at.epoch}, and training ends there"
-                        )
-                        environment.note(
-                            run, rolled_back={"from": row["epoch"] + 1, "to": at.epoch, "reason": lost}
-                        )
-                        break
-                    guard.keep(at)
-                if at.epoch == plan.epochs:
-                    few = few_steps_in_words(steps) if steps < FEW_STEPS and not settings.init else None
-                    environment.note(run, trouble=trouble or few)
-            rundir.append_jsonl(run.metrics, row)
-            losses = []
-            if time.monotonic() - saved_at > SAVE_SECONDS / 4 or at.epoch == plan.epochs:
-                save_checkpoint(run.checkpoints, at, learner.modules, learner.optimizer)
-                saved_at = time.monotonic()
+            at, losses = Position(at.step, at.epoch + 1, 0), []
+            is_looked_at = at.epoch % look_every == 0 or at.epoch == plan.epochs
+            lost = ranks.tell(functools.partial(examine, row)) if is_looked_at else None
+            if ranks.is_first:
+                rundir.append_jsonl(run.metrics, row)
+            if lost:
+                at = ranks.tell(functools.partial(_roll_back, run, guard, at, lost, bar))
+                share_state(ranks, learner.modules, learner.optimizer)
+                break
+            (is_due,) = ranks.largest(int(is_overdue(SAVE_SECONDS / 4)))
+            if is_due or at.epoch == plan.epochs:
+                save()
         stop.check(f"saved step {at.step:,} of {steps:,} in {run.path}; the same command goes on.")
+
+
+def _roll_back(
+    run: RunDirectory, guard: Guard | None, at: Position, lost: str, bar: terminal.Bar
+) -> Position:
+    """Go back to the last state that was sound, and say so."""
+    assert guard is not None
+    sound = guard.roll_back()
+    bar.note(f"epoch {at.epoch}: {lost}. Back to epoch {sound.epoch}, and training ends there")
+    environment.note(run, rolled_back={"from": at.epoch, "to": sound.epoch, "reason": lost})
+    return sound
 
 
 def _finish(run: RunDirectory, seconds: float) -> None:
@@ -309,6 +383,53 @@ def _no_memory(run: RunDirectory, plan: Plan, at: Position) -> ResourceError:
 
 
 # --- before the loop
+
+
+def _separate_test(
+    run: RunDirectory, settings: PretrainSettings, images: ImageSet, cache: ImageCache
+) -> tuple[Groups, dict[str, Any]]:
+    """Find the images that belong together, and lock the test images with all that belongs to them."""
+    with terminal.track("comparing images", len(images.names)) as bar:
+        groups = group_images(images, cache, bar.advance)
+    return groups, _test_lock(run, settings, images, cache, groups)
+
+
+def _check_pool(settings: PretrainSettings, ranks: Ranks, own: str) -> None:
+    """Make sure that all ranks train on the same images.
+
+    Raises:
+        DataError: This one has others than the first.
+    """
+    if ranks.tell(lambda: own) != own:
+        raise DataError(
+            f"{settings.images}: on {socket.gethostname()} (rank {ranks.number}) its images are not those of rank 0; give every machine the same folder."
+        )
+
+
+def _decide(
+    run: RunDirectory,
+    settings: PretrainSettings,
+    images: ImageSet,
+    pool: Pool,
+    plan: Plan | None,
+    size: int,
+    side: int,
+    device: torch.device,
+    ranks: Ranks,
+) -> tuple[EncoderSpec, Plan]:
+    """Specify the encoder, and make the plan of a new run.
+
+    Raises:
+        DataError: The images are not those that the run was started with.
+    """
+    spec = specify_encoder(settings, size, pool)
+    if plan is None:
+        plan = make_plan(settings, spec, pool, side, device, ranks)
+    elif rundir.read_json(run.data)["pool_sha256"] != pool_hash(images, pool):
+        raise DataError(
+            f"{settings.images}: its images changed since {run.path} was started; put them back, or start a new run with another --out."
+        )
+    return spec, plan
 
 
 def find_run(settings: PretrainSettings) -> tuple[RunDirectory, bool]:
@@ -348,7 +469,7 @@ def find_run(settings: PretrainSettings) -> tuple[RunDirectory, bool]:
 
 def _asked(settings: PretrainSettings) -> dict[str, Any]:
     """What decides which run the settings belong to; one folder is one folder however it is spelt."""
-    return with_whole_paths(settings.model_dump(mode="json", exclude={"out"}))
+    return with_whole_paths(settings.model_dump(mode="json", exclude={"out", *_OF_THE_MACHINE}))
 
 
 def with_whole_paths(asked: dict[str, Any]) -> dict[str, Any]:
@@ -436,7 +557,9 @@ def _write_start(
         "notes": images.notes + groups.notes,
     }
     rundir.write_json(run.data, data)
-    resolved = settings.model_dump(mode="json", exclude={"images", "out", "time_limit"}, exclude_none=True)
+    resolved = settings.model_dump(
+        mode="json", exclude={"images", "out", "time_limit", *_OF_THE_MACHINE}, exclude_none=True
+    )
     chosen = dataclasses.asdict(plan)
     resolved |= {
         key: chosen[key]

@@ -37,7 +37,16 @@ _SMALL: dict[str, Any] = {  # on a CPU, where no recipe names another network
     "learning_rate": 8e-3,
 }  # fmt: skip
 _DATA = ("images", "labels", "labels_root", "group_column")
-_OF_THE_STUDY = ("init", "out", "epochs", "time_limit", "initial_scale", "seed")  # a recipe's are not used
+_OF_THE_STUDY = (
+    "init",
+    "out",
+    "epochs",
+    "time_limit",
+    "initial_scale",
+    "seed",
+    "devices",
+    "rank_timeout",
+)  # a recipe's are not used
 _LIMIT_SHARE = 0.95  # of the time, start and trials; the rest is for the last trial and what is written
 _QUARTERS = 4  # an answer is a share of at most four versions of an image
 _OF_ONE_STUDY = {"symmetric": "augmentations", "pairs": "augmentations", "temperature": "batch"}
