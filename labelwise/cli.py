@@ -208,6 +208,27 @@ def predict(
 
 
 @app.command()
+def status(
+    folder: Annotated[Path, typer.Argument(help="run folder, or folder of runs")] = Path("runs"),
+    max_age: Annotated[
+        float | None,
+        typer.Option(
+            "--max-age", min=1, help="fail where the work on a run has done no step for so many seconds"
+        ),
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Say how far the work on a run is, and when it last did a step."""
+    from labelwise.stages.watching import check, show
+    from labelwise.stages.watching import status as run_status
+
+    found = run_status(folder)
+    terminal.emit_json(found) if json else show(found)
+    if max_age is not None:
+        check(found, max_age)
+
+
+@app.command()
 def verify(
     run: Annotated[Path, typer.Argument(help="run folder")] = Path("runs/latest"), json: Json = False
 ) -> None:

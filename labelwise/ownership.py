@@ -7,7 +7,7 @@ import os
 import socket
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,8 @@ from labelwise.errors import UsageError
 from labelwise.rundir import RunDirectory, write_text
 
 _CONSENT_SECONDS = 0.3  # longer than a file takes to be seen by others
+_BEAT_SECONDS = 5.0
+_beaten_at = 0.0
 _BOOT = Path("/proc/sys/kernel/random/boot_id")  # Linux only
 
 
@@ -50,6 +52,21 @@ def hold(run: RunDirectory, *, is_new: bool = False) -> Iterator[None]:
             run.owner.unlink(missing_ok=True)
         if file is not None:
             os.close(file)
+
+
+def beat(run: RunDirectory) -> None:
+    """Show that work on a run goes on: the time of its record is the last sign of life, exact to some seconds."""
+    global _beaten_at  # noqa: PLW0603 - a process works on one run at a time
+    if time.monotonic() - _beaten_at > _BEAT_SECONDS:
+        _beaten_at = time.monotonic()
+        with suppress(OSError):  # on a disk that fails the next save says so
+            os.utime(run.owner)
+
+
+def read_owner(run: RunDirectory) -> dict[str, Any] | None:
+    """Who works on a run: `host`, `pid`, `command`, `since`; None where nobody does."""
+    found = _read_owner(run.owner)
+    return None if found is None or _is_gone(found) else found
 
 
 def _lock(run: RunDirectory) -> int | None:

@@ -157,14 +157,11 @@ def join(timeout: float) -> Iterator[Ranks]:
         return
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     _together(lambda: dist.init_process_group(backend, timeout=timedelta(seconds=timeout)))
-    try:
-        patient = dist.new_group(backend="gloo", timeout=_PATIENT)
-        assert isinstance(patient, ProcessGroup)  # this rank is in it
-        local, local_count = (int(os.environ[name]) for name in ("LOCAL_RANK", "LOCAL_WORLD_SIZE"))
-        yield Ranks(dist.get_rank(), dist.get_world_size(), local, local_count, patient)
-        dist.barrier(patient)  # so that nobody takes the first one's end for a loss
-    finally:
-        dist.destroy_process_group()
+    patient = _together(lambda: dist.new_group(backend="gloo", timeout=_PATIENT))
+    local, local_count = (int(os.environ[name]) for name in ("LOCAL_RANK", "LOCAL_WORLD_SIZE"))
+    yield Ranks(dist.get_rank(), dist.get_world_size(), local, local_count, patient)
+    _together(lambda: dist.barrier(patient))  # so that nobody takes the first one's end for a loss
+    dist.destroy_process_group()
 
 
 def device_of(ranks: Ranks, device: torch.device) -> torch.device:

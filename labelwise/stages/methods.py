@@ -36,6 +36,7 @@ from labelwise.models.encoder import Encoder, EncoderSpec, create_encoder
 from labelwise.models.features import SETTLING, extract_features, settle_statistics
 from labelwise.models.heads import has_kept_layer, keep_first_layer
 from labelwise.models.weights import load_encoder, read_metadata
+from labelwise.ownership import beat
 from labelwise.rundir import RunDirectory
 from labelwise.stages.finetuning import (
     Classifier,
@@ -115,6 +116,11 @@ class Bench:
     cut: dict[int, list[Rows]] = dataclasses.field(default_factory=dict)
     stop: StopRequest = dataclasses.field(default_factory=StopRequest)
     building: threading.Lock = dataclasses.field(default_factory=threading.Lock)
+
+    def before_step(self) -> None:
+        """Stop if somebody asked for it; else give a sign of life."""
+        self.stop.check(STOPPED)
+        beat(self.run)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -374,7 +380,7 @@ def _train(
         bench.precision,
         bench.device,
         seed,
-        lambda: bench.stop.check(STOPPED),
+        bench.before_step,
     )
 
 

@@ -52,7 +52,7 @@ from labelwise.learning.simclr import Learner
 from labelwise.measures import health
 from labelwise.models.encoder import EncoderSpec, check_backbone
 from labelwise.models.weights import save_encoder, save_module
-from labelwise.ownership import hold
+from labelwise.ownership import beat, hold
 from labelwise.rundir import RunDirectory
 from labelwise.stages.guarding import Guard
 from labelwise.stages.monitoring import (
@@ -321,6 +321,8 @@ def _train(
                     rundir.append_jsonl(run.metrics, line, durable=bool(asked or is_due))
                 at = Position(at.step + 1, at.epoch, at.batch + 1)
                 bar.advance(plan.batch_size, loss=loss, chance=chance, **figures)
+                if ranks.is_first:
+                    beat(run)
                 if asked or is_due:
                     save()
                 if asked:

@@ -14,7 +14,7 @@ from labelwise.interruption import stop_between_steps
 from labelwise.learning.memory import keep_freed_memory
 from labelwise.learning.optimization import Diverged
 from labelwise.learning.precision import choose_device, device_name
-from labelwise.ownership import hold
+from labelwise.ownership import beat, hold
 from labelwise.reports import study_page
 from labelwise.rundir import RunDirectory
 from labelwise.stages.pretraining import with_whole_paths
@@ -195,6 +195,11 @@ def _run(
         stop_between_steps() as stop,
         terminal.track("trials", len(jobs), done=len(done), unit="trials") as bar,
     ):
+
+        def before_step() -> None:
+            stop.check(f"finished trials are in {run.path}; the same command goes on.")
+            beat(run)
+
         for trial, seed in jobs:
             if (trial.name, seed) in done:
                 continue
@@ -205,7 +210,7 @@ def _run(
             clock = time.monotonic()
             words, answers = "", {}
             try:
-                answers = module.answer(material, trial, seed, lambda: stop.check(f"finished trials are in {run.path}; the same command goes on."))  # fmt: skip
+                answers = module.answer(material, trial, seed, before_step)
                 words = ", ".join(f"{asked} {values.mean():.1%}" for asked, values in answers.items())
             except Diverged as error:
                 words = f"diverged, its cell stays empty: {error}"
