@@ -1,4 +1,4 @@
-# docker build -t labelwise .
+# docker build -t labelwise .          (compose.yaml has a box with GPUs, docs/examples several machines)
 # docker run --gpus all -v "$PWD/images:/data:ro" -v "$PWD/runs:/runs" -v labelwise-cache:/cache labelwise pretrain /data
 FROM nvidia/cuda:13.0.1-base-ubuntu24.04
 
@@ -6,7 +6,8 @@ ENV DEBIAN_FRONTEND=noninteractive \
     PYTHONUNBUFFERED=1 \
     PIP_NO_CACHE_DIR=1 \
     PATH=/opt/labelwise/bin:$PATH \
-    LABELWISE_CACHE=/cache
+    LABELWISE_CACHE=/cache \
+    HF_HOME=/cache/huggingface
 
 # The torch wheel brings its own CUDA libraries; the base image brings only what the driver hooks into.
 # hadolint ignore=DL3008
@@ -14,9 +15,10 @@ RUN apt-get update \
     && apt-get install --yes --no-install-recommends python3 python3-venv \
     && rm -rf /var/lib/apt/lists/* \
     && python3 -m venv /opt/labelwise \
-    && useradd --create-home --uid 10001 labelwise \
+    && useradd --create-home --uid 10001 --gid 0 labelwise \
     && mkdir /data /runs /cache \
-    && chown labelwise:labelwise /runs /cache
+    && chown labelwise:root /runs /cache \
+    && chmod 0775 /runs /cache
 
 WORKDIR /src
 COPY requirements.txt ./
@@ -29,5 +31,7 @@ RUN pip install --no-deps .
 USER 10001
 WORKDIR /
 VOLUME ["/data", "/runs", "/cache"]
+# Work on a run that has done no step for twenty minutes is stuck.
+HEALTHCHECK --interval=5m --timeout=1m --start-period=5m CMD ["labelwise", "status", "/runs", "--max-age", "1200"]
 ENTRYPOINT ["labelwise"]
 CMD ["--help"]

@@ -1,5 +1,6 @@
 """Bytes to RGB pixels: real files as cameras, scanners and web servers leave them."""
 
+import base64
 import io
 import struct
 import warnings
@@ -290,11 +291,30 @@ def test_an_absurd_header_is_refused_before_memory_is_taken() -> None:
             read(png_header(10_500, 10_500))
 
 
-@pytest.mark.skipif(decoding.HAS_HEIF, reason="pillow-heif is installed, so HEIC is read")
+@pytest.mark.skipif(decoding.HAS_HEIF, reason="pi-heif is installed, so HEIC is read")
 @pytest.mark.parametrize("brand", [b"heic", b"mif1", b"heix"])
 def test_heic_without_the_extra_is_named_with_what_to_install(brand: bytes) -> None:
     data = struct.pack(">I", 24) + b"ftyp" + brand + b"\0\0\0\0mif1heic" + bytes(200)
     assert refusal(data) == "HEIC: pip install 'labelwise[heic]' reads it"
+
+
+HEIC = (  # 48 x 32 pixels: red grows to the right, green downwards, blue to the left
+    "AAAAHGZ0eXBoZWljAAAAAG1pZjFoZWljbWlhZgAAAX1tZXRhAAAAAAAAACFoZGxyAAAAAAAAAABwaWN0AAAAAAAAAAAAAAAA"
+    "AAAAACJpbG9jAAAAAERAAAEAAQAAAAABoQABAAAAAAAAAEsAAAAjaWluZgAAAAAAAQAAABVpbmZlAgAAAAABAABodmMxAAAA"
+    "AA5waXRtAAAAAAABAAAA/WlwcnAAAADdaXBjbwAAAHZodmNDAQNwAAAAkAAAAAAAHvAA/P34+AAADwNgAAEAGEABDAH//wNw"
+    "AAADAJAAAAMAAAMAHroCQGEAAQAqQgEBA3AAAAMAkAAAAwAAAwAeoCCBBZbq5Ka5uAhoMCAAAAMDIAAAAwAhYgABAAZEAcFz"
+    "wIkAAAATY29scm5jbHgAAQANAAaAAAAAFGlzcGUAAAAAAAAAQAAAAEAAAAAoY2xhcAAAADAAAAABAAAAIAAAAAH////wAAAA"
+    "Av///+AAAAACAAAAEHBpeGkAAAAAAwgICAAAABhpcG1hAAAAAAAAAAEAAQWBAgMFhAAAAFNtZGF0AAAARygBr1jm+TodPuRY"
+    "7REXMt6Df+FrtWt2NEjYLz4iS2bVTMTX09kLcdtCyHT1oPEc2RgGSCJROEZm/UbYlkXLin/nj6Dn0Jo+"
+)
+
+
+@pytest.mark.skipif(not decoding.HAS_HEIF, reason="pi-heif is not installed: pip install '.[heic]'")
+def test_heic_is_read_with_the_extra() -> None:
+    pixels = decode_image(base64.b64decode(HEIC))[0].astype(float)
+    assert pixels.shape == (32, 48, 3)
+    y, x = np.mgrid[:32, :48]
+    assert np.abs(pixels - np.stack([5 * x, 7 * y, 255 - 5 * x], axis=2)).mean() < 8
 
 
 def test_reading_in_threads_leaves_the_warning_filters_alone() -> None:

@@ -9,7 +9,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
+from labelwise.config import PretrainSettings
 from labelwise.stages.demo import write_digits
 
 README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
@@ -114,3 +116,17 @@ def test_a_signal_ends_the_demo_and_not_only_its_command(tmp_path: Path, number:
         words = demo.stderr.read()
     assert demo.returncode == 128 + number, words
     assert "$ labelwise pretrain" not in words
+
+
+@pytest.mark.parametrize(
+    "file", ["compose.yaml", "docs/examples/slurm.sbatch", "docs/examples/kubernetes.yaml", "docs/scale.md"]
+)
+def test_examples_give_options_that_there_are(file: str) -> None:
+    text = (Path(__file__).parent.parent / file).read_text(encoding="utf-8")
+    found = re.findall(r"labelwise[ \",]+pretrain\b((?:[^\n`]|\\\n)*)", text)
+    assert found
+    known = {f"--{name.replace('_', '-')}" for name in PretrainSettings.model_fields}
+    for words in found:
+        assert set(re.findall(r"(?<![\w-])--[a-z-]+", words)) <= known
+    if file.endswith(".yaml"):
+        assert all(yaml.safe_load_all(text))

@@ -31,10 +31,10 @@ ImageFile.LOAD_TRUNCATED_IMAGES = False  # half-gray images must not train silen
 def _register_heif() -> bool:
     """Teach Pillow HEIC, when the extra `labelwise[heic]` is installed."""
     try:
-        import pillow_heif  # noqa: PLC0415
+        import pi_heif  # noqa: PLC0415
     except ImportError:
         return False
-    pillow_heif.register_heif_opener()
+    pi_heif.register_heif_opener()
     return True
 
 

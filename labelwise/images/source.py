@@ -4,10 +4,11 @@ import errno
 import glob
 import os
 import re
+import sys
 import unicodedata
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field, replace
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import datasets
@@ -152,8 +153,8 @@ def _open_folder(root: Path, group_column: str | None = None) -> ImageSet:
         raise DataError(f"{root}: a file, not a folder of images.")
     if (root / "dataset_info.json").exists() or (root / "dataset_dict.json").exists():
         return _from_datasets(root, datasets.load_from_disk(str(root)), group_column)
-    paths, ignored, notes = _walk(root)
-    if not paths:
+    names, ignored, notes = _walk(root)
+    if not names:
         parquet = sorted(str(path) for path in root.rglob("*.parquet"))
         if parquet:
             files = _parquet_splits(root, parquet)
@@ -169,9 +170,8 @@ def _open_folder(root: Path, group_column: str | None = None) -> ImageSet:
             f"{root}: no images found; looked for {' '.join(SUFFIXES[:6])} ... in it and its folders, "
             f"found {found or 'nothing'}." + "".join(f" {note}." for note in notes)
         )
-    names = [path.as_posix() for path in paths]
-    labels, splits, layout, layout_notes = _read_layout(paths)
-    table = _table([str(root / path) for path in paths])
+    labels, splits, layout, layout_notes = _read_layout(names)
+    table = _table([os.path.join(root, name) for name in names])
     return ImageSet(root, names, labels, splits, layout, ignored, notes + layout_notes, table)
 
 
@@ -189,12 +189,13 @@ def _table(paths: list[str]) -> datasets.Dataset:
     return datasets.Dataset.from_dict({"image": paths}).cast_column("image", datasets.Image(decode=False))
 
 
-def _walk(root: Path) -> tuple[list[PurePosixPath], dict[str, int], list[str]]:
-    """List image files below a folder, sorted; links to folders, hidden and system folders are left out."""
-    found: list[PurePosixPath] = []
+def _walk(root: Path) -> tuple[list[str], dict[str, int], list[str]]:
+    """List image files below a folder, folder by folder; links to folders, hidden and system folders are left out."""
+    found: list[str] = []
     ignored: Counter[str] = Counter()
     odd_names = linked = 0
     for folder, folders, files in os.walk(root, followlinks=False):
+        below = "" if Path(folder) == root else f"{os.path.relpath(folder, root)}/"
         linked += sum(os.path.islink(os.path.join(folder, name)) for name in folders)
         folders[:] = sorted(
             name for name in folders if not name.startswith(".") and name not in _IGNORED_FOLDERS
@@ -207,32 +208,31 @@ def _walk(root: Path) -> tuple[list[PurePosixPath], dict[str, int], list[str]]:
             elif not is_utf8(path):
                 odd_names += 1
             else:
-                found.append(PurePosixPath(os.path.relpath(path, root)))
+                found.append(below + name)
     notes = []
     if odd_names:
         notes.append(f"{odd_names} files left out because their names are not UTF-8; rename them")
     if linked:
         notes.append(f"{linked} linked folders not followed")
-    return sorted(found), dict(ignored), notes
+    return sorted(found, key=lambda name: name.replace("/", "\0")), dict(ignored), notes
 
 
-def _read_layout(paths: list[PurePosixPath]) -> tuple[list[str | None], list[str | None], str, list[str]]:
+def _read_layout(names: list[str]) -> tuple[list[str | None], list[str | None], str, list[str]]:
     """Read labels and splits off the folders: the class is the first folder below root or split."""
-    parts = [path.parts for path in paths]
-    tops = {part[0] for part in parts if len(part) > 1}
+    tops = {name.partition("/")[0] for name in names if "/" in name}
     split_tops = {top for top in tops if top.lower() in SPLITS}
     has_both = {"train", "test"} <= {SPLITS[top.lower()] for top in split_tops}
     is_split = bool(split_tops) and (split_tops == tops or has_both)
     splits: list[str | None] = []
     labels: list[str | None] = []
     loose = outside = 0
-    for part in parts:
+    for part in (name.split("/", 2) for name in names):
         inside = is_split and part[0] in split_tops and len(part) > 1
         outside += is_split and not inside
         below = part[1:] if inside else part
         splits.append(SPLITS[part[0].lower()] if inside else None)
         folder = below[0] if len(below) > 1 and (inside or not is_split) else None
-        labels.append(folder and unicodedata.normalize("NFC", folder))
+        labels.append(folder and sys.intern(unicodedata.normalize("NFC", folder)))
         loose += labels[-1] is None
     has_classes = any(label is not None for label in labels)
     notes = []

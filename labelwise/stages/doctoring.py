@@ -115,7 +115,7 @@ def _runs() -> Check:
 
 
 def _heic() -> Check:
-    there = find_spec("pillow_heif") is not None
+    there = find_spec("pi_heif") is not None
     return _check("HEIC photos", "read" if there else "not read; `pip install 'labelwise[heic]'` adds them")
 
 
