@@ -418,6 +418,11 @@ class FinetuneSettings(Settings):
         json_schema_extra={"panel": "Training"},
     )
     device: str = Field("auto", description="auto, cpu, cuda or mps", json_schema_extra={"panel": "Training"})
+    devices: Devices = Field(
+        "1",
+        description="GPUs of this machine to deal trainings out to, or all; with --device cpu processes",
+        json_schema_extra={"panel": "Training"},
+    )
     seed: int = Field(
         0, ge=0, lt=2**32, description="seed of every random draw", json_schema_extra={"panel": "Training"}
     )

@@ -96,6 +96,7 @@ TYPED: dict[type[Settings], dict[str, tuple[str | None, Any]]] = {
         "pretrain_seeds": ("3", 3),
         "time_limit": ("30m", "30m"),
         "device": ("cpu", "cpu"),
+        "devices": ("all", "all"),
         "seed": ("3", 3),
     },
 }

@@ -311,7 +311,7 @@ HEIC = (  # 48 x 32 pixels: red grows to the right, green downwards, blue to the
 
 @pytest.mark.skipif(not decoding.HAS_HEIF, reason="pi-heif is not installed: pip install '.[heic]'")
 def test_heic_is_read_with_the_extra() -> None:
-    pixels = decode_image(base64.b64decode(HEIC))[0].astype(float)
+    pixels = np.asarray(decode_image(base64.b64decode(HEIC))[0], dtype=float)
     assert pixels.shape == (32, 48, 3)
     y, x = np.mgrid[:32, :48]
     assert np.abs(pixels - np.stack([5 * x, 7 * y, 255 - 5 * x], axis=2)).mean() < 8

@@ -5,11 +5,12 @@ whole network from the pretrained weights, the same network from random weights,
 plain pixels. Probes come first, so that a first verdict shows within a minute.
 """
 
+import functools
 import math
 import time
 from collections import Counter
 from collections.abc import Collection, Sequence
-from contextlib import closing
+from contextlib import closing, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,9 @@ from labelwise.rundir import RunDirectory
 from labelwise.stages.alternatives import Alternative, add_alternative, find_alternatives
 from labelwise.stages.benching import remember_sources, set_up_bench
 from labelwise.stages.checking import check_labels, check_lookalikes
+from labelwise.stages.dealing import Dealer
 from labelwise.stages.finetuning import Floats, Rows
+from labelwise.stages.launching import count_devices
 from labelwise.stages.methods import (
     STOPPED,
     TRIES,
@@ -120,7 +123,12 @@ def _compare(run: RunDirectory, settings: FinetuneSettings) -> list[str]:
         clock = time.monotonic()
         try:
             rows = bench.labeled[orders[draw][:count]]
-            probabilities, chosen, tries = run_method(method, bench, rows, draw)
+            run_it = (
+                dealer.run
+                if dealer and is_trained(method, bench)
+                else functools.partial(run_method, bench=bench)
+            )
+            probabilities, chosen, tries = run_it(method=method, rows=rows, draw=draw)
         except Diverged as error:
             diverged[job] = str(error)
             return None
@@ -138,7 +146,11 @@ def _compare(run: RunDirectory, settings: FinetuneSettings) -> list[str]:
 
     diverged: dict[Job, str] = {}
     already, late = sum(costs[job] for job in done), 0
+    devices = count_devices(settings.devices, bench.device.type)
     with (
+        Dealer(bench, settings, alternatives, devices)
+        if devices > 1 and waiting_steps
+        else nullcontext() as dealer,
         stop_between_steps() as bench.stop,
         terminal.track("comparing", sum(costs.values()), done=already, unit="steps") as bar,
     ):
@@ -146,6 +158,8 @@ def _compare(run: RunDirectory, settings: FinetuneSettings) -> list[str]:
             waiting = [job for job in part if job not in finished]
             methods = {method for method, _, _ in waiting}
             workers = min([len(part), *(workers_for(method, bench) for method in methods)])
+            if dealer and part and is_trained(part[0][0], bench):
+                workers = devices
             left = Counter((method, count) for method, count, _ in waiting)
             with closing(side_by_side(train, waiting, workers)) as results:
                 for job, outcome in results:

@@ -1,0 +1,129 @@
+"""A comparison dealt out to processes gives the numbers of one process, and loses nothing when one of them ends."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from labelwise.predictions import read_predictions
+from labelwise.rundir import RunDirectory, read_jsonl
+
+PRETRAIN = """
+[pretrain]
+backbone_args = {layers = [1, 1, 1, 1], channels = [8, 8, 16, 16]}
+stem = "half"
+image_size = 16
+batch_size = 32
+epochs = 1
+precision = "fp32"
+device = "cpu"
+[finetune]
+device = "cpu"
+label_counts = [20, 60]
+draws = 3
+"""
+
+
+@pytest.fixture(scope="session")
+def pretrained(tmp_path_factory: pytest.TempPathFactory, some_digits: Callable[[Path, int], Path]) -> Path:
+    folder = tmp_path_factory.mktemp("dealing")
+    some_digits(folder / "digits", 6)
+    (folder / "recipe.toml").write_text(PRETRAIN)
+    done = labelwise(folder, "pretrain", folder / "digits", "--recipe", folder / "recipe.toml", "--out", folder / "run")
+    words = words_of(done)
+    assert done.returncode == 0, words
+    return folder
+
+
+def labelwise(folder: Path, *words: object) -> subprocess.Popen[str]:
+    environment = {**os.environ, "LABELWISE_CACHE": str(folder / "cache"), "OMP_NUM_THREADS": "1", "NUMBA_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [sys.executable, "-m", "labelwise", *map(str, words)], env=environment, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL,
+        text=True, start_new_session=True,
+    )  # fmt: skip
+
+
+def words_of(command: subprocess.Popen[str]) -> str:
+    return command.communicate(timeout=200)[1]
+
+
+def compare(folder: Path, run: Path, *more: object) -> subprocess.Popen[str]:
+    return labelwise(folder, "finetune", "--run", run, "--recipe", folder / "recipe.toml", *more)
+
+
+def results_of(run: Path) -> dict[tuple[str, int, int], tuple[float, str]]:
+    rows = read_jsonl(RunDirectory(run).results)
+    return {(row["method"], row["labels"], row["draw"]): (row["accuracy"], row["chosen"]) for row in rows}
+
+
+def children_of(process: int) -> list[int]:
+    found = subprocess.run(["ps", "-o", "pid=,args=", "--ppid", str(process)], capture_output=True, text=True)  # noqa: S607
+    return [int(line.split()[0]) for line in found.stdout.splitlines() if "spawn_main" in line]
+
+
+def wait_until(condition: Callable[[], object], seconds: float = 90) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert condition()
+
+
+@pytest.fixture(scope="session")
+def alone(pretrained: Path) -> Path:
+    """The comparison by one process."""
+    run = pretrained / "alone"
+    shutil.copytree(pretrained / "run", run)
+    command = compare(pretrained, run, "--steps", 3, "--scratch-steps", 4)
+    words = words_of(command)
+    assert command.wait(120) == 0, words
+    return run
+
+
+def test_two_processes_give_the_numbers_of_one(pretrained: Path, alone: Path) -> None:
+    run = pretrained / "two"
+    shutil.copytree(pretrained / "run", run)
+    command = compare(pretrained, run, "--steps", 3, "--scratch-steps", 4, "--devices", 2)
+    words = words_of(command)
+    assert command.wait(120) == 0, words
+    assert results_of(run) == results_of(alone)
+    columns = ("method", "labels", "draw", "name", "prediction")
+    first, second = (read_predictions(RunDirectory(each).predictions, columns) for each in (run, alone))
+    assert sorted(zip(*first.values(), strict=True)) == sorted(zip(*second.values(), strict=True))
+    assert words.count("run  ") == 1  # one of them speaks
+
+
+@pytest.mark.parametrize("how", ["a process is killed", "Ctrl-C"])
+def test_what_is_finished_is_kept_and_the_same_command_goes_on(pretrained: Path, how: str) -> None:
+    run = pretrained / how.replace(" ", "-")
+    shutil.copytree(pretrained / "run", run)
+    words = ("--steps", 30, "--scratch-steps", 300, "--devices", 2)
+    command = compare(pretrained, run, *words)
+
+    def trained() -> set[tuple[str, int, int]]:
+        return {job for job in results_of(run) if job[0] in ("simclr", "supervised")}
+
+    wait_until(lambda: len(trained()) >= 2)
+    children = children_of(command.pid)
+    assert len(children) >= 2
+    if how == "Ctrl-C":
+        os.killpg(command.pid, signal.SIGINT)
+        assert command.wait(30) == 130
+    else:
+        os.kill(children[0], signal.SIGKILL)
+        assert command.wait(60) == 1
+    said = words_of(command)
+    assert "finished classifiers are saved; the same command goes on" in said
+    assert "Traceback" not in said
+    assert not any(Path(f"/proc/{child}").exists() for child in children)
+    kept = trained()
+    again = compare(pretrained, run, *words)
+    said = words_of(again)
+    assert again.wait(200) == 0, said
+    assert kept <= trained()
+    assert len(trained()) == 12
