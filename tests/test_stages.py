@@ -928,6 +928,29 @@ def test_where_classes_differ_in_size_differences_are_of_the_mean_over_them(
     verify(run)
 
 
+def test_a_class_without_a_test_image_is_named_and_no_mean_over_classes_decides(
+    digits: Path, tmp_path: Path
+) -> None:
+    few = Path(shutil.copytree(digits, tmp_path / "images"))
+    for name in "3456789":
+        shutil.rmtree(few / name)
+    for file in sorted((few / "2").iterdir())[2:]:
+        file.unlink()
+    (few / "2").rename(few / "<two>")
+    run = pretrain(PretrainSettings(images=few, out=tmp_path / "run", **{**SMALL, "batch_size": 16}))
+    document = report(finetune(FinetuneSettings(run=run.path, **{**FEW, "draws": 3})))
+    (entry,) = document["summary"]
+    assert entry["macro"]
+    assert not document["by_class"], "a class has fewer than five test images: none"
+    assert entry["gain"]["mean"] == pytest.approx(
+        entry["arms"]["simclr"]["mean"] - entry["arms"]["supervised"]["mean"]
+    )
+    assert "Not one image of class <two> was tested." in document["verdict"]
+    for page in (run.report_md, run.model_card):
+        assert "Not one image of class &lt;two> was tested: " in page.read_text()
+    verify(run)
+
+
 def test_a_column_of_different_draws_says_so(copy: RunDirectory) -> None:
     document = report(
         finetune(FinetuneSettings(run=copy.path, **{**FEW, "draws": 3, "methods": ("pixels",)}))

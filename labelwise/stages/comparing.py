@@ -389,6 +389,10 @@ def _store(
             bench.classes[index]: float((predicted[truth == index] == index).mean())
             for index in np.unique(truth)
         },
+        "untested": [
+            bench.classes[index]
+            for index in np.setdiff1d(range(len(bench.classes)), bench.labels[bench.test])
+        ],
         "balanced": not bench.unbalanced,
         **facts,
         "draw_sha256": hash_names([bench.names[row] for row in rows]),

@@ -1,6 +1,7 @@
 """What the numbers say, in words: the verdict, what they do not say, what to do next."""
 
 from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ def verdict_in_words(
     over_encoders: list[dict[str, Any]],
     *,
     by_class: bool = False,
+    untested: Sequence[str] = (),
 ) -> str:
     """The answer in words, for every number of labels: fine-tuned SimCLR against training from scratch.
 
@@ -35,6 +37,7 @@ def verdict_in_words(
         tested: Independent test images.
         over_encoders: See `gains_over_encoders`.
         by_class: Differences are of the mean over classes.
+        untested: Classes without a test image.
     """
     said: dict[str, list[str]] = {HELPS: [], UNCLEAR: [], HURTS: []}
     few: list[tuple[dict[str, Any], str]] = []
@@ -54,16 +57,7 @@ def verdict_in_words(
         if best["verdict"] == HELPS and entry["guesses"]:
             guesses.append(f"{entry['labels']:,}")
         said[best["verdict"]].append(f"{text.gain_in_words(best)} with {entry['labels']:,} labels{share}")
-    if few and not any(said.values()):
-        most = max(best["n"] for best, _ in few)
-        one = "One test image or group, no interval" if tested == 1 else "One label draw, no interval"
-        why = one if tested == 1 or most == 1 else f"{most} label draws where {FEWEST_DRAWS} are needed"
-        return f"{why}, so nothing is claimed: {', '.join(words for _, words in few)}."
-    if not any(said.values()):
-        done = {arm for entry in summary for arm in entry["arms"]}
-        return "No comparison with training from scratch yet." + (
-            f" Measured so far: {', '.join(sorted(done))}." if done else " Run `labelwise finetune`."
-        )
+    claims = any(said.values())
     sentences = []
     if said[HELPS]:
         sentences.append(f"Pretraining on your images helps: {', '.join(said[HELPS])}.")
@@ -76,30 +70,47 @@ def verdict_in_words(
             f"No difference{' is' if sentences else ' between pretraining and training from scratch is'} shown: {', '.join(said[UNCLEAR])}."
         )
     if few:
-        sentences.append(f"Too few label draws to claim anything: {', '.join(words for _, words in few)}.")
+        sentences.append(_of_few_draws(few, tested, claims=claims))
+    if not sentences:
+        done = {arm for entry in summary for arm in entry["arms"]}
+        measured = f"Measured so far: {', '.join(sorted(done))}." if done else "Run `labelwise finetune`."
+        sentences.append(f"No comparison with training from scratch yet. {measured}")
     sentences += _over_encoders_in_words(over_encoders)
-    for finding, words in (
-        (HURTS, "Plain pixels are better"),
-        (UNCLEAR, "No difference to plain pixels is shown"),
-    ):
-        found = [f"{entry['labels']:,}" for entry in summary if _against_pixels(entry) == finding]
-        if found:
-            sentences.append(f"{words} with {', '.join(found)} labels.")
-    sentences += _against_others(summary)
-    if by_class and any(said.values()):
+    against_others = [*_against_pixels_in_words(summary), *_against_others(summary)]
+    sentences += against_others
+    claims = claims or bool(against_others)
+    if by_class and claims:
         sentences.append("Classes differ in size: these are differences of the mean over classes.")
-    elif any("macro" in entry for entry in summary) and any(said.values()):
+    elif any("macro" in entry for entry in summary) and claims:
         sentences.append(
             "Classes differ in size, and one has too few test images to count each alike: the large ones decide this."
         )
+    if untested:
+        sentences.append(f"Not one image of {_classes(untested)} was tested.")
     if guesses:
         sentences.append(
             f"From scratch is hardly better than guessing with {', '.join(guesses)} labels: the gain may be that of a rate or steps that do "
             "not fit (--scratch-rate, --scratch-steps)."
         )
-    if tested < FEW_TEST_IMAGES:
+    if tested < FEW_TEST_IMAGES and claims:
         sentences.append(f"Only {tested} independent test images: they alone may decide this.")
     return " ".join(sentences)
+
+
+def _of_few_draws(few: list[tuple[dict[str, Any], str]], tested: int, *, claims: bool) -> str:
+    """Differences that claim nothing, and why."""
+    found = ", ".join(words for _, words in few)
+    if claims:
+        return f"Too few label draws to claim anything: {found}."
+    most = max(best["n"] for best, _ in few)
+    one = "One test image or group, no interval" if tested == 1 else "One label draw, no interval"
+    why = one if tested == 1 or most == 1 else f"{most} label draws where {FEWEST_DRAWS} are needed"
+    return f"{why}, so nothing is claimed: {found}."
+
+
+def _classes(names: Sequence[str]) -> str:
+    """`class 2`, or `classes 2, 3`."""
+    return f"class{'es' if len(names) > 1 else ''} {', '.join(names)}"
 
 
 def _over_encoders_in_words(gains: list[dict[str, Any]]) -> list[str]:
@@ -131,6 +142,19 @@ def _against_others(summary: list[dict[str, Any]]) -> list[str]:
         f"Against {ARMS.get(arm, arm)}: {findings[finding]}, {', '.join(words)}."
         for (arm, finding), words in said.items()
     ]
+
+
+def _against_pixels_in_words(summary: list[dict[str, Any]]) -> list[str]:
+    """Numbers of labels at which SimCLR does not beat plain pixels."""
+    said = []
+    for finding, words in (
+        (HURTS, "Plain pixels are better"),
+        (UNCLEAR, "No difference to plain pixels is shown"),
+    ):
+        found = [f"{entry['labels']:,}" for entry in summary if _against_pixels(entry) == finding]
+        if found:
+            said.append(f"{words} with {', '.join(found)} labels.")
+    return said
 
 
 def _against_pixels(entry: dict[str, Any]) -> str | None:
@@ -168,6 +192,11 @@ def limits_in_words(
     if computed["by_class"]:
         found.append(
             "Classes differ in size, so every difference, the gain and labels saved are of the mean over classes, in which each counts alike."
+        )
+    if computed["untested"]:
+        found.append(
+            f"Not one image of {_classes(computed['untested'])} was tested: how well it is told from the others is not known, and a mean over "
+            "classes leaves it out."
         )
     if any("macro" in entry for entry in summary) and not computed["by_class"]:
         found.append(

@@ -111,7 +111,9 @@ def compute(
     summary = _summarize(results, scores)
     tested = len(scores.names) if scores.groups is None else scores.groups
     return {
-        "verdict": verdict_in_words(summary, pool, tested, over["gains"], by_class=scores.by_class)
+        "verdict": verdict_in_words(
+            summary, pool, tested, over["gains"], by_class=scores.by_class, untested=scores.untested
+        )
         + (f" But the encoder is hardly one yet: {trouble}." if summary and trouble else ""),
         "summary": summary,
         "labels_saved": _labels_saved(results, scores),
@@ -121,6 +123,7 @@ def compute(
         "folds": results[0].get("folds", 0) if results else 0,
         "by_class": scores.by_class,
         "guessing": _guessing(scores)[0],
+        "untested": scores.untested,
         "tested": len(scores.names),
         "test_groups": scores.groups,
         "lookalikes": lookalikes and {**lookalikes, "gains": _gains_without(scores, lookalikes)},
