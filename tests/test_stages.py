@@ -919,7 +919,7 @@ def test_where_classes_differ_in_size_differences_are_of_the_mean_over_them(
         "Classes differ in size: these are differences of the mean over classes." in document["verdict"]
         or not entry["gain"]["low"]
     )
-    assert entry["guesses"] is (arms["supervised"]["mean"] < 0.53)
+    assert ("supervised" in entry["guesses"]) is (arms["supervised"]["mean"] < 0.53)
     assert any(
         "every difference, the gain and labels saved are of the mean over classes" in limit
         for limit in document["limits"]
@@ -1395,36 +1395,54 @@ def test_what_too_few_draws_found_is_told_beside_what_is_claimed() -> None:
     """A page that says only where pretraining helps would hide that it hurts with all labels, which are one draw."""
     pair = {"arm": "simclr", "against": "supervised"}
     claimed = {**pair, "mean": 0.084, "low": 0.065, "high": 0.104, "n": 5, "verdict": "helps"}
+    arms: dict[str, Any] = {"simclr": {}, "supervised": {}}
     single = {**pair, "mean": -0.067, "low": None, "high": None, "n": 1, "verdict": "no difference shown"}
     summary: list[dict[str, Any]] = [
         {
             "labels": 100,
             "fraction": None,
             "comparisons": [claimed],
-            "arms": {},
+            "arms": arms,
             "gain": claimed,
-            "guesses": False,
+            "guesses": [],
         },
         {
             "labels": 9969,
             "fraction": None,
             "comparisons": [single],
-            "arms": {},
+            "arms": arms,
             "gain": single,
-            "guesses": True,
+            "guesses": ["supervised"],
         },
     ]
     assert concluding.verdict_in_words(summary, 10_000, 2_000, []) == (
         "Pretraining on your images helps: +8.4 \u00b1 1.9 points with 100 labels (1 % of the images). "
         "Too few label draws to claim anything: -6.7 points with 9,969 labels."
     )
-    summary[0]["guesses"] = True
+    summary[0]["guesses"] = ["supervised"]
     assert concluding.verdict_in_words(summary, 10_000, 2_000, []).endswith(
         "From scratch is hardly better than guessing with 100 labels: the gain may be that of a rate or steps that do not fit "
         "(--scratch-rate, --scratch-steps)."
     ), "only where a gain is claimed"
     words = concluding.verdict_in_words([{**summary[0], "macro": {}}], 10_000, 2_000, [])
     assert "one has too few test images to count each alike: the large ones decide this." in words
+
+
+def test_where_no_method_learned_anything_it_is_said_whatever_the_verdict() -> None:
+    pair = {"arm": "simclr", "against": "supervised", "mean": 0.0, "n": 5, "verdict": "no difference shown"}
+    entry: dict[str, Any] = {
+        "labels": 20,
+        "fraction": None,
+        "arms": {"simclr": {}, "supervised": {}},
+        "guesses": ["simclr", "supervised"],
+    }
+    said = "With 20 labels no method learned anything: "
+    for low, high in ((-0.1, 0.1), (None, None)):
+        summary = [{**entry, "comparisons": [{**pair, "low": low, "high": high}]}]
+        assert said in concluding.verdict_in_words(summary, 10_000, 2_000, [])
+    assert said in concluding.verdict_in_words([{**entry, "comparisons": []}], 10_000, 2_000, [])
+    learned = {**entry, "guesses": ["supervised"], "comparisons": []}
+    assert said not in concluding.verdict_in_words([learned], 10_000, 2_000, [])
 
 
 def test_two_draws_claim_nothing_and_say_how_many_are_needed(finished: RunDirectory) -> None:

@@ -54,7 +54,7 @@ def verdict_in_words(
         if best["low"] is None or best["n"] < FEWEST_DRAWS:
             few.append((best, f"{100 * best['mean']:+.1f} points with {entry['labels']:,} labels"))
             continue
-        if best["verdict"] == HELPS and entry["guesses"]:
+        if best["verdict"] == HELPS and "supervised" in entry["guesses"]:
             guesses.append(f"{entry['labels']:,}")
         said[best["verdict"]].append(f"{text.gain_in_words(best)} with {entry['labels']:,} labels{share}")
     claims = any(said.values())
@@ -87,6 +87,11 @@ def verdict_in_words(
         )
     if untested:
         sentences.append(f"Not one image of {_classes(untested)} was tested.")
+    nothing = [f"{entry['labels']:,}" for entry in summary if len(entry["guesses"]) == len(entry["arms"])]
+    if nothing:
+        sentences.append(
+            f"With {', '.join(nothing)} labels no method learned anything: none is 3 points better than always naming one class."
+        )
     if guesses:
         sentences.append(
             f"From scratch is hardly better than guessing with {', '.join(guesses)} labels: the gain may be that of a rate or steps that do "

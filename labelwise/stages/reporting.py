@@ -210,11 +210,9 @@ def _summarize(results: list[Result], scores: Scores) -> list[dict[str, Any]]:
         }
         if not is_balanced:
             entry["macro"] = {arm: scores.test.macro(draws).to_json() for arm, draws in arms.items()}
-        entry["guesses"] = gain is not None and (
-            entry["arms"]["supervised"]["mean"] < guessing + _HARDLY
-            if is_balanced
-            else entry["macro"]["supervised"]["mean"] < 1 / classes + _HARDLY
-        )
+        least = (guessing if is_balanced else 1 / classes) + _HARDLY
+        known = entry["arms" if is_balanced else "macro"]
+        entry["guesses"] = [arm for arm in arms if known[arm]["mean"] < least]
         summary.append(entry)
     return summary
 
