@@ -1445,6 +1445,36 @@ def test_where_no_method_learned_anything_it_is_said_whatever_the_verdict() -> N
     assert said not in concluding.verdict_in_words([learned], 10_000, 2_000, [])
 
 
+@pytest.mark.parametrize("arm", ["simclr", "simclr_probe"])
+def test_that_pixels_are_better_is_said_without_training_from_scratch_too(arm: str) -> None:
+    found = {
+        "arm": arm,
+        "against": "pixels",
+        "mean": -0.1,
+        "low": -0.15,
+        "high": -0.05,
+        "n": 3,
+        "verdict": "hurts",
+    }
+    summary: list[dict[str, Any]] = [
+        {
+            "labels": 20,
+            "fraction": None,
+            "arms": {arm: {}, "pixels": {}},
+            "guesses": [],
+            "comparisons": [found],
+        }
+    ]
+    assert concluding.verdict_in_words(summary, 10_000, 50, []) == (
+        f"No comparison with training from scratch yet. Measured so far: pixels, {arm}. Plain pixels are better with 20 labels. "
+        "Only 50 independent test images: they alone may decide this."
+    )
+    found["n"] = 2
+    assert "Plain pixels" not in concluding.verdict_in_words(summary, 10_000, 50, []), (
+        "two draws claim nothing"
+    )
+
+
 def test_two_draws_claim_nothing_and_say_how_many_are_needed(finished: RunDirectory) -> None:
     document = rundir.read_json(finished.report_json)
     assert document["verdict"].startswith("2 label draws where 3 are needed, so nothing is claimed: ")

@@ -43,10 +43,7 @@ def verdict_in_words(
     few: list[tuple[dict[str, Any], str]] = []
     guesses: list[str] = []
     for entry in summary:
-        best = next(
-            (c for c in entry["comparisons"] if c["arm"] == "simclr" and c["against"] == "supervised"), None
-        )
-        best = best or next((c for c in entry["comparisons"] if c["against"] == "supervised"), None)
+        best = _ours_against(entry, "supervised")
         if best is None:
             continue
         fraction = entry["fraction"] or entry["labels"] / max(1, pool)
@@ -100,6 +97,12 @@ def verdict_in_words(
     if tested < FEW_TEST_IMAGES and claims:
         sentences.append(f"Only {tested} independent test images: they alone may decide this.")
     return " ".join(sentences)
+
+
+def _ours_against(entry: dict[str, Any], other: str) -> dict[str, Any] | None:
+    """SimCLR's comparison with another method: fine-tuned, or where that was not measured, its linear probe."""
+    found = {c["arm"]: c for c in entry["comparisons"] if c["against"] == other}
+    return found.get("simclr") or found.get("simclr_probe")
 
 
 def _of_few_draws(few: list[tuple[dict[str, Any], str]], tested: int, *, claims: bool) -> str:
@@ -163,10 +166,10 @@ def _against_pixels_in_words(summary: list[dict[str, Any]]) -> list[str]:
 
 
 def _against_pixels(entry: dict[str, Any]) -> str | None:
-    """Whether fine-tuned SimCLR beats logistic regression on pixels; None where that was not measured twice."""
-    pairs = (c for c in entry["comparisons"] if (c["arm"], c["against"]) == ("simclr", "pixels"))
-    found = next(pairs, None)
-    return found["verdict"] if found is not None and found["low"] is not None else None
+    """Whether SimCLR beats logistic regression on pixels; None where that was measured too rarely to say."""
+    found = _ours_against(entry, "pixels")
+    claims = found is not None and found["low"] is not None and found["n"] >= FEWEST_DRAWS
+    return found["verdict"] if found is not None and claims else None
 
 
 def limits_in_words(
