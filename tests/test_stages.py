@@ -951,6 +951,21 @@ def test_a_class_without_a_test_image_is_named_and_no_mean_over_classes_decides(
     verify(run)
 
 
+def test_a_share_of_labels_is_of_the_images_they_are_drawn_from(copy: RunDirectory, tmp_path: Path) -> None:
+    everything = tmp_path / "everything"
+    write_digits(everything)
+    for number, file in enumerate(sorted(everything.glob("*/*.png"))):
+        if number % 18 != 5:
+            file.unlink()
+    asked: dict[str, Any] = {"run": copy.path, "test": everything, "methods": ("simclr_probe", "pixels")}
+    report(finetune(FinetuneSettings(**asked, label_counts=(20,), draws=3)))
+    document = report(finetune(FinetuneSettings(**asked, label_counts=(20, "all"), draws=3)))
+    there = document["results"][0]["labels_there"]
+    assert there == 500 > document["data"]["pool"], "what was held out is not the test set any more"
+    assert [entry["fraction"] for entry in document["summary"]] == [20 / there, 1]
+    assert text.table(document)[0][1:] == ["20 labels (4%)", "500 labels (100%)"]
+
+
 def test_a_column_of_different_draws_says_so(copy: RunDirectory) -> None:
     document = report(
         finetune(FinetuneSettings(run=copy.path, **{**FEW, "draws": 3, "methods": ("pixels",)}))
@@ -1400,7 +1415,7 @@ def test_what_too_few_draws_found_is_told_beside_what_is_claimed() -> None:
     summary: list[dict[str, Any]] = [
         {
             "labels": 100,
-            "fraction": None,
+            "fraction": 0.01,
             "comparisons": [claimed],
             "arms": arms,
             "gain": claimed,
@@ -1408,23 +1423,23 @@ def test_what_too_few_draws_found_is_told_beside_what_is_claimed() -> None:
         },
         {
             "labels": 9969,
-            "fraction": None,
+            "fraction": 0.9969,
             "comparisons": [single],
             "arms": arms,
             "gain": single,
             "guesses": ["supervised"],
         },
     ]
-    assert concluding.verdict_in_words(summary, 10_000, 2_000, []) == (
+    assert concluding.verdict_in_words(summary, 2_000, []) == (
         "Pretraining on your images helps: +8.4 \u00b1 1.9 points with 100 labels (1 % of the images). "
         "Too few label draws to claim anything: -6.7 points with 9,969 labels."
     )
     summary[0]["guesses"] = ["supervised"]
-    assert concluding.verdict_in_words(summary, 10_000, 2_000, []).endswith(
+    assert concluding.verdict_in_words(summary, 2_000, []).endswith(
         "From scratch is hardly better than guessing with 100 labels: the gain may be that of a rate or steps that do not fit "
         "(--scratch-rate, --scratch-steps)."
     ), "only where a gain is claimed"
-    words = concluding.verdict_in_words([{**summary[0], "macro": {}}], 10_000, 2_000, [])
+    words = concluding.verdict_in_words([{**summary[0], "macro": {}}], 2_000, [])
     assert "one has too few test images to count each alike: the large ones decide this." in words
 
 
@@ -1439,10 +1454,10 @@ def test_where_no_method_learned_anything_it_is_said_whatever_the_verdict() -> N
     said = "With 20 labels no method learned anything: "
     for low, high in ((-0.1, 0.1), (None, None)):
         summary = [{**entry, "comparisons": [{**pair, "low": low, "high": high}]}]
-        assert said in concluding.verdict_in_words(summary, 10_000, 2_000, [])
-    assert said in concluding.verdict_in_words([{**entry, "comparisons": []}], 10_000, 2_000, [])
+        assert said in concluding.verdict_in_words(summary, 2_000, [])
+    assert said in concluding.verdict_in_words([{**entry, "comparisons": []}], 2_000, [])
     learned = {**entry, "guesses": ["supervised"], "comparisons": []}
-    assert said not in concluding.verdict_in_words([learned], 10_000, 2_000, [])
+    assert said not in concluding.verdict_in_words([learned], 2_000, [])
 
 
 @pytest.mark.parametrize("arm", ["simclr", "simclr_probe"])
@@ -1465,14 +1480,12 @@ def test_that_pixels_are_better_is_said_without_training_from_scratch_too(arm: s
             "comparisons": [found],
         }
     ]
-    assert concluding.verdict_in_words(summary, 10_000, 50, []) == (
+    assert concluding.verdict_in_words(summary, 50, []) == (
         f"No comparison with training from scratch yet. Measured so far: pixels, {arm}. Plain pixels are better with 20 labels. "
         "Only 50 independent test images: they alone may decide this."
     )
     found["n"] = 2
-    assert "Plain pixels" not in concluding.verdict_in_words(summary, 10_000, 50, []), (
-        "two draws claim nothing"
-    )
+    assert "Plain pixels" not in concluding.verdict_in_words(summary, 50, []), "two draws claim nothing"
 
 
 def test_two_draws_claim_nothing_and_say_how_many_are_needed(finished: RunDirectory) -> None:

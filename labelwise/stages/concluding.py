@@ -22,7 +22,6 @@ FEW_TEST_IMAGES = 100  # an accuracy is known to about ten points then (Wilson 1
 
 def verdict_in_words(
     summary: list[dict[str, Any]],
-    pool: int,
     tested: int,
     over_encoders: list[dict[str, Any]],
     *,
@@ -33,7 +32,6 @@ def verdict_in_words(
 
     Args:
         summary: An entry for each number of labels.
-        pool: How many images were pretrained on.
         tested: Independent test images.
         over_encoders: See `gains_over_encoders`.
         by_class: Differences are of the mean over classes.
@@ -46,8 +44,8 @@ def verdict_in_words(
         best = _ours_against(entry, "supervised")
         if best is None:
             continue
-        fraction = entry["fraction"] or entry["labels"] / max(1, pool)
-        share = "" if any(said.values()) else f" ({100 * fraction:.2g} % of the images)"
+        is_first = entry["fraction"] is not None and not any(said.values())
+        share = f" ({100 * entry['fraction']:.2g} % of the images)" if is_first else ""
         if best["low"] is None or best["n"] < FEWEST_DRAWS:
             few.append((best, f"{100 * best['mean']:+.1f} points with {entry['labels']:,} labels"))
             continue

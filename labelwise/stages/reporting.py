@@ -64,9 +64,7 @@ def report(run: RunDirectory, label_cost: float | None = None) -> dict[str, Any]
     lookalikes = read_lookalikes(run, results)
     scores = score(results, predictions)
     over = over_encoders(run, scores)
-    computed = compute(
-        results, predictions, scores, data["pool"], lookalikes, over, surroundings.get("trouble")
-    )
+    computed = compute(results, predictions, scores, lookalikes, over, surroundings.get("trouble"))
     summary, check = computed["summary"], _label_check(run, results)
     test_uses = _test_uses(run, computed["over_encoders"]["runs"][1:])
     classifier = kept_classifier(run, results)
@@ -94,7 +92,6 @@ def compute(
     results: list[Result],
     predictions: dict[str, list[Any]],
     scores: Scores,
-    pool: int,
     lookalikes: dict[str, Any] | None,
     over: dict[str, Any],
     trouble: str | None,
@@ -103,7 +100,6 @@ def compute(
 
     Args:
         results, predictions, scores: Of the run.
-        pool: How many images were pretrained on.
         lookalikes: See `read_lookalikes`.
         over: See `over_encoders`.
         trouble: What was wrong with pretraining at its end, if anything was.
@@ -112,7 +108,7 @@ def compute(
     tested = len(scores.names) if scores.groups is None else scores.groups
     return {
         "verdict": verdict_in_words(
-            summary, pool, tested, over["gains"], by_class=scores.by_class, untested=scores.untested
+            summary, tested, over["gains"], by_class=scores.by_class, untested=scores.untested
         )
         + (f" But the encoder is hardly one yet: {trouble}." if summary and trouble else ""),
         "summary": summary,

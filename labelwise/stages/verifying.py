@@ -33,12 +33,10 @@ def verify(run: RunDirectory) -> dict[str, Any]:
         raise CheckpointError(f"{run.path}: has no report.json; run `labelwise report --run {run.path}`.")
     results, predictions = rundir.read_jsonl(run.results), read_predictions(run.predictions, PREDICTED)
     scores = score(results, predictions)
-    pool = rundir.read_json(run.data)["pool"]
     computed = compute(
         results,
         predictions,
         scores,
-        pool,
         read_lookalikes(run, results),
         over_encoders(run, scores),
         rundir.read_json(run.environment).get("trouble"),
