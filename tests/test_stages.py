@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
@@ -985,7 +987,20 @@ def test_a_run_with_other_encoders_is_verified_wherever_it_lies(
     shutil.copytree(tmp_path / "here", tmp_path / "there")
     for folder in (tmp_path / "there").iterdir():
         folder.rename(folder.with_name(folder.name.replace("one", "two")))
-    verify(RunDirectory(tmp_path / "there" / "two"))
+    two = RunDirectory(tmp_path / "there" / "two")
+    verify(two)
+    other = RunDirectory(tmp_path / "there" / "two-seed-1")
+    draw = rundir.read_json(other.splits / "draw-0-0.json")
+    rundir.write_json(other.splits / "draw-0-0.json", {**draw, "order": draw["order"][::-1]})
+    with pytest.raises(
+        CheckpointError, match=r"two-seed-1: .* was trained on other labels than the first of"
+    ):
+        verify(two)
+    shutil.rmtree(other.path)
+    with pytest.raises(CheckpointError, match="and two-seed-1 is missing beside it"):
+        verify(two)
+    report(two)
+    verify(two)
 
 
 def test_where_every_training_diverges_there_is_no_classifier_to_keep(
@@ -1169,6 +1184,15 @@ def test_a_report_follows_from_its_predictions(finished: RunDirectory) -> None:
         ("finetune/results.jsonl", '"draw_sha256": "', '"draw_sha256": "0', "was trained on other labels"),
         ("splits/draw-0-0.json", '"order": [', '"order": ["more.png", ', "was trained on other labels"),
         ("splits/test.json", '"names": [', '"names": ["more.png", ', "test.json: its names"),
+        ("report.json", '"test_uses": ', '"test_uses": 1', "report.json: test_uses"),
+        ("report.json", '"pool": ', '"pool": 1', "report.json: data"),
+        ("report.json", "One encoder was compared", "Encoders were compared", "report.json: limits"),
+        ("report.json", '"next": [', '"next": ["publish", ', "report.json: next"),
+        ("report.json", '"checked": ', '"checked": 1', "report.json: label_check"),
+        ("report.json", '"torch": "', '"torch": "9', "report.json: environment"),
+        ("report.md", "| From scratch | ", "| From scratch | 1", "report.md: is not what report.json"),
+        ("report.html", "</h1>", " Surely.</h1>", "report.html: is not what report.json"),
+        ("model-card.md", "tells 10 classes apart", "tells 11 classes apart", "model-card.md: is not what"),
     ],
 )
 def test_a_changed_number_is_found(copy: RunDirectory, file: str, old: str, new: str, words: str) -> None:
@@ -1176,6 +1200,40 @@ def test_a_changed_number_is_found(copy: RunDirectory, file: str, old: str, new:
     assert old in before
     (copy.path / file).write_text(before.replace(old, new, 1))
     with pytest.raises(CheckpointError, match=re.escape(words)):
+        verify(copy)
+
+
+def test_accuracies_of_classes_that_were_changed_everywhere_are_found(copy: RunDirectory) -> None:
+    rows = rundir.read_jsonl(copy.results)
+    rows[0]["per_class"]["3"] += 0.01
+    rundir.rewrite_jsonl(copy.results, rows)
+    report(copy)
+    with pytest.raises(CheckpointError, match="draw 0: per_class is not what its predictions say"):
+        verify(copy)
+
+
+@pytest.mark.parametrize(
+    ("column", "words"),
+    [
+        ("prediction", "the prediction is not the most probable class of "),
+        ("probabilities", "the probabilities do not add up to 1 of "),
+    ],
+)
+def test_a_changed_prediction_is_found_that_changes_no_accuracy(
+    copy: RunDirectory, column: str, words: str
+) -> None:
+    table = pq.read_table(copy.predictions)
+    values, right = table.to_pydict(), table["label"].to_pylist()
+    wrong = next(row for row, each in enumerate(values["prediction"]) if each != right[row])
+    if column == "prediction":
+        values[column][wrong] = next(
+            each for each in "0123456789" if each not in (right[wrong], values[column][wrong])
+        )
+    else:
+        values[column][wrong] = [2 * each for each in values[column][wrong]]
+    pq.write_table(pa.table(values, schema=table.schema), copy.predictions)
+    report(copy)
+    with pytest.raises(CheckpointError, match=words + re.escape(values["name"][wrong])):
         verify(copy)
 
 
