@@ -174,10 +174,14 @@ def test_the_model_card_says_what_the_classifier_is_and_that_it_was_not_tested_i
     finished: RunDirectory, tmp_path: Path
 ) -> None:
     card, facts = finished.model_card.read_text(), rundir.read_json(finished.classifier_json)
-    assert f"fine-tuned on all {facts['labels']} labels" in card
+    document = rundir.read_json(finished.report_json)
+    tuned = {**facts, "steps": 5, "way": "trunk rate 0.1"}
+    assert f"fine-tuned on all {facts['labels']} labels" in model_card.render(document, tuned, 16)
+    frozen = model_card.render(document, {**facts, "steps": 0, "way": "frozen"}, 16)
+    assert f"with a linear probe trained on all {facts['labels']} labels" in frozen
+    assert "fine-tuned" not in frozen.split("## Files")[0]
     assert ", ".join(facts["classes"]) in card
     assert f"has {facts['labels']} labels and was not tested itself" in card
-    document = rundir.read_json(finished.report_json)
     entry = document["summary"][0]
     assert f"| {entry['labels']} | {100 * entry['arms']['simclr']['mean']:.1f}" in card
     assert all(escape(limit) in card for limit in document["limits"])
@@ -927,6 +931,18 @@ def test_where_classes_differ_in_size_differences_are_of_the_mean_over_them(
         for limit in document["limits"]
     )
     assert "gain, in points, mean over classes" in run.report_md.read_text()
+    assert "test accuracy, %, mean over classes" in run.report_html.read_text()
+    card = run.model_card.read_text()
+    assert (
+        "| labels | accuracy, %, mean over classes | gain over training from scratch, points, mean over classes |"
+        in card
+    )
+    assert f"| 20 | {escape(text.with_interval(arms['simclr']))} |" in card
+    shutil.copytree(run.path, tmp_path / "again")
+    found = compare_runs([run.path, tmp_path / "again"])
+    of_simclr = next(each for each in found["results"] if each["arm"] == "simclr")
+    assert found["by_class"]
+    assert of_simclr["accuracies"] == [arms["simclr"]["mean"]] * 2
     verify(run)
 
 

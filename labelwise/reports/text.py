@@ -48,6 +48,11 @@ def check_note(document: dict[str, Any]) -> str:
     )
 
 
+def measured(document: dict[str, Any]) -> tuple[str, str]:
+    """Under which key of a summary's entry the accuracies are that differences are of, and words for these."""
+    return ("macro", MACRO) if document["by_class"] else ("arms", "")
+
+
 def percent(value: float) -> str:
     """An accuracy in percent, one decimal."""
     return f"{100 * value:.1f}"
@@ -81,7 +86,7 @@ def over_encoders_in_words(gain: dict[str, Any]) -> str:
     Fewer than three encoders or draws claim nothing, and say so.
     """
     each = ", ".join(f"{100 * mean:+.1f}" for mean in gain["of_each"])
-    over = f"gain over {len(gain['of_each'])} encoders with {gain['labels']:,} labels"
+    over = f"gain over {len(gain['of_each'])} encoders with {gain['labels']:,} labels{MACRO if gain['by_class'] else ''}"
     return f"{over}: {points(gain)} (each: {each}): {gain['verdict'] if gain['claims'] else 'nothing is claimed'}"
 
 
