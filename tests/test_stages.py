@@ -984,6 +984,26 @@ def test_a_share_of_labels_is_of_the_images_they_are_drawn_from(copy: RunDirecto
     assert text.table(document)[0][1:] == ["20 labels (4%)", "500 labels (100%)"]
 
 
+def test_shares_that_are_the_same_number_of_labels_are_compared_once_and_it_is_said(
+    copy: RunDirectory, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = FinetuneSettings(run=copy.path, fraction=(0.1, 0.101), methods=("pixels",), draws=1)
+    assert [entry["labels"] for entry in report(finetune(asked))["summary"]] == [40]
+    said = " ".join(capsys.readouterr().err.split())
+    assert "0.101 of 400 images: 40 labels are compared already; once is enough." in said
+
+
+def test_what_test_images_leave_open_never_lies_beyond_all_of_them(finished: RunDirectory) -> None:
+    document = rundir.read_json(finished.report_json)
+    best = {**document["summary"][0]["arms"]["pixels"], "mean": 1.0}
+    summary = [{**document["summary"][0], "arms": {"pixels": best}}]
+    limits = concluding.limits_in_words(
+        {**document, "summary": summary, "tested": 10}, document["data"], document["environment"], 10
+    )
+    said = "an accuracy of 100.0% may be 72.2% to 100.0%, with 30 more about half as wide."
+    assert any(said in limit for limit in limits)
+
+
 def test_a_column_of_different_draws_says_so(copy: RunDirectory) -> None:
     document = report(
         finetune(FinetuneSettings(run=copy.path, **{**FEW, "draws": 3, "methods": ("pixels",)}))

@@ -231,6 +231,9 @@ def _label_counts(settings: FinetuneSettings, bench: Bench) -> dict[int, float]:
         elif count > there:
             terminal.warn(f"{words} is {count:,} labels and {there:,} can be had; using all of them.")
         used = max(classes, min(there, count))
+        if used in counts:
+            terminal.warn(f"{words}: {used:,} labels are compared already; once is enough.")
+            continue
         counts[used] = share if share is not None and used == count else used / pool
     return dict(sorted(counts.items()))
 

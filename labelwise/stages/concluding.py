@@ -11,7 +11,7 @@ from labelwise.measures.statistics import (
     HELPS,
     HURTS,
     UNCLEAR,
-    test_set_margin,
+    left_open_by_images,
 )
 from labelwise.reports import text
 from labelwise.rundir import RunDirectory
@@ -233,10 +233,10 @@ def limits_in_words(
                 "smaller. Label images that were held out (splits/test.json names them, if there are any), or give --test FOLDER, to know."
             )
         if not folds and groups is None:
+            low, high = left_open_by_images(best, tested)
             found.append(
-                f"{tested:,} test images: from the images alone, an accuracy of {best:.0%} is known to "
-                f"\u00b1{100 * test_set_margin(best, tested):.1f} points, with {3 * tested:,} more to half of that. "
-                "Intervals in the table count that in."
+                f"{tested:,} test images: from the images alone, an accuracy of {best:.1%} may be {low:.1%} to {high:.1%}, with {3 * tested:,} "
+                "more about half as wide. Intervals in the table count that in."
             )
         elif not folds:
             found.append(
