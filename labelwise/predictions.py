@@ -137,6 +137,19 @@ def read_predictions(path: Path, names: Sequence[str] = COLUMNS) -> dict[str, li
     }
 
 
+def read_probabilities(path: Path) -> npt.NDArray[np.float32]:
+    """The probabilities of every row, (N, C).
+
+    Raises:
+        CheckpointError: The file is damaged, or rows have probabilities of different classes.
+    """
+    table = _read(path, ["probabilities"])
+    values = pc.list_flatten(table["probabilities"]).to_numpy()
+    if len(pc.unique(pc.list_value_length(table["probabilities"]))) > 1:
+        raise CheckpointError(f"{path}: its rows have different numbers of probabilities.")
+    return np.asarray(values.reshape(len(table), -1))
+
+
 def _largest(lists: pa.ChunkedArray) -> list[float]:
     """The largest number of each list."""
     largest: list[float] = []

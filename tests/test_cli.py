@@ -271,6 +271,7 @@ def test_json_of_a_scan_says_what_is_there(labelwise: Command, photos: Path) -> 
     assert document["images"] == 42
     assert [entry["file"] for entry in document["quarantined"]] == ["broken.jpg"]
     assert [sorted(group) for group in document["duplicates"]] == [["03.png", "copy.png"]]
+    assert "2 exact copies, in groups: 1" in labelwise("scan", "photos").out, "counted as by pretrain"
     assert document["layout"] == "flat folder"
 
 

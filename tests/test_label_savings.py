@@ -1,6 +1,7 @@
 """Labels saved: known curves, their ends, and simulated experiments."""
 
 import math
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -180,3 +181,13 @@ def test_an_interval_that_holds_everything_says_nothing() -> None:
     saved = {"labels": 170, "matches": None, "low": 0.0, "high": None, "fewest": 170, "most": 341}
     words = "170 labels: how many without pretraining match them cannot be told from these numbers"
     assert saved_in_words(saved, None) == saved_in_words(saved, 0.4) == words
+
+
+def test_more_labels_than_the_baseline_was_measured_at_are_not_compared_with_fewer() -> None:
+    beyond: dict[str, Any] = {"matches": None, "low": None, "high": None, "fewest": 10, "most": 20}
+    assert saved_in_words({**beyond, "labels": 32}, 0.4).endswith("cannot be told from these numbers")
+    assert saved_in_words({**beyond, "labels": 20}, 0.4) == (
+        "20 labels with pretraining match more than 20 without [more than 20, more than 20]"
+    ), "in money that is more than nothing"
+    worse = {"labels": 32, "matches": 15.0, "low": 11.0, "high": None, "fewest": 10, "most": 20}
+    assert "32 labels with pretraining match 15 without [11, more than 20]" in saved_in_words(worse, None)

@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
@@ -172,10 +174,14 @@ def test_the_model_card_says_what_the_classifier_is_and_that_it_was_not_tested_i
     finished: RunDirectory, tmp_path: Path
 ) -> None:
     card, facts = finished.model_card.read_text(), rundir.read_json(finished.classifier_json)
-    assert f"fine-tuned on all {facts['labels']} labels" in card
+    document = rundir.read_json(finished.report_json)
+    tuned = {**facts, "steps": 5, "way": "trunk rate 0.1"}
+    assert f"fine-tuned on all {facts['labels']} labels" in model_card.render(document, tuned, 16)
+    frozen = model_card.render(document, {**facts, "steps": 0, "way": "frozen"}, 16)
+    assert f"with a linear probe trained on all {facts['labels']} labels" in frozen
+    assert "fine-tuned" not in frozen.split("## Files")[0]
     assert ", ".join(facts["classes"]) in card
     assert f"has {facts['labels']} labels and was not tested itself" in card
-    document = rundir.read_json(finished.report_json)
     entry = document["summary"][0]
     assert f"| {entry['labels']} | {100 * entry['arms']['simclr']['mean']:.1f}" in card
     assert all(escape(limit) in card for limit in document["limits"])
@@ -919,13 +925,83 @@ def test_where_classes_differ_in_size_differences_are_of_the_mean_over_them(
         "Classes differ in size: these are differences of the mean over classes." in document["verdict"]
         or not entry["gain"]["low"]
     )
-    assert entry["guesses"] is (arms["supervised"]["mean"] < 0.53)
+    assert ("supervised" in entry["guesses"]) is (arms["supervised"]["mean"] < 0.53)
     assert any(
         "every difference, the gain and labels saved are of the mean over classes" in limit
         for limit in document["limits"]
     )
     assert "gain, in points, mean over classes" in run.report_md.read_text()
+    assert "test accuracy, %, mean over classes" in run.report_html.read_text()
+    card = run.model_card.read_text()
+    assert (
+        "| labels | accuracy, %, mean over classes | gain over training from scratch, points, mean over classes |"
+        in card
+    )
+    assert f"| 20 | {escape(text.with_interval(arms['simclr']))} |" in card
+    shutil.copytree(run.path, tmp_path / "again")
+    found = compare_runs([run.path, tmp_path / "again"])
+    of_simclr = next(each for each in found["results"] if each["arm"] == "simclr")
+    assert found["by_class"]
+    assert of_simclr["accuracies"] == [arms["simclr"]["mean"]] * 2
     verify(run)
+
+
+def test_a_class_without_a_test_image_is_named_and_no_mean_over_classes_decides(
+    digits: Path, tmp_path: Path
+) -> None:
+    few = Path(shutil.copytree(digits, tmp_path / "images"))
+    for name in "3456789":
+        shutil.rmtree(few / name)
+    for file in sorted((few / "2").iterdir())[2:]:
+        file.unlink()
+    (few / "2").rename(few / "<two>")
+    run = pretrain(PretrainSettings(images=few, out=tmp_path / "run", **{**SMALL, "batch_size": 16}))
+    document = report(finetune(FinetuneSettings(run=run.path, **{**FEW, "draws": 3})))
+    (entry,) = document["summary"]
+    assert entry["macro"]
+    assert not document["by_class"], "a class has fewer than five test images: none"
+    assert entry["gain"]["mean"] == pytest.approx(
+        entry["arms"]["simclr"]["mean"] - entry["arms"]["supervised"]["mean"]
+    )
+    assert "Not one image of class <two> was tested." in document["verdict"]
+    for page in (run.report_md, run.model_card):
+        assert "Not one image of class &lt;two> was tested: " in page.read_text()
+    verify(run)
+
+
+def test_a_share_of_labels_is_of_the_images_they_are_drawn_from(copy: RunDirectory, tmp_path: Path) -> None:
+    everything = tmp_path / "everything"
+    write_digits(everything)
+    for number, file in enumerate(sorted(everything.glob("*/*.png"))):
+        if number % 18 != 5:
+            file.unlink()
+    asked: dict[str, Any] = {"run": copy.path, "test": everything, "methods": ("simclr_probe", "pixels")}
+    report(finetune(FinetuneSettings(**asked, label_counts=(20,), draws=3)))
+    document = report(finetune(FinetuneSettings(**asked, label_counts=(20, "all"), draws=3)))
+    there = document["results"][0]["labels_there"]
+    assert there == 500 > document["data"]["pool"], "what was held out is not the test set any more"
+    assert [entry["fraction"] for entry in document["summary"]] == [20 / there, 1]
+    assert text.table(document)[0][1:] == ["20 labels (4%)", "500 labels (100%)"]
+
+
+def test_shares_that_are_the_same_number_of_labels_are_compared_once_and_it_is_said(
+    copy: RunDirectory, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = FinetuneSettings(run=copy.path, fraction=(0.1, 0.101), methods=("pixels",), draws=1)
+    assert [entry["labels"] for entry in report(finetune(asked))["summary"]] == [40]
+    said = " ".join(capsys.readouterr().err.split())
+    assert "0.101 of 400 images: 40 labels are compared already; once is enough." in said
+
+
+def test_what_test_images_leave_open_never_lies_beyond_all_of_them(finished: RunDirectory) -> None:
+    document = rundir.read_json(finished.report_json)
+    best = {**document["summary"][0]["arms"]["pixels"], "mean": 1.0}
+    summary = [{**document["summary"][0], "arms": {"pixels": best}}]
+    limits = concluding.limits_in_words(
+        {**document, "summary": summary, "tested": 10}, document["data"], document["environment"], 10
+    )
+    said = "an accuracy of 100.0% may be 72.2% to 100.0%, with 30 more about half as wide."
+    assert any(said in limit for limit in limits)
 
 
 def test_a_column_of_different_draws_says_so(copy: RunDirectory) -> None:
@@ -947,7 +1023,20 @@ def test_a_run_with_other_encoders_is_verified_wherever_it_lies(
     shutil.copytree(tmp_path / "here", tmp_path / "there")
     for folder in (tmp_path / "there").iterdir():
         folder.rename(folder.with_name(folder.name.replace("one", "two")))
-    verify(RunDirectory(tmp_path / "there" / "two"))
+    two = RunDirectory(tmp_path / "there" / "two")
+    verify(two)
+    other = RunDirectory(tmp_path / "there" / "two-seed-1")
+    draw = rundir.read_json(other.splits / "draw-0-0.json")
+    rundir.write_json(other.splits / "draw-0-0.json", {**draw, "order": draw["order"][::-1]})
+    with pytest.raises(
+        CheckpointError, match=r"two-seed-1: .* was trained on other labels than the first of"
+    ):
+        verify(two)
+    shutil.rmtree(other.path)
+    with pytest.raises(CheckpointError, match="and two-seed-1 is missing beside it"):
+        verify(two)
+    report(two)
+    verify(two)
 
 
 def test_where_every_training_diverges_there_is_no_classifier_to_keep(
@@ -1131,6 +1220,15 @@ def test_a_report_follows_from_its_predictions(finished: RunDirectory) -> None:
         ("finetune/results.jsonl", '"draw_sha256": "', '"draw_sha256": "0', "was trained on other labels"),
         ("splits/draw-0-0.json", '"order": [', '"order": ["more.png", ', "was trained on other labels"),
         ("splits/test.json", '"names": [', '"names": ["more.png", ', "test.json: its names"),
+        ("report.json", '"test_uses": ', '"test_uses": 1', "report.json: test_uses"),
+        ("report.json", '"pool": ', '"pool": 1', "report.json: data"),
+        ("report.json", "One encoder was compared", "Encoders were compared", "report.json: limits"),
+        ("report.json", '"next": [', '"next": ["publish", ', "report.json: next"),
+        ("report.json", '"checked": ', '"checked": 1', "report.json: label_check"),
+        ("report.json", '"torch": "', '"torch": "9', "report.json: environment"),
+        ("report.md", "| From scratch | ", "| From scratch | 1", "report.md: is not what report.json"),
+        ("report.html", "</h1>", " Surely.</h1>", "report.html: is not what report.json"),
+        ("model-card.md", "tells 10 classes apart", "tells 11 classes apart", "model-card.md: is not what"),
     ],
 )
 def test_a_changed_number_is_found(copy: RunDirectory, file: str, old: str, new: str, words: str) -> None:
@@ -1138,6 +1236,40 @@ def test_a_changed_number_is_found(copy: RunDirectory, file: str, old: str, new:
     assert old in before
     (copy.path / file).write_text(before.replace(old, new, 1))
     with pytest.raises(CheckpointError, match=re.escape(words)):
+        verify(copy)
+
+
+def test_accuracies_of_classes_that_were_changed_everywhere_are_found(copy: RunDirectory) -> None:
+    rows = rundir.read_jsonl(copy.results)
+    rows[0]["per_class"]["3"] += 0.01
+    rundir.rewrite_jsonl(copy.results, rows)
+    report(copy)
+    with pytest.raises(CheckpointError, match="draw 0: per_class is not what its predictions say"):
+        verify(copy)
+
+
+@pytest.mark.parametrize(
+    ("column", "words"),
+    [
+        ("prediction", "the prediction is not the most probable class of "),
+        ("probabilities", "the probabilities do not add up to 1 of "),
+    ],
+)
+def test_a_changed_prediction_is_found_that_changes_no_accuracy(
+    copy: RunDirectory, column: str, words: str
+) -> None:
+    table = pq.read_table(copy.predictions)
+    values, right = table.to_pydict(), table["label"].to_pylist()
+    wrong = next(row for row, each in enumerate(values["prediction"]) if each != right[row])
+    if column == "prediction":
+        values[column][wrong] = next(
+            each for each in "0123456789" if each not in (right[wrong], values[column][wrong])
+        )
+    else:
+        values[column][wrong] = [2 * each for each in values[column][wrong]]
+    pq.write_table(pa.table(values, schema=table.schema), copy.predictions)
+    report(copy)
+    with pytest.raises(CheckpointError, match=words + re.escape(values["name"][wrong])):
         verify(copy)
 
 
@@ -1372,36 +1504,82 @@ def test_what_too_few_draws_found_is_told_beside_what_is_claimed() -> None:
     """A page that says only where pretraining helps would hide that it hurts with all labels, which are one draw."""
     pair = {"arm": "simclr", "against": "supervised"}
     claimed = {**pair, "mean": 0.084, "low": 0.065, "high": 0.104, "n": 5, "verdict": "helps"}
+    arms: dict[str, Any] = {"simclr": {}, "supervised": {}}
     single = {**pair, "mean": -0.067, "low": None, "high": None, "n": 1, "verdict": "no difference shown"}
     summary: list[dict[str, Any]] = [
         {
             "labels": 100,
-            "fraction": None,
+            "fraction": 0.01,
             "comparisons": [claimed],
-            "arms": {},
+            "arms": arms,
             "gain": claimed,
-            "guesses": False,
+            "guesses": [],
         },
         {
             "labels": 9969,
-            "fraction": None,
+            "fraction": 0.9969,
             "comparisons": [single],
-            "arms": {},
+            "arms": arms,
             "gain": single,
-            "guesses": True,
+            "guesses": ["supervised"],
         },
     ]
-    assert concluding.verdict_in_words(summary, 10_000, 2_000, []) == (
+    assert concluding.verdict_in_words(summary, 2_000, []) == (
         "Pretraining on your images helps: +8.4 \u00b1 1.9 points with 100 labels (1 % of the images). "
         "Too few label draws to claim anything: -6.7 points with 9,969 labels."
     )
-    summary[0]["guesses"] = True
-    assert concluding.verdict_in_words(summary, 10_000, 2_000, []).endswith(
+    summary[0]["guesses"] = ["supervised"]
+    assert concluding.verdict_in_words(summary, 2_000, []).endswith(
         "From scratch is hardly better than guessing with 100 labels: the gain may be that of a rate or steps that do not fit "
         "(--scratch-rate, --scratch-steps)."
     ), "only where a gain is claimed"
-    words = concluding.verdict_in_words([{**summary[0], "macro": {}}], 10_000, 2_000, [])
+    words = concluding.verdict_in_words([{**summary[0], "macro": {}}], 2_000, [])
     assert "one has too few test images to count each alike: the large ones decide this." in words
+
+
+def test_where_no_method_learned_anything_it_is_said_whatever_the_verdict() -> None:
+    pair = {"arm": "simclr", "against": "supervised", "mean": 0.0, "n": 5, "verdict": "no difference shown"}
+    entry: dict[str, Any] = {
+        "labels": 20,
+        "fraction": None,
+        "arms": {"simclr": {}, "supervised": {}},
+        "guesses": ["simclr", "supervised"],
+    }
+    said = "With 20 labels no method learned anything: "
+    for low, high in ((-0.1, 0.1), (None, None)):
+        summary = [{**entry, "comparisons": [{**pair, "low": low, "high": high}]}]
+        assert said in concluding.verdict_in_words(summary, 2_000, [])
+    assert said in concluding.verdict_in_words([{**entry, "comparisons": []}], 2_000, [])
+    learned = {**entry, "guesses": ["supervised"], "comparisons": []}
+    assert said not in concluding.verdict_in_words([learned], 2_000, [])
+
+
+@pytest.mark.parametrize("arm", ["simclr", "simclr_probe"])
+def test_that_pixels_are_better_is_said_without_training_from_scratch_too(arm: str) -> None:
+    found = {
+        "arm": arm,
+        "against": "pixels",
+        "mean": -0.1,
+        "low": -0.15,
+        "high": -0.05,
+        "n": 3,
+        "verdict": "hurts",
+    }
+    summary: list[dict[str, Any]] = [
+        {
+            "labels": 20,
+            "fraction": None,
+            "arms": {arm: {}, "pixels": {}},
+            "guesses": [],
+            "comparisons": [found],
+        }
+    ]
+    assert concluding.verdict_in_words(summary, 50, []) == (
+        f"No comparison with training from scratch yet. Measured so far: pixels, {arm}. Plain pixels are better with 20 labels. "
+        "Only 50 independent test images: they alone may decide this."
+    )
+    found["n"] = 2
+    assert "Plain pixels" not in concluding.verdict_in_words(summary, 50, []), "two draws claim nothing"
 
 
 def test_two_draws_claim_nothing_and_say_how_many_are_needed(finished: RunDirectory) -> None:

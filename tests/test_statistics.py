@@ -484,10 +484,10 @@ def test_a_class_of_a_few_test_images_leaves_the_macro_accuracy_without_an_inter
 
 
 @pytest.mark.parametrize(("right", "images"), [(50, 60), (449, 449), (0, 30), (700, 2000)])
-def test_test_set_margin_equals_scipys_wilson_interval(right: int, images: int) -> None:
+def test_what_images_leave_open_equals_scipys_wilson_interval(right: int, images: int) -> None:
     found = stats.binomtest(right, images).proportion_ci(0.95, method="wilson")
-    margin = statistics.test_set_margin(right / images, images)
-    assert margin == pytest.approx((found.high - found.low) / 2)
+    low, high = statistics.left_open_by_images(right / images, images)
+    assert (low, high) == pytest.approx((found.low, found.high))
 
 
 def test_an_accuracy_interval_ends_at_0_and_1() -> None:

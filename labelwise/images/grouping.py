@@ -27,7 +27,7 @@ LARGEST_SHARE = 0.1  # of the images in one group of near-copies; beyond, all im
 FEWEST_IN_LARGEST = 20
 
 _SAY_SO = "If some belong together (one patient, one video), say so with --labels FILE --group-column NAME"
-_FILE = "near-copies-3.npz"  # in the cache; the number is that of the rule
+_FILE = "near-copies-4.npz"  # in the cache; the number is that of the rule
 
 
 @dataclass(frozen=True)

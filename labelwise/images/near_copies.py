@@ -26,6 +26,7 @@ FLAT = 4.0  # standard deviation of 8-bit gray; below, there are no edges to com
 LEAST_AGREEMENT = 0.9  # correlation of the gray pictures
 LEAST_EDGE_AGREEMENT = 0.75  # of their edges
 LEAST_FINE_AGREEMENT = 0.82  # of their edges at more pixels
+LEAST_BLURRED_AGREEMENT = 0.93  # of their edges where images have more pixels and squares do not
 
 _FREQUENCIES = 8
 _LEAST_ALIKE = 0.92  # of what mirroring and turning do not change
@@ -81,7 +82,8 @@ def find_near_copies(
 ) -> NearCopies:
     """Find which images show the same; images already tied over others are not compared again.
 
-    Takes a matrix product over all pairs, and 1.5 KB an image.
+    Takes a matrix product over all pairs, and 1.5 KB an image. Photographs squeezed to small squares lose what tells different
+    ones apart, so that more agreement is asked of them.
 
     Args:
         squares: Whole images squeezed to squares, (N, S, S, 3).
@@ -93,7 +95,6 @@ def find_near_copies(
         return NearCopies.none()
     gray, low = _describe(squares, rows)
     candidates, is_whole = _candidates(low, progress)
-    sides = np.minimum(sides, squares.shape[1])
     pairs, found = _compare(rows, gray, candidates, squares, sides)
     return NearCopies(rows[pairs], found, is_whole)
 
@@ -157,8 +158,11 @@ def _compare(rows: Rows, gray: Pixels, candidates: Rows, squares: Pixels, sides:
             change = lay_on(one, other)
             found, edges = agreement(one, other, change)
             same = (found >= LEAST_AGREEMENT) & (edges >= LEAST_EDGE_AGREEMENT)
-            fine = np.flatnonzero(same & (sides[rows[chunk[:, :2]]].min(axis=1) >= _FINE[0]))
-            if len(fine):
+            has_more = sides[rows[chunk[:, :2]]].min(axis=1) >= _FINE[0]
+            fine = np.flatnonzero(same & has_more)
+            if squares.shape[1] < _FINE[0]:
+                same &= ~has_more | (edges >= LEAST_BLURRED_AGREEMENT)
+            elif len(fine):
                 pair, turns = rows[chunk[fine, :2]], chunk[fine, 2]
                 same[fine], edges[fine] = _look_closer(squares, sides, pair, turns, change[fine])
             if same.any():
@@ -184,7 +188,8 @@ def _look_closer(
         turns, change: How the other is turned, and laid on the one.
     """
     same, agreements = np.zeros(len(pairs), bool), np.zeros(len(pairs), np.float32)
-    side = np.array(_FINE)[np.searchsorted(_FINE, sides[pairs].min(axis=1), side="right") - 1]
+    pixels = np.minimum(sides[pairs].min(axis=1), squares.shape[1])
+    side = np.array(_FINE)[np.searchsorted(_FINE, pixels, side="right") - 1]
     some = _at_once(squares)
     for size in np.unique(side).tolist():
         places = np.flatnonzero(side == size)

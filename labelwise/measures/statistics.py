@@ -134,8 +134,8 @@ def _of_an_accuracy(found: Interval, images: int) -> Interval:
         return found
     low, high = found.low, found.high
     if min(found.mean, 1 - found.mean) * images < _FEWEST_ERRORS:
-        centre, half = _wilson(found.mean, images)
-        low, high = min(low, centre - half), max(high, centre + half)
+        least, most = left_open_by_images(found.mean, images)
+        low, high = min(low, least), max(high, most)
     return _within(replace(found, low=low, high=high), 0.0)
 
 
@@ -250,8 +250,7 @@ def _difference_of_few(values: Floats) -> tuple[float, float]:
 
 def _accuracy_of_few(values: Floats) -> tuple[float, float]:
     """Wilson's interval of an accuracy over few images or groups, (T,)."""
-    centre, half = _wilson(float(values.mean()), len(values))
-    return centre - half, centre + half
+    return left_open_by_images(float(values.mean()), len(values))
 
 
 def _within(found: Interval, least: float) -> Interval:
@@ -457,17 +456,13 @@ def verdict(difference: Interval) -> str:
     return UNCLEAR
 
 
-def test_set_margin(accuracy: float, images: int) -> float:
-    """Half width of the Wilson interval: what the test images alone leave open about an accuracy.
+def left_open_by_images(accuracy: float, images: int) -> tuple[float, float]:
+    """Wilson's interval: what the test images alone leave open about an accuracy.
 
     Source: Wilson 1927 (JASA 22), the score interval of a proportion.
     """
-    return _wilson(accuracy, images)[1]
-
-
-def _wilson(accuracy: float, images: int) -> tuple[float, float]:
-    """Centre and half width of the Wilson interval."""
     z = float(stats.norm.ppf((1 + CONFIDENCE) / 2))
     spread = math.sqrt(accuracy * (1 - accuracy) / images + z**2 / (4 * images**2))
     shrink = 1 + z**2 / images
-    return (accuracy + z**2 / (2 * images)) / shrink, z * spread / shrink
+    centre, half = (accuracy + z**2 / (2 * images)) / shrink, z * spread / shrink
+    return centre - half, centre + half

@@ -8,7 +8,7 @@ from labelwise.reports import text
 
 def render(document: dict[str, Any]) -> str:
     """Write a report as Markdown."""
-    lines = ["# Labelwise report", "", document["verdict"], ""]
+    lines = ["# Labelwise report", "", escape(document["verdict"]), ""]
     if document["summary"]:
         columns, rows = text.table(document)
         lines += [
@@ -50,7 +50,12 @@ def render(document: dict[str, Any]) -> str:
             f"- {escape(each['advice'])} ({each['study']}, {escape(each['folder'])})"
             for each in document["studies"]
         ] + [""]
-    lines += ["## What these numbers do not say", "", *(f"- {limit}" for limit in document["limits"]), ""]
+    lines += [
+        "## What these numbers do not say",
+        "",
+        *(f"- {escape(limit)}" for limit in document["limits"]),
+        "",
+    ]
     lines += [
         "## Commands",
         "",

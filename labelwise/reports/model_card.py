@@ -20,12 +20,13 @@ def render(document: dict[str, Any], classifier: dict[str, Any], short_side: int
     """
     data, surroundings, summary = document["data"], document["environment"], document["summary"]
     spec = {key: json.loads(value) for key, value in classifier["encoder"].items()}
+    key, words = text.measured(document)
     name = escape(Path(data["root"]).name)
     lines = [
         f"# Image classifier: {name}",
         "",
         f"A {spec['backbone']} that tells {len(classifier['classes'])} classes apart. It was pretrained with SimCLR on "
-        f"{data['pool']:,} images without their labels and fine-tuned on all {classifier['labels']:,} labels"
+        f"{data['pool']:,} images without their labels and {_trained(classifier)} all {classifier['labels']:,} labels"
         f"{'' if document['folds'] else ' outside the test set'}. Made with Labelwise.",
         "",
         "## Files",
@@ -46,7 +47,10 @@ def render(document: dict[str, Any], classifier: dict[str, Any], short_side: int
         f"Measured on {text.test_line(document)}. Every row is a classifier made as this one was, from so many labels drawn "
         "at random.",
         "",
-        *write_table(["labels", "accuracy, %", "gain over training from scratch, points"], _rows(summary)),
+        *write_table(
+            ["labels", f"accuracy, %{words}", f"gain over training from scratch, points{words}"],
+            _rows(summary, key),
+        ),
         "",
         _of_itself(document, classifier),
         "",
@@ -69,18 +73,33 @@ def render(document: dict[str, Any], classifier: dict[str, Any], short_side: int
         "## How it was made",
         "",
         f"Labelwise {surroundings['labelwise']}, torch {surroundings['torch']}, timm {surroundings['timm']}; "
-        f"{classifier['steps']:,} steps of fine-tuning, {classifier['way']}. Every setting is in `config.toml`, every command "
+        f"{_steps(classifier)}. Every setting is in `config.toml`, every command "
         "in `report.md`.",
         "",
     ]
     return "\n".join(lines)
 
 
-def _rows(summary: list[dict[str, Any]]) -> list[list[str]]:
+def _trained(classifier: dict[str, Any]) -> str:
+    """How labels were learned from; cross-validation may find the network best as it is."""
+    if classifier["steps"]:
+        return "fine-tuned on"
+    return "left as it was (frozen), with a linear probe trained on"
+
+
+def _steps(classifier: dict[str, Any]) -> str:
+    """What was trained with labels."""
+    if classifier["steps"]:
+        return f"{classifier['steps']:,} steps of fine-tuning, {classifier['way']}"
+    return "no steps of fine-tuning, a linear probe on the frozen network"
+
+
+def _rows(summary: list[dict[str, Any]], key: str) -> list[list[str]]:
+    """Labels, accuracy and gain; key: as of `text.measured`."""
     return [
         [
             f"{entry['labels']:,}",
-            text.with_interval(entry["arms"]["simclr"]),
+            text.with_interval(entry[key]["simclr"]),
             text.points(entry["gain"]).replace(" points", "") if entry["gain"] else "",
         ]
         for entry in summary

@@ -8,6 +8,8 @@ import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from labelwise.reports import text
+
 # Okabe and Ito 2008: told apart with any colour vision.
 COLORS = {
     "simclr": "#0072B2",
@@ -37,21 +39,22 @@ STYLE: Any = {
 
 def accuracy_against_labels(document: dict[str, Any]) -> str:
     """Accuracy of every method at every number of labels, each line named at its end."""
+    key, words = text.measured(document)
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(7.6, 4.2))
         axes = figure.add_subplot()
         ends: list[tuple[float, str, str]] = []
         counts = [entry["labels"] for entry in document["summary"]]
         for arm, name in document["arm_names"].items():
-            entries = [entry for entry in document["summary"] if arm in entry["arms"]]
+            entries = [entry for entry in document["summary"] if arm in entry[key]]
             labels = [entry["labels"] for entry in entries]
-            means = [100 * entry["arms"][arm]["mean"] for entry in entries]
+            means = [100 * entry[key][arm]["mean"] for entry in entries]
             color = COLORS.get(arm, OTHER)
             axes.plot(labels, means, "o-", color=color, linewidth=2, markersize=5)
             banded = [
-                (x, entry["arms"][arm])
+                (x, entry[key][arm])
                 for x, entry in zip(labels, entries, strict=True)
-                if entry["arms"][arm]["low"] is not None
+                if entry[key][arm]["low"] is not None
             ]
             if banded:
                 axes.fill_between(
@@ -67,7 +70,7 @@ def accuracy_against_labels(document: dict[str, Any]) -> str:
         axes.set_xticks(counts, [f"{count:,}" for count in counts])
         axes.minorticks_off()
         axes.set_xlabel("labels, logarithmic scale")
-        axes.set_ylabel("test accuracy, %")
+        axes.set_ylabel(f"test accuracy, %{words}")
         axes.grid(axis="y", color=INK, alpha=0.12)
         axes.margins(x=0.04)
         _label_ends(axes, ends)
@@ -162,5 +165,5 @@ def as_svg(figure: Figure) -> str:
     figure.savefig(
         buffer, format="svg", transparent=True, bbox_inches="tight", metadata={"Date": None, "Creator": None}
     )
-    text = buffer.getvalue()
-    return text[text.index("<svg") :].replace(INK, "currentColor")
+    svg = buffer.getvalue()
+    return svg[svg.index("<svg") :].replace(INK, "currentColor")

@@ -48,6 +48,11 @@ def check_note(document: dict[str, Any]) -> str:
     )
 
 
+def measured(document: dict[str, Any]) -> tuple[str, str]:
+    """Under which key of a summary's entry the accuracies are that differences are of, and words for these."""
+    return ("macro", MACRO) if document["by_class"] else ("arms", "")
+
+
 def percent(value: float) -> str:
     """An accuracy in percent, one decimal."""
     return f"{100 * value:.1f}"
@@ -81,7 +86,7 @@ def over_encoders_in_words(gain: dict[str, Any]) -> str:
     Fewer than three encoders or draws claim nothing, and say so.
     """
     each = ", ".join(f"{100 * mean:+.1f}" for mean in gain["of_each"])
-    over = f"gain over {len(gain['of_each'])} encoders with {gain['labels']:,} labels"
+    over = f"gain over {len(gain['of_each'])} encoders with {gain['labels']:,} labels{MACRO if gain['by_class'] else ''}"
     return f"{over}: {points(gain)} (each: {each}): {gain['verdict'] if gain['claims'] else 'nothing is claimed'}"
 
 
@@ -100,12 +105,14 @@ def saved_in_words(saved: dict[str, Any], label_cost: float | None) -> str:
             return f"more than {value(saved['most'])}"
         return value(labels) if labels else f"{less} than {value(saved['fewest'])}"
 
-    if saved["low"] == 0 and saved["high"] is None:
+    is_unknown = saved["low"] == 0 and saved["high"] is None
+    is_beyond = saved["matches"] is None and saved["most"] < saved["labels"]  # not measured at as many
+    if is_unknown or is_beyond:
         return f"{saved['labels']:,} labels: how many without pretraining match them cannot be told from these numbers"
     matches, low, high = (words(key, "{:,.0f}".format, "fewer") for key in ("matches", "low", "high"))
     said = f"{saved['labels']:,} labels with pretraining match {matches} without [{low}, {high}]"
-    if label_cost is None:
-        return said
+    if label_cost is None or (saved["matches"] is None and saved["most"] == saved["labels"]):
+        return said  # in money: more than nothing
     matches, low, high = (words(key, money, "less") for key in ("matches", "low", "high"))
     return f"{said}; at {label_cost:g} a label that saves {matches} [{low}, {high}]"
 

@@ -216,8 +216,8 @@ class _Pace:
         return time.monotonic() + steps * seconds / done <= self.deadline
 
 
-def _label_counts(settings: FinetuneSettings, bench: Bench) -> dict[int, float | None]:
-    """Numbers of labels to try, ascending, each with the fraction that was asked for, if one was.
+def _label_counts(settings: FinetuneSettings, bench: Bench) -> dict[int, float]:
+    """Numbers of labels to try, ascending, each with its share of the images outside the test set, as it was asked for if it was.
 
     Each is at least one per class, and at most all there are.
     """
@@ -238,14 +238,17 @@ def _label_counts(settings: FinetuneSettings, bench: Bench) -> dict[int, float |
     else:
         asked = [(f"{each} per class", each * classes, None) for each in LADDER if each * classes < there]
         asked.append(("all", there, None))
-    counts: dict[int, float | None] = {}
+    counts: dict[int, float] = {}
     for words, count, share in asked:
         if count < classes:
             terminal.warn(f"{words} is {count} labels for {classes} classes; using {classes}, one per class.")
         elif count > there:
             terminal.warn(f"{words} is {count:,} labels and {there:,} can be had; using all of them.")
         used = max(classes, min(there, count))
-        counts[used] = used / pool if share is not None and used != count else share
+        if used in counts:
+            terminal.warn(f"{words}: {used:,} labels are compared already; once is enough.")
+            continue
+        counts[used] = share if share is not None and used == count else used / pool
     return dict(sorted(counts.items()))
 
 
@@ -367,7 +370,7 @@ def _store(
     method: str,
     rows: Rows,
     draw: int,
-    fraction: float | None,
+    fraction: float,
     probabilities: Floats,
     facts: dict[str, Any],
 ) -> None:
@@ -403,6 +406,10 @@ def _store(
             bench.classes[index]: float((predicted[truth == index] == index).mean())
             for index in np.unique(truth)
         },
+        "untested": [
+            bench.classes[index]
+            for index in np.setdiff1d(range(len(bench.classes)), bench.labels[bench.test])
+        ],
         "balanced": not bench.unbalanced,
         **facts,
         "draw_sha256": hash_names([bench.names[row] for row in rows]),

@@ -1,6 +1,7 @@
 """What the numbers say, in words: the verdict, what they do not say, what to do next."""
 
 from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from labelwise.measures.statistics import (
     HELPS,
     HURTS,
     UNCLEAR,
-    test_set_margin,
+    left_open_by_images,
 )
 from labelwise.reports import text
 from labelwise.rundir import RunDirectory
@@ -21,49 +22,37 @@ FEW_TEST_IMAGES = 100  # an accuracy is known to about ten points then (Wilson 1
 
 def verdict_in_words(
     summary: list[dict[str, Any]],
-    pool: int,
     tested: int,
     over_encoders: list[dict[str, Any]],
     *,
     by_class: bool = False,
+    untested: Sequence[str] = (),
 ) -> str:
     """The answer in words, for every number of labels: fine-tuned SimCLR against training from scratch.
 
     Args:
         summary: An entry for each number of labels.
-        pool: How many images were pretrained on.
         tested: Independent test images.
         over_encoders: See `gains_over_encoders`.
         by_class: Differences are of the mean over classes.
+        untested: Classes without a test image.
     """
     said: dict[str, list[str]] = {HELPS: [], UNCLEAR: [], HURTS: []}
     few: list[tuple[dict[str, Any], str]] = []
     guesses: list[str] = []
     for entry in summary:
-        best = next(
-            (c for c in entry["comparisons"] if c["arm"] == "simclr" and c["against"] == "supervised"), None
-        )
-        best = best or next((c for c in entry["comparisons"] if c["against"] == "supervised"), None)
+        best = _ours_against(entry, "supervised")
         if best is None:
             continue
-        fraction = entry["fraction"] or entry["labels"] / max(1, pool)
-        share = "" if any(said.values()) else f" ({100 * fraction:.2g} % of the images)"
+        is_first = entry["fraction"] is not None and not any(said.values())
+        share = f" ({100 * entry['fraction']:.2g} % of the images)" if is_first else ""
         if best["low"] is None or best["n"] < FEWEST_DRAWS:
             few.append((best, f"{100 * best['mean']:+.1f} points with {entry['labels']:,} labels"))
             continue
-        if best["verdict"] == HELPS and entry["guesses"]:
+        if best["verdict"] == HELPS and "supervised" in entry["guesses"]:
             guesses.append(f"{entry['labels']:,}")
         said[best["verdict"]].append(f"{text.gain_in_words(best)} with {entry['labels']:,} labels{share}")
-    if few and not any(said.values()):
-        most = max(best["n"] for best, _ in few)
-        one = "One test image or group, no interval" if tested == 1 else "One label draw, no interval"
-        why = one if tested == 1 or most == 1 else f"{most} label draws where {FEWEST_DRAWS} are needed"
-        return f"{why}, so nothing is claimed: {', '.join(words for _, words in few)}."
-    if not any(said.values()):
-        done = {arm for entry in summary for arm in entry["arms"]}
-        return "No comparison with training from scratch yet." + (
-            f" Measured so far: {', '.join(sorted(done))}." if done else " Run `labelwise finetune`."
-        )
+    claims = any(said.values())
     sentences = []
     if said[HELPS]:
         sentences.append(f"Pretraining on your images helps: {', '.join(said[HELPS])}.")
@@ -76,30 +65,58 @@ def verdict_in_words(
             f"No difference{' is' if sentences else ' between pretraining and training from scratch is'} shown: {', '.join(said[UNCLEAR])}."
         )
     if few:
-        sentences.append(f"Too few label draws to claim anything: {', '.join(words for _, words in few)}.")
+        sentences.append(_of_few_draws(few, tested, claims=claims))
+    if not sentences:
+        done = {arm for entry in summary for arm in entry["arms"]}
+        measured = f"Measured so far: {', '.join(sorted(done))}." if done else "Run `labelwise finetune`."
+        sentences.append(f"No comparison with training from scratch yet. {measured}")
     sentences += _over_encoders_in_words(over_encoders)
-    for finding, words in (
-        (HURTS, "Plain pixels are better"),
-        (UNCLEAR, "No difference to plain pixels is shown"),
-    ):
-        found = [f"{entry['labels']:,}" for entry in summary if _against_pixels(entry) == finding]
-        if found:
-            sentences.append(f"{words} with {', '.join(found)} labels.")
-    sentences += _against_others(summary)
-    if by_class and any(said.values()):
+    against_others = [*_against_pixels_in_words(summary), *_against_others(summary)]
+    sentences += against_others
+    claims = claims or bool(against_others)
+    if by_class and claims:
         sentences.append("Classes differ in size: these are differences of the mean over classes.")
-    elif any("macro" in entry for entry in summary) and any(said.values()):
+    elif any("macro" in entry for entry in summary) and claims:
         sentences.append(
             "Classes differ in size, and one has too few test images to count each alike: the large ones decide this."
+        )
+    if untested:
+        sentences.append(f"Not one image of {_classes(untested)} was tested.")
+    nothing = [f"{entry['labels']:,}" for entry in summary if len(entry["guesses"]) == len(entry["arms"])]
+    if nothing:
+        sentences.append(
+            f"With {', '.join(nothing)} labels no method learned anything: none is 3 points better than always naming one class."
         )
     if guesses:
         sentences.append(
             f"From scratch is hardly better than guessing with {', '.join(guesses)} labels: the gain may be that of a rate or steps that do "
             "not fit (--scratch-rate, --scratch-steps)."
         )
-    if tested < FEW_TEST_IMAGES:
+    if tested < FEW_TEST_IMAGES and claims:
         sentences.append(f"Only {tested} independent test images: they alone may decide this.")
     return " ".join(sentences)
+
+
+def _ours_against(entry: dict[str, Any], other: str) -> dict[str, Any] | None:
+    """SimCLR's comparison with another method: fine-tuned, or where that was not measured, its linear probe."""
+    found = {c["arm"]: c for c in entry["comparisons"] if c["against"] == other}
+    return found.get("simclr") or found.get("simclr_probe")
+
+
+def _of_few_draws(few: list[tuple[dict[str, Any], str]], tested: int, *, claims: bool) -> str:
+    """Differences that claim nothing, and why."""
+    found = ", ".join(words for _, words in few)
+    if claims:
+        return f"Too few label draws to claim anything: {found}."
+    most = max(best["n"] for best, _ in few)
+    one = "One test image or group, no interval" if tested == 1 else "One label draw, no interval"
+    why = one if tested == 1 or most == 1 else f"{most} label draws where {FEWEST_DRAWS} are needed"
+    return f"{why}, so nothing is claimed: {found}."
+
+
+def _classes(names: Sequence[str]) -> str:
+    """`class 2`, or `classes 2, 3`."""
+    return f"class{'es' if len(names) > 1 else ''} {', '.join(names)}"
 
 
 def _over_encoders_in_words(gains: list[dict[str, Any]]) -> list[str]:
@@ -133,11 +150,24 @@ def _against_others(summary: list[dict[str, Any]]) -> list[str]:
     ]
 
 
+def _against_pixels_in_words(summary: list[dict[str, Any]]) -> list[str]:
+    """Numbers of labels at which SimCLR does not beat plain pixels."""
+    said = []
+    for finding, words in (
+        (HURTS, "Plain pixels are better"),
+        (UNCLEAR, "No difference to plain pixels is shown"),
+    ):
+        found = [f"{entry['labels']:,}" for entry in summary if _against_pixels(entry) == finding]
+        if found:
+            said.append(f"{words} with {', '.join(found)} labels.")
+    return said
+
+
 def _against_pixels(entry: dict[str, Any]) -> str | None:
-    """Whether fine-tuned SimCLR beats logistic regression on pixels; None where that was not measured twice."""
-    pairs = (c for c in entry["comparisons"] if (c["arm"], c["against"]) == ("simclr", "pixels"))
-    found = next(pairs, None)
-    return found["verdict"] if found is not None and found["low"] is not None else None
+    """Whether SimCLR beats logistic regression on pixels; None where that was measured too rarely to say."""
+    found = _ours_against(entry, "pixels")
+    claims = found is not None and found["low"] is not None and found["n"] >= FEWEST_DRAWS
+    return found["verdict"] if found is not None and claims else None
 
 
 def limits_in_words(
@@ -169,6 +199,11 @@ def limits_in_words(
         found.append(
             "Classes differ in size, so every difference, the gain and labels saved are of the mean over classes, in which each counts alike."
         )
+    if computed["untested"]:
+        found.append(
+            f"Not one image of {_classes(computed['untested'])} was tested: how well it is told from the others is not known, and a mean over "
+            "classes leaves it out."
+        )
     if any("macro" in entry for entry in summary) and not computed["by_class"]:
         found.append(
             f"Classes differ in size, and one has fewer than {FEWEST_PER_CLASS} independent test images: differences are of plain accuracy, in which "
@@ -198,10 +233,10 @@ def limits_in_words(
                 "smaller. Label images that were held out (splits/test.json names them, if there are any), or give --test FOLDER, to know."
             )
         if not folds and groups is None:
+            low, high = left_open_by_images(best, tested)
             found.append(
-                f"{tested:,} test images: from the images alone, an accuracy of {best:.0%} is known to "
-                f"\u00b1{100 * test_set_margin(best, tested):.1f} points, with {3 * tested:,} more to half of that. "
-                "Intervals in the table count that in."
+                f"{tested:,} test images: from the images alone, an accuracy of {best:.1%} may be {low:.1%} to {high:.1%}, with {3 * tested:,} "
+                "more about half as wide. Intervals in the table count that in."
             )
         elif not folds:
             found.append(

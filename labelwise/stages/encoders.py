@@ -104,7 +104,7 @@ def gains_over_encoders(scores: list[Scores]) -> list[Result]:
 
     Returns:
         For each number of labels `labels`, `mean`, `low`, `high`, `n`, `verdict`, `claims`: whether there are enough encoders
-        and draws for one, and `of_each` encoder the mean.
+        and draws for one, `by_class`: whether it is of the mean over classes, and `of_each` encoder the mean.
     """
     found = []
     for labels in sorted(set.intersection(*(set(each.right) for each in scores))):
@@ -121,5 +121,6 @@ def gains_over_encoders(scores: list[Scores]) -> list[Result]:
             each_mean = values.mean(axis=(1, 2)).tolist()
             claims = gain.low is not None and gain.n >= FEWEST_DRAWS
             entry = {"labels": labels, **gain.to_json(), "verdict": verdict(gain), "claims": claims}
+            entry["by_class"] = scores[0].by_class
             found.append({**entry, "of_each": each_mean})
     return found

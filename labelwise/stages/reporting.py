@@ -59,18 +59,44 @@ def report(run: RunDirectory, label_cost: float | None = None) -> dict[str, Any]
     Raises:
         CheckpointError: A file of the run is damaged.
     """
-    data, surroundings = rundir.read_json(run.data), rundir.read_json(run.environment)
     results, predictions = rundir.read_jsonl(run.results), read_predictions(run.predictions, PREDICTED)
-    lookalikes = read_lookalikes(run, results)
-    scores = score(results, predictions)
-    over = over_encoders(run, scores)
-    computed = compute(
-        results, predictions, scores, data["pool"], lookalikes, over, surroundings.get("trouble")
+    document = compose(run, results, predictions, score(results, predictions), label_cost)
+    rundir.write_json(run.report_json, document)
+    written = pages(run, document)
+    for file, words in written.items():
+        rundir.write_text(file, words)
+    if run.model_card not in written:
+        run.model_card.unlink(missing_ok=True)  # an earlier one
+    return document
+
+
+def compose(
+    run: RunDirectory,
+    results: list[Result],
+    predictions: dict[str, list[Any]],
+    scores: Scores,
+    label_cost: float | None,
+) -> dict[str, Any]:
+    """Everything that report.json holds, from what is stored.
+
+    Args:
+        run: Pretrained, compared or not.
+        results, predictions, scores: Of the run.
+        label_cost: As in `report`.
+    """
+    data, surroundings = rundir.read_json(run.data), rundir.read_json(run.environment)
+    computed = _compute(
+        results,
+        predictions,
+        scores,
+        read_lookalikes(run, results),
+        over_encoders(run, scores),
+        surroundings.get("trouble"),
     )
     summary, check = computed["summary"], _label_check(run, results)
     test_uses = _test_uses(run, computed["over_encoders"]["runs"][1:])
-    classifier = kept_classifier(run, results)
-    document = {
+    has_classifier = kept_classifier(run, results) is not None
+    return {
         **computed,
         "data": data,
         "environment": surroundings,
@@ -80,21 +106,24 @@ def report(run: RunDirectory, label_cost: float | None = None) -> dict[str, Any]
         "studies": _studies(run, data["root"]),
         "test_uses": test_uses,
         "limits": limits_in_words(computed, data, surroundings, test_uses),
-        "next": next_steps(run, computed, check, surroundings, data, has_classifier=classifier is not None),
+        "next": next_steps(run, computed, check, surroundings, data, has_classifier=has_classifier),
         "run": str(run.path),
     }
-    rundir.write_json(run.report_json, document)
-    rundir.write_text(run.report_md, markdown.render(document))
-    rundir.write_text(run.report_html, html.render(document, run))
-    _write_model_card(run, document, classifier)
-    return document
 
 
-def compute(
+def pages(run: RunDirectory, document: dict[str, Any]) -> dict[Path, str]:
+    """What people read of report.json, by file; a model card only where a classifier was kept."""
+    found = {run.report_md: markdown.render(document), run.report_html: html.render(document, run)}
+    if facts := kept_classifier(run, document["results"]):
+        size = EncoderSpec.from_metadata(facts["encoder"]).image_size
+        found[run.model_card] = model_card.render(document, facts, evaluation_short_side(size))
+    return found
+
+
+def _compute(
     results: list[Result],
     predictions: dict[str, list[Any]],
     scores: Scores,
-    pool: int,
     lookalikes: dict[str, Any] | None,
     over: dict[str, Any],
     trouble: str | None,
@@ -103,7 +132,6 @@ def compute(
 
     Args:
         results, predictions, scores: Of the run.
-        pool: How many images were pretrained on.
         lookalikes: See `read_lookalikes`.
         over: See `over_encoders`.
         trouble: What was wrong with pretraining at its end, if anything was.
@@ -111,7 +139,9 @@ def compute(
     summary = _summarize(results, scores)
     tested = len(scores.names) if scores.groups is None else scores.groups
     return {
-        "verdict": verdict_in_words(summary, pool, tested, over["gains"], by_class=scores.by_class)
+        "verdict": verdict_in_words(
+            summary, tested, over["gains"], by_class=scores.by_class, untested=scores.untested
+        )
         + (f" But the encoder is hardly one yet: {trouble}." if summary and trouble else ""),
         "summary": summary,
         "labels_saved": _labels_saved(results, scores),
@@ -121,6 +151,7 @@ def compute(
         "folds": results[0].get("folds", 0) if results else 0,
         "by_class": scores.by_class,
         "guessing": _guessing(scores)[0],
+        "untested": scores.untested,
         "tested": len(scores.names),
         "test_groups": scores.groups,
         "lookalikes": lookalikes and {**lookalikes, "gains": _gains_without(scores, lookalikes)},
@@ -207,11 +238,9 @@ def _summarize(results: list[Result], scores: Scores) -> list[dict[str, Any]]:
         }
         if not is_balanced:
             entry["macro"] = {arm: scores.test.macro(draws).to_json() for arm, draws in arms.items()}
-        entry["guesses"] = gain is not None and (
-            entry["arms"]["supervised"]["mean"] < guessing + _HARDLY
-            if is_balanced
-            else entry["macro"]["supervised"]["mean"] < 1 / classes + _HARDLY
-        )
+        least = (guessing if is_balanced else 1 / classes) + _HARDLY
+        known = entry["arms" if is_balanced else "macro"]
+        entry["guesses"] = [arm for arm in arms if known[arm]["mean"] < least]
         summary.append(entry)
     return summary
 
@@ -396,13 +425,3 @@ def _studies(run: RunDirectory, root: str) -> list[dict[str, Any]]:
         if study["images"]["root"] == root:
             found.append({"study": study["study"], "advice": study["advice"], "folder": file.parent.name})
     return found
-
-
-def _write_model_card(run: RunDirectory, document: dict[str, Any], facts: dict[str, Any] | None) -> None:
-    """Describe the kept classifier, if there is one; an earlier card goes."""
-    if facts is not None:
-        size = EncoderSpec.from_metadata(facts["encoder"]).image_size
-        card = model_card.render(document, facts, evaluation_short_side(size))
-        rundir.write_text(run.model_card, card)
-    else:
-        run.model_card.unlink(missing_ok=True)

@@ -11,7 +11,7 @@ from labelwise.images.cache import list_caches
 from labelwise.measures.statistics import FEWEST_DRAWS
 from labelwise.ownership import hold
 from labelwise.predictions import read_predictions
-from labelwise.reports.text import over_encoders_in_words
+from labelwise.reports.text import MACRO, over_encoders_in_words
 from labelwise.rundir import RunDirectory
 from labelwise.stages.encoders import (
     SEED,
@@ -70,7 +70,8 @@ def compare_runs(paths: Sequence[Path]) -> dict[str, Any]:
     """Find the settings in which runs differ, and put their results side by side.
 
     Returns:
-        `settings`: {key: [of each run]}; `results`: [{labels, arm, accuracies}] where all have some; `same_test`: whether
+        `settings`: {key: [of each run]}; `results`: [{labels, arm, accuracies}] where all have some; `by_class`: whether these are
+        means over classes, as the gains of all runs are; `same_test`: whether
         all were tested on the same images; `over_encoders`: where nothing differs but the seed of pretraining, the gain at each
         number of labels, with an interval over encoders too; `not_over_encoders`: where the seed differs, why there is none.
 
@@ -81,13 +82,16 @@ def compare_runs(paths: Sequence[Path]) -> dict[str, Any]:
         raise UsageError("name two runs or more.")
     runs = [rundir.open_run(path) for path in paths]
     settings = differing_settings(runs)
-    arms = [_means(run) for run in runs]
+    reports = [rundir.read_json(run.report_json) if run.report_json.exists() else {} for run in runs]
+    by_class = all(document.get("by_class", False) for document in reports)
+    arms = [_means(document.get("summary", []), "macro" if by_class else "arms") for document in reports]
     reason = why_not_over_encoders(runs) if SEED in settings else ""
     gains = gains_over_encoders([read_scores(run) for run in runs]) if SEED in settings and not reason else []
     return {
         "runs": [str(run.path) for run in runs],
         "same_test": all(_tested(run) == _tested(runs[0]) for run in runs[1:]),
         "settings": settings,
+        "by_class": by_class,
         "results": [
             {"labels": labels, "arm": arm, "accuracies": [each[labels, arm] for each in arms]}
             for labels, arm in sorted(set.intersection(*(set(each) for each in arms)))
@@ -123,7 +127,7 @@ def show_comparison(document: dict[str, Any]) -> None:
             ]
             for entry in document["results"]
         ]
-        terminal.emit_table("", ["accuracy", *names], rows)
+        terminal.emit_table("", [f"accuracy{MACRO if document['by_class'] else ''}", *names], rows)
         if not document["same_test"]:
             terminal.emit("tested on different images: the accuracies do not say which run is better")
     for entry in document["over_encoders"]:
@@ -208,11 +212,6 @@ def _size(run: RunDirectory) -> int:
     return sum(file.stat().st_size for file in run.path.rglob("*") if file.is_file())
 
 
-def _means(run: RunDirectory) -> dict[tuple[int, str], float]:
-    """Mean accuracy of each arm at each number of labels, from report.json if there is one."""
-    if not run.report_json.exists():
-        return {}
-    summary = rundir.read_json(run.report_json)["summary"]
-    return {
-        (entry["labels"], arm): value["mean"] for entry in summary for arm, value in entry["arms"].items()
-    }
+def _means(summary: list[dict[str, Any]], key: str) -> dict[tuple[int, str], float]:
+    """Mean accuracy of each arm at each number of labels, of the images or over classes."""
+    return {(entry["labels"], arm): value["mean"] for entry in summary for arm, value in entry[key].items()}

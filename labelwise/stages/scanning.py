@@ -105,7 +105,7 @@ def show(document: dict[str, Any]) -> None:
         terminal.emit(f"             {entry['file']}: {entry['reason']}")
     if len(bad) > _LISTED:
         terminal.emit(f"             and {len(bad) - _LISTED:,} more; --json lists all")
-    terminal.emit(f"duplicates   {sum(map(len, copies)) - len(copies)} copies in {len(copies)} groups")
+    terminal.emit(f"duplicates   {sum(map(len, copies)):,} exact copies, in groups: {len(copies):,}")
     if document["ignored"]:
         shown = ", ".join(
             f"{count} {suffix or 'without suffix'}" for suffix, count in document["ignored"].items()

@@ -48,6 +48,8 @@ class Scores:
         test: What was tested, the same images for all or folds of the labels in turn.
         names: Of all images that were tested, sorted.
         groups: How many groups they are in; None where each stands for itself.
+        classes: That were tested; the truth of `test` is a place in this list.
+        untested: Classes without a test image.
         by_class: Differences are of the mean over classes: classes differ in size, and each has test images enough.
     """
 
@@ -55,6 +57,8 @@ class Scores:
     test: TestSet | Folds
     names: list[str]
     groups: int | None
+    classes: list[str]
+    untested: list[str]
     by_class: bool
 
     def difference(self, labels: int, first: str, second: str) -> Interval | None:
@@ -129,5 +133,9 @@ def score(results: list[Result], predictions: dict[str, list[Any]]) -> Scores:
     independent = Counter(
         each for each, _ in {(each, number[name]) for images in tested.values() for name, each in images}
     )
-    by_class = not all(row["balanced"] for row in results) and min(independent.values()) >= FEWEST_PER_CLASS
-    return Scores(right, test, there, len(set(number.values())) if tied else None, by_class)
+    untested = sorted({name for row in results for name in row.get("untested", [])})
+    fewest = 0 if untested else min(independent.values(), default=0)
+    by_class = not all(row["balanced"] for row in results) and fewest >= FEWEST_PER_CLASS
+    return Scores(
+        right, test, there, len(set(number.values())) if tied else None, classes, untested, by_class
+    )

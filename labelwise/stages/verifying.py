@@ -1,22 +1,33 @@
-"""`labelwise verify`: whether verdict, table, comparisons and labels saved follow from the stored predictions."""
+"""`labelwise verify`: whether everything a report says follows from the stored predictions and the run's other files."""
 
 import json
 import math
+import re
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from labelwise import rundir, terminal
 from labelwise.errors import CheckpointError
 from labelwise.images.splits import hash_names
 from labelwise.measures.statistics import macro_values
-from labelwise.predictions import read_predictions
+from labelwise.predictions import read_predictions, read_probabilities
 from labelwise.rundir import RunDirectory
-from labelwise.stages.reporting import compute, over_encoders, read_lookalikes
+from labelwise.stages.reporting import compose, pages
 from labelwise.stages.scoring import PREDICTED, Scores, classifier_of, score
 
 _SHOWN = 5
 _TOLERANCE = 1e-6  # other processors round otherwise
+_ROUNDED = 1e-4  # sums of probabilities, which are stored with 24 bits
+_LATER = (
+    "finished",
+    "seconds",
+    "commands",
+    "comparison",
+)  # of environment.json: a command after the report changes them
+_FIGURE = re.compile(r"<svg.*?</svg>", re.DOTALL)
 _SAMPLED = 0.05  # the intervals of labels saved are sampled, and other versions of numpy sample otherwise
 
 
@@ -31,23 +42,18 @@ def verify(run: RunDirectory) -> dict[str, Any]:
     """
     if not run.report_json.exists():
         raise CheckpointError(f"{run.path}: has no report.json; run `labelwise report --run {run.path}`.")
+    document = rundir.read_json(run.report_json)
+    _check_encoders_are_there(run, document)
     results, predictions = rundir.read_jsonl(run.results), read_predictions(run.predictions, PREDICTED)
     scores = score(results, predictions)
-    pool = rundir.read_json(run.data)["pool"]
-    computed = compute(
-        results,
-        predictions,
-        scores,
-        pool,
-        read_lookalikes(run, results),
-        over_encoders(run, scores),
-        rundir.read_json(run.environment).get("trouble"),
-    )
-    problems = [
-        *_check_draws(run, results, predictions),
-        *_check_results(results, predictions, scores),
-        *_check_report(run, computed),
-    ]
+    fresh = json.loads(json.dumps(compose(run, results, predictions, scores, document.get("label_cost"))))
+    problems = [*_check_classifiers(run, results, predictions, scores), *_check_report(run, document, fresh)]
+    for name in fresh["over_encoders"]["runs"][1:]:
+        other = RunDirectory(run.path.with_name(name))
+        theirs = rundir.read_jsonl(other.results), read_predictions(other.predictions, PREDICTED)
+        problems += [f"{name}: {each}" for each in _check_classifiers(other, *theirs, score(*theirs))]
+    if not problems:
+        problems = _check_pages(run, document)
     if problems:
         more = f"\nand {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
         raise CheckpointError(
@@ -69,8 +75,32 @@ def show(found: dict[str, Any]) -> None:
         f"           label draws: {found['draws']:,}, as their hashes say, nested, and without a test image"
     )
     terminal.emit(
-        "           report.json: verdict, table, comparisons, labels saved and calibration as recomputed"
+        "           report.json as recomputed; page, Markdown and model card as report.json, but for the figures"
     )
+
+
+def _check_encoders_are_there(run: RunDirectory, document: dict[str, Any]) -> None:
+    """Raise where encoders of other seeds, that the report counts in, are not beside the run."""
+    there = document.get("over_encoders", {}).get("runs", [])
+    names = [name.removeprefix(there[0]) for name in there[1:]]
+    missing = [
+        run.path.name + name for name in names if not run.path.with_name(run.path.name + name).exists()
+    ]
+    if missing:
+        raise CheckpointError(
+            f"{run.path}: its report is of several encoders, and {', '.join(missing)} is missing beside it; put that there, or "
+            f"make the report of this encoder alone: `labelwise report --run {run.path}`."
+        )
+
+
+def _check_classifiers(
+    run: RunDirectory, results: list[dict[str, Any]], predictions: dict[str, list[Any]], scores: Scores
+) -> list[str]:
+    return [
+        *_check_draws(run, results, predictions),
+        *_check_results(results, predictions, scores),
+        *_check_predictions(run, predictions, scores.untested),
+    ]
 
 
 def _check_draws(
@@ -117,6 +147,10 @@ def _check_results(
             for key, value in found.items()
             if not _is_same(float(value), row[key], _TOLERANCE)
         ]
+        truth = scores.test.truth_of(row["draw"])
+        of_each = {scores.classes[each]: float(right[truth == each].mean()) for each in np.unique(truth)}
+        if not _is_same(of_each, row["per_class"], _TOLERANCE):
+            problems.append(f"{_name(row)}: per_class is not what its predictions say")
     keys = zip(*(predictions[key] for key in ("method", "labels", "draw")), strict=True)
     left_out = set(keys) - set(map(classifier_of, results))
     return problems + [
@@ -125,20 +159,90 @@ def _check_results(
     ]
 
 
-def _check_report(run: RunDirectory, computed: dict[str, Any]) -> list[str]:
-    document = rundir.read_json(run.report_json)
-    missing = sorted(computed.keys() - document.keys())
+def _check_predictions(
+    run: RunDirectory, predictions: dict[str, list[Any]], untested: list[str]
+) -> list[str]:
+    """Every prediction is the most probable class, and probabilities are some."""
+    probabilities = read_probabilities(run.predictions)
+    classes = np.array(sorted({*predictions["label"], *untested}))
+    if probabilities.shape[1] != len(classes):
+        return [f"{run.predictions.name}: has probabilities of other classes than {', '.join(classes)}"]
+    predicted, rows = np.array(predictions["prediction"]), np.arange(len(probabilities))
+    place = np.searchsorted(classes, predicted).clip(0, len(classes) - 1)
+    is_most = (classes[place] == predicted) & (
+        probabilities[rows, place] >= probabilities.max(axis=1) - _TOLERANCE
+    )
+    is_one = np.isclose(probabilities.sum(axis=1), 1, rtol=0, atol=_ROUNDED) & (probabilities >= 0).all(
+        axis=1
+    )
+    is_lost = np.isnan(probabilities).all(
+        axis=1
+    )  # one that diverged under an earlier version is sure of nothing
+    return [
+        f"{predictions['method'][row]}, {predictions['labels'][row]} labels, draw {predictions['draw'][row]}: {what} of {predictions['name'][row]}"
+        for right, what in (
+            (is_most, "the prediction is not the most probable class"),
+            (is_one, "the probabilities do not add up to 1"),
+        )
+        for row in np.flatnonzero(~right & ~is_lost)
+    ]
+
+
+def _check_report(run: RunDirectory, document: dict[str, Any], fresh: dict[str, Any]) -> list[str]:
+    missing = sorted(fresh.keys() - document.keys())
     if missing:
         return [
             f"report.json: has no {missing[0]}, an earlier version wrote it; `labelwise report` comes first"
         ]
+    stored, recomputed = (
+        _wherever(document, Path(document["run"]), fresh["studies"]),
+        _wherever(fresh, run.path, document["studies"]),
+    )
     beside = f", those of {run.path.name}-seed-* beside it included"
-    for each in (document, computed):  # a run and its siblings may have been moved
-        each["over_encoders"] = each["over_encoders"]["gains"]
     return [
         f"report.json: {key} is not what the predictions give{beside if key == 'over_encoders' else ''}"
-        for key, value in json.loads(json.dumps(computed)).items()
-        if not _is_same(value, document[key], _SAMPLED if key == "labels_saved" else _TOLERANCE)
+        for key, value in recomputed.items()
+        if not _is_same(value, stored[key], _SAMPLED if key == "labels_saved" else _TOLERANCE)
+    ]
+
+
+def _wherever(document: dict[str, Any], path: Path, studies: list[dict[str, Any]]) -> dict[str, Any]:
+    """A report without the place and time it was made at.
+
+    Args:
+        document: report.json.
+        path: Of its run, then.
+        studies: That are known; others, which lie beside the run, are left out.
+    """
+    folders = {each["folder"] for each in studies}
+    over = {**document["over_encoders"], "runs": document["over_encoders"]["runs"][1:]}
+    told = {"limits": document["limits"], "next": document["next"], "over_encoders": over}
+    places = [str(path), *(str(Path(*path.parts[start:])) for start in range(1, len(path.parts))), "."]
+
+    def of_any_run(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: of_any_run(each) for key, each in value.items()}
+        if isinstance(value, list):
+            return [of_any_run(each) for each in value]
+        if isinstance(value, str):
+            for place in places:
+                value = value.replace(f"--run {place}", "--run").replace(f"{place}-seed-", "-seed-")
+        return value
+
+    return {
+        **{key: value for key, value in document.items() if key != "run"},
+        **of_any_run(told),
+        "studies": [each for each in document["studies"] if each["folder"] in folders],
+        "environment": {key: value for key, value in document["environment"].items() if key not in _LATER},
+    }
+
+
+def _check_pages(run: RunDirectory, document: dict[str, Any]) -> list[str]:
+    """What people read is what report.json says; figures, which other versions of matplotlib draw otherwise, are not compared."""
+    return [
+        f"{file.name}: is not what report.json and the run's files say; `labelwise report` writes it again"
+        for file, words in pages(run, document).items()
+        if not file.exists() or _FIGURE.sub("", file.read_text(encoding="utf-8")) != _FIGURE.sub("", words)
     ]
 
 
