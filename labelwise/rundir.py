@@ -23,6 +23,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -31,6 +32,7 @@ from labelwise.errors import CheckpointError, DataError, ResourceError, UsageErr
 
 DEFAULT_RUNS = Path("runs")
 LATEST = DEFAULT_RUNS / "latest"
+_DOOMED = ".labelwise-deleting-"
 _BEFORE_STEP_0 = {"splits", "data.json", "config.toml", "owner.json"}  # what a run killed early may have left
 
 
@@ -187,6 +189,20 @@ def point_latest(run: RunDirectory) -> None:
     fresh.unlink(missing_ok=True)
     fresh.symlink_to(run.path.name)
     os.replace(fresh, link)
+
+
+def delete(path: Path) -> None:
+    """Delete a folder: first its name, so that whatever a kill leaves of it is no run any more."""
+    doomed = Path(tempfile.mkdtemp(prefix=_DOOMED, dir=path.parent))
+    path.rename(doomed)
+    with suppress(FileNotFoundError):  # another command finishes it
+        shutil.rmtree(doomed)
+
+
+def finish_deleting(folder: Path) -> None:
+    """Delete what a killed `delete` left in a folder."""
+    for doomed in folder.glob(f"{_DOOMED}*"):
+        shutil.rmtree(doomed, ignore_errors=True)
 
 
 def is_utf8(name: str) -> bool:

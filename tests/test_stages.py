@@ -796,6 +796,31 @@ def test_runs_are_opened_by_the_name_they_are_listed_by_and_the_newest_one_left_
     assert (tmp_path / "one").is_dir()
 
 
+@pytest.mark.parametrize("deleted", [0, 1, 4])
+def test_a_removal_that_is_killed_leaves_no_run_and_is_finished_by_the_next(
+    finished: RunDirectory, tmp_path: Path, deleted: int
+) -> None:
+    for name in ("one", "two"):
+        shutil.copytree(finished.path, tmp_path / name)
+    child = os.fork()
+    if not child:
+        unlink, calls = os.unlink, iter(range(deleted + 1))
+
+        def unlink_or_die(*words: Any, **more: Any) -> None:
+            if words[0] != "owner.json" and next(calls) == deleted:
+                os.kill(os.getpid(), signal.SIGKILL)
+            unlink(*words, **more)
+
+        os.unlink = unlink_or_die
+        remove_run(tmp_path / "one")
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    assert [each["name"] for each in list_runs(tmp_path)["runs"]] == ["two"]
+    assert len(list(tmp_path.iterdir())) == 2
+    remove_run(tmp_path / "two")
+    assert not list(tmp_path.iterdir())
+
+
 def test_encoders_are_not_compared_without_a_test_set(digits: Path, tmp_path: Path) -> None:
     run = pretrain(PretrainSettings(images=digits, out=tmp_path / "run", **{**SMALL, "holdout": 0}))
     with pytest.raises(UsageError, match="has no test set, so encoders cannot be compared"):

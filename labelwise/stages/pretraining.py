@@ -93,6 +93,7 @@ def pretrain(settings: PretrainSettings, *, becomes_latest: bool = True) -> RunD
     started = time.monotonic()
     settings = inherit_model(settings)
     run, is_new = find_run(settings)
+    rundir.finish_deleting(run.path.parent)
     if run.encoder.exists():
         if (
             rundir.read_json(run.environment)["finished"] is None

@@ -387,7 +387,7 @@ def kept_classifier(run: RunDirectory, results: list[Result]) -> dict[str, Any] 
 def _studies(run: RunDirectory, root: str) -> list[dict[str, Any]]:
     """What `labelwise study` found on the same images, in folders beside the run: `study`, `advice`, and the folder's name."""
     found = []
-    for file in sorted(run.path.parent.glob("*/study.json")):
+    for file in sorted(run.path.parent.glob("[!.]*/study.json")):
         try:
             study = rundir.read_json(file)
         except CheckpointError as error:
