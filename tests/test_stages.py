@@ -1147,6 +1147,28 @@ def test_a_report_follows_from_its_predictions(finished: RunDirectory) -> None:
     assert verify(finished) == {"classifiers": 10, "predictions": 1000, "draws": 2}
 
 
+def test_a_run_that_is_worked_on_is_neither_reported_nor_verified(copy: RunDirectory) -> None:
+    before = copy.report_json.read_bytes()
+    holder = f"""
+from pathlib import Path
+from labelwise.ownership import hold
+from labelwise.rundir import RunDirectory
+with hold(RunDirectory(Path({str(copy.path)!r}))):
+    print("held", flush=True)
+    input()
+"""
+    with subprocess.Popen(
+        [sys.executable, "-c", holder], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "held\n"
+        for command in (report, verify):
+            with pytest.raises(UsageError, match=f"process {other.pid} on .* is working on it"):
+                command(copy)
+        other.communicate("\n")
+    assert copy.report_json.read_bytes() == before
+
+
 @pytest.mark.parametrize(
     ("file", "old", "new", "words"),
     [

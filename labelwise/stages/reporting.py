@@ -19,6 +19,7 @@ from labelwise.measures.statistics import (
     verdict,
 )
 from labelwise.models.encoder import EncoderSpec
+from labelwise.ownership import hold
 from labelwise.predictions import CONFIDENCE, read_predictions
 from labelwise.reports import html, markdown, model_card, text
 from labelwise.rundir import RunDirectory
@@ -58,7 +59,13 @@ def report(run: RunDirectory, label_cost: float | None = None) -> dict[str, Any]
 
     Raises:
         CheckpointError: A file of the run is damaged.
+        UsageError: Another command is working on the run.
     """
+    with hold(run):
+        return _report(run, label_cost)
+
+
+def _report(run: RunDirectory, label_cost: float | None) -> dict[str, Any]:
     data, surroundings = rundir.read_json(run.data), rundir.read_json(run.environment)
     results, predictions = rundir.read_jsonl(run.results), read_predictions(run.predictions, PREDICTED)
     lookalikes = read_lookalikes(run, results)

@@ -10,6 +10,7 @@ from labelwise import rundir, terminal
 from labelwise.errors import CheckpointError
 from labelwise.images.splits import hash_names
 from labelwise.measures.statistics import macro_values
+from labelwise.ownership import check_is_free
 from labelwise.predictions import read_predictions
 from labelwise.rundir import RunDirectory
 from labelwise.stages.reporting import compute, over_encoders, read_lookalikes
@@ -28,7 +29,9 @@ def verify(run: RunDirectory) -> dict[str, Any]:
 
     Raises:
         CheckpointError: Something does not follow from what is stored; the message names it.
+        UsageError: Another command is working on the run.
     """
+    check_is_free(run)
     if not run.report_json.exists():
         raise CheckpointError(f"{run.path}: has no report.json; run `labelwise report --run {run.path}`.")
     results, predictions = rundir.read_jsonl(run.results), read_predictions(run.predictions, PREDICTED)
@@ -49,6 +52,7 @@ def verify(run: RunDirectory) -> dict[str, Any]:
         *_check_report(run, computed),
     ]
     if problems:
+        check_is_free(run)  # one may have begun meanwhile
         more = f"\nand {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
         raise CheckpointError(
             f"{run.path}: the report does not follow from what is stored (if a comparison or another version of "
