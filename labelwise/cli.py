@@ -281,18 +281,23 @@ def _run_as_typed(words: list[str]) -> None:
         sys.exit(status)
 
 
+_IN_THE_WAY = (
+    errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.EISDIR, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG
+)  # fmt: skip
+
+
 def _resource_words(error: Exception) -> str | None:
     """What to say when memory or disk ran out; None for any other error."""
     number = error.errno if isinstance(error, OSError) else None
     told = re.search(r"\(os error (\d+)\)", str(error))  # safetensors says it in words only
     if number is None and told:
         number = int(told.group(1))
-    place = getattr(error, "filename", None)
+    place = getattr(error, "filename2", None) or getattr(error, "filename", None)
     if number in (errno.ENOSPC, errno.EDQUOT):
         return f"{place or 'disk'}: full; free some and run the same command again."
     if number == errno.EFBIG:
         return f"{place or 'a file'}: larger than this system allows; name another place for it."
-    if number in (errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO):
+    if number in _IN_THE_WAY:
         return f"{place or 'a file'}: cannot be used ({os.strerror(number)}); mend that and run the same command again."
     if is_out_of_memory(error):
         return "out of memory; use a smaller --batch-size or --image-size."

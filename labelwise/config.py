@@ -542,13 +542,26 @@ def read_recipe(path: Path, settings: type[Settings]) -> dict[str, Any]:
 
 def _read_toml(path: Path, missing: str) -> dict[str, Any]:
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        return _parse_toml(path)
     except FileNotFoundError:
         raise UsageError(f"{path}: {missing}.") from None
     except OSError as error:
         raise UsageError(f"{path}: cannot be read ({error.strerror or error}).") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except ValueError as error:
         raise UsageError(f"{path}: not a TOML file ({error}).") from None
+
+
+def _parse_toml(path: Path) -> dict[str, Any]:
+    """Read a TOML file; ValueError where it is none, or none that a person wrote."""
+    text = path.read_text(encoding="utf-8")
+    try:
+        return tomllib.loads(text)
+    except tomllib.TOMLDecodeError:
+        raise
+    except RecursionError:
+        raise ValueError("nested too deep") from None
+    except ValueError:  # Python's words on digits
+        raise ValueError("a number of too many digits") from None
 
 
 def _did_you_mean(word: str, known: list[str]) -> str:
@@ -595,9 +608,12 @@ def read_run_config(path: Path, of: type[Settings] | None = None) -> dict[str, A
     Raises:
         CheckpointError: It is damaged.
     """
+    settings = of or PretrainSettings
     try:
-        tables = tomllib.loads(path.read_text(encoding="utf-8"))
-        table: dict[str, Any] = tables["pretrain"] if of is None else tables.get(of.table, {})
-    except (OSError, KeyError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise CheckpointError(f"{path}: damaged ({error}); the run cannot be used.") from None
+        tables = _parse_toml(path)
+        table = tables["pretrain"] if of is None else tables.get(of.table, {})
+        if not isinstance(table, dict):
+            raise ValueError(f"{settings.table} is no table")
+    except (OSError, KeyError, ValueError) as error:
+        raise CheckpointError(f"{path}: damaged ({error}); put it back from a copy.") from None
     return table

@@ -28,11 +28,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from labelwise import terminal
 from labelwise.errors import CheckpointError, DataError, ResourceError, UsageError
+from labelwise.forms import check_form
 
 DEFAULT_RUNS = Path("runs")
 LATEST = DEFAULT_RUNS / "latest"
 _DOOMED = ".labelwise-deleting-"
+_MADE_AGAIN = {"report.json": "report", "study.json": "study"}  # by which command
 _BEFORE_STEP_0 = {"splits", "data.json", "config.toml", "owner.json"}  # what a run killed early may have left
 
 
@@ -275,13 +278,45 @@ def read_json(path: Path) -> Any:
         CheckpointError: It is missing or damaged.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return _parse(path, _read_bytes(path))
     except FileNotFoundError:
         raise CheckpointError(
             f"{path}: missing; the run is incomplete. Run `labelwise pretrain` again."
         ) from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{path}: damaged ({error}); delete the run and start it again.") from None
+    except ValueError as error:
+        raise CheckpointError(f"{path}: damaged ({error}); {_advice(path)}.") from None
+
+
+def _read_bytes(path: Path) -> bytes:
+    """Read a file, but no pipe, which would wait for its other end."""
+    if path.exists() and not path.is_file():
+        raise ValueError("not a file")
+    return path.read_bytes()
+
+
+def _parse(path: Path, text: bytes) -> Any:
+    """Read what a file of a run, or a line of it, holds; ValueError where that is nothing such a file could hold."""
+    try:
+        value = json.loads(text.decode(), parse_constant=_refuse)
+    except RecursionError:
+        raise ValueError("nested too deep") from None
+    check_form(path.name, value)
+    return value
+
+
+def _refuse(word: str) -> None:
+    raise ValueError(f"{word} is no number")
+
+
+def _advice(path: Path) -> str:
+    """What to do about a damaged file, with the least loss."""
+    if path.name in _MADE_AGAIN or (path.parent.name == "splits" and path.name != "test.json"):
+        return f"delete it, `labelwise {_MADE_AGAIN.get(path.name, 'finetune')}` writes it again"
+    run = path.parent.parent if path.parent.name == "splits" else path.parent
+    words = "put it back from a copy, or start a new run with another --out"
+    if (run / "encoder.safetensors").exists():
+        words += f"; its encoder is kept by `labelwise pretrain IMAGES --init {run}`"
+    return words
 
 
 def append_jsonl(path: Path, row: dict[str, Any], *, durable: bool = True) -> None:
@@ -310,30 +345,46 @@ def _last_byte(file: BinaryIO) -> bytes:
 
 
 def read_derived(path: Path) -> dict[str, Any] | None:
-    """Read a JSON file that can be made again from the rest of the run, and says of what; None where it is missing or damaged."""
+    """Read a JSON file that can be done without; None where it is missing, or damaged, which is said."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        found: dict[str, Any] = _parse(path, _read_bytes(path))
+    except FileNotFoundError:
         return None
-    return found if isinstance(found, dict) and "signature" in found else None
+    except (OSError, ValueError) as error:
+        terminal.warn(f"{path}: damaged ({error}); left out.")
+        return None
+    return found
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
     """Read a JSON-lines file; a last line torn by a power cut is dropped, any other is an error."""
     try:
-        lines = path.read_bytes().split(b"\n")
+        lines = _read_bytes(path).split(b"\n")
     except FileNotFoundError:
         return []
+    except ValueError as error:
+        raise CheckpointError(f"{path}: damaged ({error}); move it away.") from None
     rows: list[dict[str, Any]] = []
     for number, line in enumerate(lines, start=1):
         if not line:
             continue
         try:
-            rows.append(json.loads(line.decode()))
-        except ValueError:
+            rows.append(_parse(path, line))
+        except ValueError as error:
             if number < len(lines):
-                raise CheckpointError(f"{path}, line {number}: damaged; delete that line.") from None
+                raise CheckpointError(
+                    f"{path}, line {number}: damaged ({error}); delete that line."
+                ) from None
     return rows
+
+
+def read_metrics(run: RunDirectory) -> list[dict[str, Any]]:
+    """Read metrics.jsonl for someone who can do without; empty where it is damaged, which is said."""
+    try:
+        return read_jsonl(run.metrics)
+    except CheckpointError as error:
+        terminal.warn(f"the metrics of training are left out: {error}")
+        return []
 
 
 def rewrite_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:

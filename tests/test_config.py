@@ -336,10 +336,12 @@ def test_the_config_of_a_run_is_itself_a_recipe(tmp_path: Path) -> None:
     assert read_run_config(file)["epochs"] == 7
 
 
-@pytest.mark.parametrize("content", [b"", b"[pretrain", b"[finetune]\n", b"\xff"])
+@pytest.mark.parametrize(
+    "content", [b"", b"[pretrain", b"[finetune]\n", b"pretrain = 5", b"a = " + b"[" * 20_000, b"\xff"]
+)
 def test_a_damaged_config_of_a_run_is_named(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "config.toml").write_bytes(content)
-    with pytest.raises(CheckpointError, match=r"config\.toml: damaged .*the run cannot be used"):
+    with pytest.raises(CheckpointError, match=r"config\.toml: damaged .*put it back from a copy"):
         read_run_config(tmp_path / "config.toml")
 
 

@@ -1031,6 +1031,33 @@ def test_a_run_goes_on_however_its_label_file_is_spelt_and_a_study_is_no_run(
         pretrain(PretrainSettings(labels=labels, **asked))
 
 
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("metrics.jsonl", "[]\n"),
+        ("neighbours.json", '{"queries": [{}]}'),
+        ("near_copies.json", "[" * 200_000),
+        ("finetune/label_check.json", '{"signature": "x", "suspects": null}'),
+        ("classifier.json", "null"),
+    ],
+)
+def test_what_a_report_can_do_without_is_left_out_where_it_is_damaged(
+    copy: RunDirectory, capsys: pytest.CaptureFixture[str], name: str, content: str
+) -> None:
+    before = rundir.read_json(copy.report_json)
+    (copy.path / name).write_text(content)
+    assert report(copy)["verdict"] == before["verdict"]
+    assert f"{Path(name).name}" in capsys.readouterr().err
+
+
+def test_a_plan_that_lacks_a_part_is_damaged(copy: RunDirectory) -> None:
+    record = rundir.read_json(copy.environment)
+    del record["plan"]["epochs"]
+    rundir.write_json(copy.environment, record)
+    with pytest.raises(CheckpointError, match=r"environment\.json: damaged .plan\.epochs: Field required"):
+        pretraining._read_plan(copy)
+
+
 def test_one_damaged_run_does_not_hide_the_others(
     finished: RunDirectory, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from labelwise import terminal
-from labelwise.errors import CheckpointError
+from labelwise.errors import CheckpointError, is_out_of_memory
 from labelwise.rundir import flush
 
 KEPT = 2
@@ -88,19 +89,27 @@ def load_checkpoint(
     Raises:
         CheckpointError: There are checkpoints, and each is damaged.
     """
+    if folder.exists() and not folder.is_dir():
+        raise CheckpointError(f"{folder}: a file, where the folder of checkpoints belongs; move it away.")
     candidates = _checkpoints(folder)
     for candidate in reversed(candidates):
         if not _is_whole(candidate):
             terminal.warn(f"{candidate}: damaged; set aside.")
             _set_aside(candidate)
             continue
-        tensors = load_file(candidate / "state.safetensors")
-        state = json.loads((candidate / "state.json").read_text(encoding="utf-8"))
-        _unflatten(tensors, state["optimizer"], modules, optimizer)
-        return Position(**state["position"])
+        try:
+            tensors = load_file(candidate / "state.safetensors")
+            state = json.loads((candidate / "state.json").read_text(encoding="utf-8"))
+            _unflatten(tensors, state["optimizer"], modules, optimizer)
+            return Position(**state["position"])
+        except (RuntimeError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
+            if is_out_of_memory(error):
+                raise
+            terminal.warn(f"{candidate}: not of this model ({str(error).splitlines()[0]}); set aside.")
+            _set_aside(candidate)
     if candidates:
         raise CheckpointError(
-            f"{folder}: no checkpoint in it is whole; the same command again starts from step 0."
+            f"{folder}: no checkpoint in it is whole and of this model; the same command again starts from step 0."
         )
     return None
 
@@ -177,11 +186,13 @@ def _unflatten(
 
 def _is_whole(checkpoint: Path) -> bool:
     try:
+        if not all((checkpoint / name).is_file() for name in {*_FILES, "manifest.json"}):
+            return False  # opening a pipe would wait for its other end
         manifest = json.loads((checkpoint / "manifest.json").read_text(encoding="utf-8"))
         if manifest["version"] != _VERSION or set(manifest["sha256"]) != _FILES:
             return False
         return all(_sha256(checkpoint / name) == digest for name, digest in manifest["sha256"].items())
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return False
 
 

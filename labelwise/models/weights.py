@@ -36,7 +36,7 @@ def load_encoder(path: str | Path) -> tuple[Encoder, EncoderSpec]:
     metadata = read_metadata(file)
     try:
         spec = EncoderSpec.from_metadata(metadata)
-    except (KeyError, ValueError):
+    except (KeyError, ValueError, TypeError, RecursionError):
         raise CheckpointError(
             f"{file}: not an encoder of Labelwise (its header names no backbone)."
         ) from None

@@ -12,10 +12,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+from pydantic import TypeAdapter, ValidationError
 
 from labelwise import environment, rundir, seeding, terminal
 from labelwise.config import PretrainSettings, to_toml
 from labelwise.errors import (
+    CheckpointError,
     DataError,
     Interrupted,
     LabelwiseError,
@@ -389,7 +391,15 @@ def _test_lock(
 
 
 def _read_plan(run: RunDirectory) -> Plan | None:
-    return Plan(**rundir.read_json(run.environment)["plan"]) if run.environment.exists() else None
+    if not run.environment.exists():
+        return None
+    try:
+        return TypeAdapter(Plan).validate_python(rundir.read_json(run.environment)["plan"])
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise CheckpointError(
+            f"{run.environment}: damaged (plan.{first['loc'][0]}: {first['msg']}); put it back from a copy."
+        ) from None
 
 
 def _write_start(

@@ -4,7 +4,7 @@ import math
 import time
 
 from labelwise import rundir, terminal
-from labelwise.config import FinetuneSettings, PretrainSettings, parse_duration, read_recipe, read_run_config
+from labelwise.config import FinetuneSettings, PretrainSettings, parse_duration, read_run_config
 from labelwise.errors import CheckpointError, DataError, UsageError
 from labelwise.images.cache import build_cache
 from labelwise.measures.statistics import FEWEST_DRAWS
@@ -73,7 +73,7 @@ def finetune(settings: FinetuneSettings) -> RunDirectory:
 
 def _other_seeds(run: RunDirectory, encoders: int) -> list[tuple[RunDirectory, PretrainSettings]]:
     """Where the other encoders lie, and the settings of this run as they were decided, with another seed."""
-    table = read_recipe(run.config, PretrainSettings)
+    table = read_run_config(run.config)
     sources = {name: value for name, value in rundir.read_json(run.data)["sources"].items() if value}
     others = []
     for number in range(1, encoders):
@@ -165,4 +165,4 @@ def _lend(run: RunDirectory, other: RunDirectory) -> None:
 
 def _seconds(run: RunDirectory) -> float:
     """How long the epochs of pretraining that are done took."""
-    return float(sum(row["seconds"] for row in rundir.read_jsonl(run.metrics) if row["kind"] == "epoch"))
+    return float(sum(row["seconds"] for row in rundir.read_metrics(run) if row["kind"] == "epoch"))
