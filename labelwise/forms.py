@@ -195,7 +195,14 @@ class _Gains(_Form):
     gains: list[Any]
 
 
+class _Reported(_Form):
+    method: str
+    labels: int
+    draw: int
+
+
 class _Report(_Form):
+    results: list[_Reported] = []
     summary: list[_Column]
     over_encoders: _Gains | None = None
 

@@ -22,6 +22,7 @@ from labelwise.config import METHODS, FinetuneSettings, PretrainSettings, read_r
 from labelwise.errors import CheckpointError, DataError, Interrupted, LabelwiseError, UsageError
 from labelwise.images.splits import hash_names
 from labelwise.learning.optimization import Diverged
+from labelwise.models.weights import load_encoder, save_encoder
 from labelwise.predictions import read_predictions, store_predictions
 from labelwise.reports import html, markdown, model_card, text
 from labelwise.reports.markdown import escape
@@ -29,6 +30,7 @@ from labelwise.reports.text import doubts_in_words, is_too_weak
 from labelwise.rundir import RunDirectory
 from labelwise.stages import benching, comparing, concluding, methods, pretraining
 from labelwise.stages.demo import write_digits
+from labelwise.stages.encoders import comparison_of
 from labelwise.stages.guarding import Guard
 from labelwise.stages.methods import Way
 from labelwise.stages.pretraining import pretrain
@@ -620,10 +622,13 @@ def test_what_no_encoder_has_a_part_in_is_lent_and_would_be_the_same(
     other = RunDirectory(tmp_path / "one-seed-1")
 
     def results(run: RunDirectory) -> dict[Any, Any]:
-        keys, left_out = ("method", "labels", "draw"), ("seconds",)
+        keys, left_out = ("method", "labels", "draw"), ("seconds", "signature")
         rows = [row for row in rundir.read_jsonl(run.results) if row["method"] not in ours]
         return {
-            tuple(row[key] for key in keys): {key: row[key] for key in row if key not in left_out}
+            tuple(row[key] for key in keys): {
+                **{key: row[key] for key in row if key not in left_out},
+                "compared on": comparison_of(row),
+            }
             for row in rows
         }
 
@@ -1226,9 +1231,44 @@ def test_a_result_without_predictions_is_named_and_trained_again(
     assert verify(copy) == verify(finished)
 
 
+def test_a_report_is_not_replaced_by_one_of_fewer_results_that_got_lost(
+    copy: RunDirectory, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before, rows = copy.report_json.read_bytes(), copy.results.read_bytes()
+    for kept in (b"", rows[: len(rows) // 2], rows[:-2]):
+        copy.results.write_bytes(kept)
+        with pytest.raises(
+            CheckpointError, match=r"results\.jsonl: lacks [\d,]+ classifiers whose predictions"
+        ):
+            report(copy)
+        assert copy.report_json.read_bytes() == before
+    copy.report_json.unlink()
+    capsys.readouterr()
+    report(copy)
+    assert "lacks 1 classifiers whose predictions are there" in " ".join(capsys.readouterr().err.split())
+
+
+def test_results_of_another_encoder_are_found_and_set_aside(
+    copy: RunDirectory, finished: RunDirectory
+) -> None:
+    encoder, spec = load_encoder(copy.path)
+    with torch.no_grad():
+        next(encoder.parameters()).mul_(1.5)
+    save_encoder(copy.encoder, encoder, spec)
+    with pytest.raises(CheckpointError, match=r"encoder\.safetensors or head\.safetensors: is not the one"):
+        verify(copy)
+    other = {**FEW, "methods": ("simclr_probe",)}
+    report(finetune(FinetuneSettings(run=copy.path, **other)))
+    verify(copy)
+    shutil.copy(finished.encoder, copy.encoder)
+    finetune(FinetuneSettings(run=copy.path, **other))
+    assert copy.results.read_bytes() == finished.results.read_bytes(), "those of the first encoder are back"
+
+
 def test_predictions_without_a_result_are_found(copy: RunDirectory) -> None:
     rows = rundir.read_jsonl(copy.results)
     rundir.rewrite_jsonl(copy.results, rows[1:])
+    copy.report_json.unlink()
     report(copy)
     with pytest.raises(CheckpointError, match="draw 0: has predictions and no result"):
         verify(copy)
@@ -1346,6 +1386,7 @@ def test_a_report_leaves_out_what_has_no_result_and_what_diverged(copy: RunDirec
     whole = {entry["arm"] for entry in report(copy)["calibration"]}
     rows = rundir.read_jsonl(copy.results)
     rundir.rewrite_jsonl(copy.results, [row for row in rows if row["method"] != "pixels"])
+    copy.report_json.unlink()
     assert {entry["arm"] for entry in report(copy)["calibration"]} == whole - {"pixels"}
     rundir.rewrite_jsonl(copy.results, rows)
     table = read_predictions(copy.predictions)

@@ -129,6 +129,15 @@ def read_metadata(path: Path) -> dict[str, str]:
     return {key: value for key, value in _read_header(path).items() if key != _HASH}
 
 
+def read_hash(path: Path) -> str:
+    """Hash of what a module's file holds, as its header says; an earlier version wrote none.
+
+    Raises:
+        CheckpointError: The file is missing or damaged.
+    """
+    return _read_header(path).get(_HASH, "")
+
+
 def _read_header(path: Path) -> dict[str, str]:
     """Read the text header of a safetensors file.
 

@@ -12,7 +12,7 @@ from labelwise.ownership import hold
 from labelwise.predictions import copy_predictions
 from labelwise.rundir import RunDirectory
 from labelwise.stages.comparing import compare, set_aside
-from labelwise.stages.encoders import ENCODER_METHODS, sibling, why_not_alike
+from labelwise.stages.encoders import ENCODER_METHODS, comparison_of, sibling, sign, why_not_alike
 from labelwise.stages.planning import make_pool, open_sources
 from labelwise.stages.pretraining import find_run, pool_hash, pretrain
 from labelwise.stages.reporting import report
@@ -153,10 +153,15 @@ def _lend(run: RunDirectory, other: RunDirectory) -> None:
     rows = rundir.read_jsonl(run.results)
     if not rows:
         return
-    set_aside(other, rows[0]["signature"])
+    signature = sign(comparison_of(rows[0]), other)
+    set_aside(other, signature)
     there = rundir.read_jsonl(other.results)
     known = set(map(classifier_of, there))
-    lent = {classifier_of(row): row for row in rows if row["method"] not in ENCODER_METHODS}
+    lent = {
+        classifier_of(row): {**row, "signature": signature}
+        for row in rows
+        if row["method"] not in ENCODER_METHODS
+    }
     missing = {key: row for key, row in lent.items() if key not in known}
     if missing:
         copy_predictions(run.predictions, other.predictions, set(missing))

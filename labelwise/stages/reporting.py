@@ -31,6 +31,7 @@ from labelwise.stages.scoring import (
     PREDICTED,
     Result,
     Scores,
+    classifier_of,
     counts_of_all_labels,
     read_scores,
     score,
@@ -68,6 +69,7 @@ def report(run: RunDirectory, label_cost: float | None = None) -> dict[str, Any]
 def _report(run: RunDirectory, label_cost: float | None) -> dict[str, Any]:
     data, surroundings = rundir.read_json(run.data), rundir.read_json(run.environment)
     results, predictions = rundir.read_jsonl(run.results), read_predictions(run.predictions, PREDICTED)
+    _check_results(run, results, predictions)
     lookalikes = read_lookalikes(run, results)
     scores = score(results, predictions)
     over = over_encoders(run, scores)
@@ -95,6 +97,23 @@ def _report(run: RunDirectory, label_cost: float | None) -> dict[str, Any]:
     rundir.write_text(run.report_html, html.render(document, run))
     _write_model_card(run, document, classifier)
     return document
+
+
+def _check_results(run: RunDirectory, results: list[Result], predictions: dict[str, list[Any]]) -> None:
+    """Refuse to put a report of fewer results in place of one, when it is the results that got lost."""
+    predicted = set(zip(*(predictions[key] for key in ("method", "labels", "draw")), strict=True))
+    lost = predicted - set(map(classifier_of, results))
+    if not lost:
+        return
+    reported = map(classifier_of, (rundir.read_derived(run.report_json) or {}).get("results", []))
+    method, labels, draw = min(lost)
+    words = f"lacks {len(lost):,} classifiers whose predictions are there, first {method} with {labels:,} labels, draw {draw}"
+    if lost & set(reported):
+        raise CheckpointError(
+            f"{run.results}: {words}. The report has them and is left as it was. Put the file back from a copy, or train them "
+            "again with `labelwise finetune`; to report without them, delete report.json."
+        )
+    terminal.warn(f"{run.results}: {words}; `labelwise finetune` trains them again.")
 
 
 def compute(

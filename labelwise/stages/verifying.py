@@ -13,6 +13,7 @@ from labelwise.measures.statistics import macro_values
 from labelwise.ownership import check_is_free
 from labelwise.predictions import read_predictions
 from labelwise.rundir import RunDirectory
+from labelwise.stages.encoders import sign
 from labelwise.stages.reporting import compute, over_encoders, read_lookalikes
 from labelwise.stages.scoring import PREDICTED, Scores, classifier_of, score
 
@@ -47,6 +48,7 @@ def verify(run: RunDirectory) -> dict[str, Any]:
         rundir.read_json(run.environment).get("trouble"),
     )
     problems = [
+        *_check_encoder(run, results),
         *_check_draws(run, results, predictions),
         *_check_results(results, predictions, scores),
         *_check_report(run, computed),
@@ -75,6 +77,15 @@ def show(found: dict[str, Any]) -> None:
     terminal.emit(
         "           report.json: verdict, table, comparisons, labels saved and calibration as recomputed"
     )
+
+
+def _check_encoder(run: RunDirectory, results: list[dict[str, Any]]) -> list[str]:
+    """The encoder is the one that was compared, where it is still there and an earlier version did not compare it."""
+    if not run.encoder.exists():
+        return []
+    signed = {row["signature"] for row in results if "-" in row["signature"]}
+    other = [each for each in signed if each != sign(each.partition("-")[0], run)]
+    return ["encoder.safetensors or head.safetensors: is not the one that was compared"] if other else []
 
 
 def _check_draws(
