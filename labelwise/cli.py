@@ -62,6 +62,11 @@ def main() -> NoReturn:
         terminal.fail(str(error))
         sys.exit(error.exit_code)
     except Exception as error:
+        if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
+            terminal.fail(
+                f"{str(error.filename)[:80]}...: a name too long for this system; choose a shorter one."
+            )
+            sys.exit(UsageError.exit_code)
         words = _resource_words(error)
         if debug or words is None:
             raise
@@ -282,7 +287,7 @@ def _run_as_typed(words: list[str]) -> None:
 
 
 _IN_THE_WAY = (
-    errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.EISDIR, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG
+    errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.EISDIR, errno.ENOTDIR, errno.ELOOP
 )  # fmt: skip
 
 

@@ -17,6 +17,7 @@ finetune/             results.jsonl, predictions.parquet, label_check.json (labe
 report.html, report.md, report.json, model-card.md (of the classifier)
 """
 
+import errno
 import fcntl
 import json
 import os
@@ -408,8 +409,13 @@ def check_output_folder(path: Path, *inputs: Path | None) -> None:
         if folder.is_relative_to(out):
             raise DataError(f"{path}: holds the images {folder}; choose another --out, a folder of its own.")
     there = next(parent for parent in (out, *out.parents) if parent.exists())
-    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
-        raise UsageError(f"{path}: cannot be written to; choose another --out.")
+    try:
+        with tempfile.TemporaryFile(dir=there):  # rights do not tell: a disk is mounted to be read, or /proc
+            pass
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            raise
+        raise UsageError(f"{path}: cannot be written to ({error.strerror}); choose another --out.") from None
     if out.is_dir() and not (out / "environment.json").exists():
         names = {entry.name for entry in out.iterdir()} - _BEFORE_STEP_0
         begun = tuple(

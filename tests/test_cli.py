@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import torch
 from PIL import Image
 
 from labelwise import cli, terminal
+from labelwise.rundir import RunDirectory
 
 HEAVY = ("torch", "timm", "datasets", "sklearn", "matplotlib", "pyarrow", "scipy")
 
@@ -186,6 +188,29 @@ def test_an_output_folder_among_the_images_ends_with_3(labelwise: Command, photo
     assert code == 3
     assert "lies inside the image folder" in err
     assert not (photos / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("pretrain", "photos", "--out", "x" * 5000),
+        ("predict", "photos", "--run", "run", "--out", "x" * 300 + ".csv"),
+        ("demo", "--out", "/dev/null"),
+        *(
+            [("demo", "--out", "/proc/x"), ("pretrain", "photos", "--out", "/proc/x")]
+            if sys.platform == "linux"
+            else []
+        ),
+    ],
+)
+def test_a_place_that_cannot_be_written_to_ends_with_2(
+    labelwise: Command, photos: Path, words: tuple[str, ...], pretrained: RunDirectory, tmp_path: Path
+) -> None:
+    shutil.copytree(pretrained.path, tmp_path / "run")
+    ran = labelwise(*words)
+    assert (ran.code, ran.out) == (2, "")
+    assert len(ran.err.strip().splitlines()) == 1
+    assert "cannot be written to" in ran.err or "a name too long for this system" in ran.err
 
 
 @pytest.mark.parametrize("cost", ["nan", "inf", "-1", "much"])
