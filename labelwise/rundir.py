@@ -21,11 +21,13 @@ import errno
 import fcntl
 import json
 import os
+import re
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -242,34 +244,68 @@ def flush(path: Path) -> None:
         os.close(descriptor)
 
 
-def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
-    """Let `write` fill a file beside `path`, then move it into place, so `path` is never half written."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
-    os.close(handle)
-    fresh = Path(name)
+@contextmanager
+def naming(folder: Path) -> Iterator[None]:
+    """Let whoever finds a disk full or broken say where, which neither a write nor safetensors does."""
     try:
-        write(fresh)
-        flush(fresh)
-        fresh.chmod(0o644)
-        os.replace(fresh, path)
-        flush(path.parent)
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(folder)
+        raise
+    except Exception as error:
+        told = re.search(r"\(os error (\d+)\)", str(error))  # safetensors says it in words only
+        if told is None:
+            raise
+        raise OSError(int(told[1]), os.strerror(int(told[1])), str(folder)) from None
+
+
+def write_together(files: dict[Path, Callable[[Path], object]]) -> None:
+    """Let each `write` fill a file beside its path, then move all into place; where one fails, all stay as they were."""
+    fresh: dict[Path, Path] = {}
+    try:
+        for path, write in files.items():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
+            os.close(handle)
+            fresh[path] = Path(name)
+            with naming(path.parent):
+                write(fresh[path])
+                flush(fresh[path])
+            fresh[path].chmod(0o644)
+        for path, filled in fresh.items():
+            os.replace(filled, path)
+        for folder in {path.parent for path in files}:
+            flush(folder)
     finally:
-        fresh.unlink(missing_ok=True)
+        for filled in fresh.values():
+            filled.unlink(missing_ok=True)
+
+
+def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
+    """Let `write` fill a file beside `path`, then move it into place, so `path` is never half written."""
+    write_together({path: write})
 
 
 def write_text(path: Path, text: str) -> None:
     """Replace a text file in one step."""
+    write_texts({path: text})
 
-    def write(fresh: Path) -> None:
-        fresh.write_text(text, encoding="utf-8")
 
-    write_atomically(path, write)
+def write_texts(texts: dict[Path, str]) -> None:
+    """Replace several text files, all or none."""
+    write_together(
+        {path: partial(Path.write_text, data=text, encoding="utf-8") for path, text in texts.items()}
+    )
 
 
 def write_json(path: Path, value: Any) -> None:
     """Replace a JSON file in one step."""
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    write_text(path, json_text(value))
+
+
+def json_text(value: Any) -> str:
+    """What a JSON file of a run says."""
+    return json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def read_json(path: Path) -> Any:
@@ -329,7 +365,7 @@ def append_jsonl(path: Path, row: dict[str, Any], *, durable: bool = True) -> No
         durable: Wait until it, and all lines before it, are on the disk.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("ab+") as file:
+    with naming(path.parent), path.open("ab+") as file:
         end = file.seek(0, os.SEEK_END)
         if end and _last_byte(file) != b"\n":
             file.seek(0)

@@ -1,5 +1,6 @@
 """The run folder: nothing half written, nothing lost, nothing written among the user's images."""
 
+import errno
 import os
 from pathlib import Path
 
@@ -54,6 +55,19 @@ def test_a_failing_write_leaves_the_old_file_whole(tmp_path: Path) -> None:
         rundir.write_atomically(file, fail_half_way)
     assert file.read_text(encoding="utf-8") == "the old one"
     assert [path.name for path in tmp_path.iterdir()] == ["report.json"]
+
+
+def test_of_files_that_are_written_together_all_change_or_none(tmp_path: Path) -> None:
+    files = [tmp_path / "a", tmp_path / "b"]
+    rundir.write_texts(dict.fromkeys(files, "old"))
+
+    def full(fresh: Path) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(OSError, match="No space left on device"):
+        rundir.write_together({files[0]: lambda fresh: fresh.write_text("new"), files[1]: full})
+    assert [file.read_text() for file in files] == ["old", "old"]
+    assert sorted(tmp_path.iterdir()) == files
 
 
 def test_a_failing_first_write_leaves_nothing(tmp_path: Path) -> None:

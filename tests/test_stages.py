@@ -1,5 +1,6 @@
 """Pretraining, comparing and reporting as a user meets them: real images, real training, real signals."""
 
+import errno
 import json
 import os
 import re
@@ -1229,6 +1230,22 @@ def test_a_result_without_predictions_is_named_and_trained_again(
     finetune(FinetuneSettings(run=copy.path, **FEW))
     report(copy)
     assert verify(copy) == verify(finished)
+
+
+def test_a_report_that_finds_the_disk_full_stays_as_it_was(
+    copy: RunDirectory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = (copy.report_json, copy.report_md, copy.report_html, copy.model_card)
+    before = [file.read_bytes() for file in files]
+
+    def full(path: Path) -> None:
+        if "report.html" in path.name:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(rundir, "flush", full)
+    with pytest.raises(OSError, match="No space left on device"):
+        report(copy, label_cost=3.0)
+    assert [file.read_bytes() for file in files] == before
 
 
 def test_a_report_is_not_replaced_by_one_of_fewer_results_that_got_lost(

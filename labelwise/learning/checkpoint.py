@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from labelwise import terminal
 from labelwise.errors import CheckpointError, is_out_of_memory
-from labelwise.rundir import flush
+from labelwise.rundir import flush, naming
 
 KEPT = 2
 _TENSORS_PER_WEIGHT = 3  # itself, and the two averages that AdamW keeps; other optimizers keep one
@@ -43,7 +43,7 @@ def save_checkpoint(
     """Write the resume state of a run, read it back, then delete all but the newest two.
 
     Raises:
-        OSError, SafetensorError: It could not be written; earlier ones are as they were.
+        OSError: It could not be written; earlier ones are as they were.
         CheckpointError: What is on the disk is not what was written.
     """
     name = f"step-{position.step:08d}"
@@ -54,7 +54,8 @@ def save_checkpoint(
         shutil.rmtree(leftover)
     try:
         fresh.mkdir(parents=True)
-        _write(fresh, position, *_flatten(modules, optimizer))
+        with naming(folder):
+            _write(fresh, position, *_flatten(modules, optimizer))
         fresh.rename(final)
     except BaseException:
         shutil.rmtree(fresh, ignore_errors=True)  # it may be what fills the disk

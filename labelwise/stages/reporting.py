@@ -92,10 +92,16 @@ def _report(run: RunDirectory, label_cost: float | None) -> dict[str, Any]:
         "next": next_steps(run, computed, check, surroundings, data, has_classifier=classifier is not None),
         "run": str(run.path),
     }
-    rundir.write_json(run.report_json, document)
-    rundir.write_text(run.report_md, markdown.render(document))
-    rundir.write_text(run.report_html, html.render(document, run))
-    _write_model_card(run, document, classifier)
+    texts = {
+        run.report_json: rundir.json_text(document),
+        run.report_md: markdown.render(document),
+        run.report_html: html.render(document, run),
+    }
+    if classifier is not None:
+        texts[run.model_card] = _model_card(document, classifier)
+    rundir.write_texts(texts)
+    if classifier is None:
+        run.model_card.unlink(missing_ok=True)  # an earlier one
     return document
 
 
@@ -424,11 +430,7 @@ def _studies(run: RunDirectory, root: str) -> list[dict[str, Any]]:
     return found
 
 
-def _write_model_card(run: RunDirectory, document: dict[str, Any], facts: dict[str, Any] | None) -> None:
-    """Describe the kept classifier, if there is one; an earlier card goes."""
-    if facts is not None:
-        size = EncoderSpec.from_metadata(facts["encoder"]).image_size
-        card = model_card.render(document, facts, evaluation_short_side(size))
-        rundir.write_text(run.model_card, card)
-    else:
-        run.model_card.unlink(missing_ok=True)
+def _model_card(document: dict[str, Any], facts: dict[str, Any]) -> str:
+    """What the kept classifier is, for whoever gets it."""
+    size = EncoderSpec.from_metadata(facts["encoder"]).image_size
+    return model_card.render(document, facts, evaluation_short_side(size))

@@ -29,7 +29,12 @@ def list_runs(folder: Path) -> dict[str, Any]:
     Returns:
         `runs`: name, path, state, images, backbone, epochs, seconds, bytes; `studies`: name, path, study, trials, missing, seconds,
         bytes; `caches`: path, images, bytes.
+
+    Raises:
+        UsageError: There is no such folder.
     """
+    if folder != rundir.DEFAULT_RUNS and not folder.is_dir():
+        raise UsageError(f"{folder}: no such folder.")
     begun = (path.parent for path in folder.glob("[!.]*/environment.json") if not path.parent.is_symlink())
     found = [RunDirectory(path.resolve()) for path in sorted(begun)]
     return {
