@@ -90,7 +90,7 @@ def list_caches() -> list[tuple[Path, int, int]]:
     for facts in sorted(cache_root().glob(f"[!.]*/{_FACTS}")):
         size = sum(file.stat().st_size for file in facts.parent.iterdir())
         try:
-            images = int(_read_facts(facts)["images"])
+            images = int(_parse(facts)["images"])  # of an earlier version too
         except _DAMAGE:
             images = 0  # damaged; it is made again when it is needed
         found.append((facts.parent, size, images))
@@ -356,11 +356,15 @@ def _write_facts(path: Path, facts: dict[str, Any]) -> None:
     write_json(path, {**facts, "crc32": zlib.crc32(json.dumps(facts).encode())})
 
 
-def _read_facts(path: Path) -> dict[str, Any]:
-    """Read what `_write_facts` wrote; raises one of `_DAMAGE` where it is anything else."""
+def _parse(path: Path) -> Any:
     if not path.is_file():
         raise ValueError(f"{path}: not a file")
-    facts: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def _read_facts(path: Path) -> dict[str, Any]:
+    """Read what `_write_facts` wrote; raises one of `_DAMAGE` where it is anything else."""
+    facts: dict[str, Any] = _parse(path)
     if facts.pop("crc32") != zlib.crc32(json.dumps(facts).encode()):
         raise ValueError(f"{path}: not what was written")
     return facts
