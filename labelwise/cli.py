@@ -6,7 +6,6 @@ Stages are imported inside the commands: `labelwise --help` must not wait for to
 import errno
 import math
 import os
-import re
 import signal
 import sys
 import traceback
@@ -52,6 +51,8 @@ def main() -> NoReturn:
         if number != signal.SIGINT:  # which raises KeyboardInterrupt by itself
             signal.signal(number, _terminated)
     try:
+        if not _is_somewhere():
+            raise UsageError("the folder you are in was deleted; go to another one.")
         app()
     except Interrupted as error:
         terminal.warn(f"stopped: {error}")
@@ -62,6 +63,11 @@ def main() -> NoReturn:
         terminal.fail(str(error))
         sys.exit(error.exit_code)
     except Exception as error:
+        if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
+            terminal.fail(
+                f"{str(error.filename)[:80]}...: a name too long for this system; choose a shorter one."
+            )
+            sys.exit(UsageError.exit_code)
         words = _resource_words(error)
         if debug or words is None:
             raise
@@ -310,22 +316,32 @@ def _run_as_typed(words: list[str]) -> None:
         sys.exit(status)
 
 
+_IN_THE_WAY = (
+    errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.EISDIR, errno.ENOTDIR, errno.ELOOP
+)  # fmt: skip
+
+
 def _resource_words(error: Exception) -> str | None:
     """What to say when memory or disk ran out; None for any other error."""
     number = error.errno if isinstance(error, OSError) else None
-    told = re.search(r"\(os error (\d+)\)", str(error))  # safetensors says it in words only
-    if number is None and told:
-        number = int(told.group(1))
-    place = getattr(error, "filename", None)
+    place = getattr(error, "filename2", None) or getattr(error, "filename", None)
     if number in (errno.ENOSPC, errno.EDQUOT):
-        return f"{place or 'disk'}: full; free some and run the same command again."
+        folder = place if place is None or Path(str(place)).is_dir() else Path(str(place)).parent
+        return f"{folder or 'disk'}: full; free some and run the same command again."
     if number == errno.EFBIG:
         return f"{place or 'a file'}: larger than this system allows; name another place for it."
-    if number in (errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO):
+    if number in _IN_THE_WAY:
         return f"{place or 'a file'}: cannot be used ({os.strerror(number)}); mend that and run the same command again."
     if is_out_of_memory(error):
         return "out of memory; use a smaller --batch-size or --image-size."
     return None
+
+
+def _is_somewhere() -> bool:
+    try:
+        return bool(Path.cwd())
+    except FileNotFoundError:
+        return False
 
 
 def _resolve(settings: type[S], recipe: str | None, given: dict[str, Any]) -> S:

@@ -17,6 +17,7 @@ from labelwise.errors import CheckpointError, UsageError
 from labelwise.rundir import is_utf8
 
 MOST_DRAWS = 100
+SHOWN = 200  # letters of a value that cannot be used
 SMALLEST_POOL = 32  # images; SimCLR contrasts each with the others of its batch
 METHODS = ("simclr_probe", "simclr", "supervised", "random_probe", "pixels")
 _FEATURES = ("encoder", "network", "random")  # what the run's own features are called
@@ -55,6 +56,8 @@ class Settings(BaseModel):
         except ValidationError as error:
             raise UsageError(_in_words(error, cls)) from None
         for name, value in made:
+            if isinstance(value, Path) and "\0" in str(value):
+                raise UsageError(f"{name} = {str(value)!r}: no path holds a NUL.")
             if isinstance(value, Path) and not is_utf8(str(value)):
                 raise UsageError(
                     f"{name} = {value}: a name that is not UTF-8; rename it, or set LC_ALL=C.UTF-8 if it is."
@@ -120,6 +123,22 @@ Duration = Annotated[str, AfterValidator(_is_duration)]
 Devices = Annotated[str, AfterValidator(_is_count_or_all)]
 
 
+_DEEPEST = 8
+
+
+def _is_shallow(value: Any, left: int = _DEEPEST) -> Any:
+    """What TOML, JSON and Python can all write down."""
+    if not left:
+        raise ValueError(f"nested deeper than {_DEEPEST}")
+    parts = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
+    for part in parts:
+        _is_shallow(part, left - 1)
+    return value
+
+
+BackboneArguments = Annotated[dict[str, Any], AfterValidator(_is_shallow)]
+
+
 class PretrainSettings(Settings):
     """Train an encoder on unlabeled images with SimCLR."""
 
@@ -164,7 +183,7 @@ class PretrainSettings(Settings):
     )
 
     backbone: str = Field("resnet18", description="any timm model", json_schema_extra={"panel": "Model"})
-    backbone_args: dict[str, Any] = Field(
+    backbone_args: BackboneArguments = Field(
         default_factory=dict,
         description="arguments passed to timm, as JSON",
         json_schema_extra={"panel": "Model"},
@@ -508,7 +527,7 @@ class OwnWeights(BaseModel):
 
     backbone: str
     weights: Path
-    backbone_args: dict[str, Any] = {}
+    backbone_args: BackboneArguments = {}
     finetune: bool = False
     image_size: int | None = Field(None, ge=8, le=1024)
     mean: tuple[float, float, float] | None = None
@@ -536,6 +555,8 @@ def read_own_weights(path: Path) -> dict[str, OwnWeights]:
             problem = error.errors()[0]
             place = ".".join(map(str, (name, *problem["loc"])))
             raise UsageError(f"{path}: {place}: {problem['msg']}") from None
+        if "\0" in str(own.weights):
+            raise UsageError(f"{path}: {name}.weights: no path holds a NUL.")
         found[name] = own.model_copy(update={"weights": path.parent / own.weights})
     return found
 
@@ -564,13 +585,26 @@ def read_recipe(path: Path, settings: type[Settings]) -> dict[str, Any]:
 
 def _read_toml(path: Path, missing: str) -> dict[str, Any]:
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        return _parse_toml(path)
     except FileNotFoundError:
         raise UsageError(f"{path}: {missing}.") from None
     except OSError as error:
         raise UsageError(f"{path}: cannot be read ({error.strerror or error}).") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except ValueError as error:
         raise UsageError(f"{path}: not a TOML file ({error}).") from None
+
+
+def _parse_toml(path: Path) -> dict[str, Any]:
+    """Read a TOML file; ValueError where it is none, or none that a person wrote."""
+    text = path.read_text(encoding="utf-8")
+    try:
+        return tomllib.loads(text)
+    except tomllib.TOMLDecodeError:
+        raise
+    except RecursionError:
+        raise ValueError("nested too deep") from None
+    except ValueError:  # Python's words on digits
+        raise ValueError("a number of too many digits") from None
 
 
 def _did_you_mean(word: str, known: list[str]) -> str:
@@ -588,7 +622,7 @@ def _in_words(error: ValidationError, settings: type[Settings]) -> str:
             )
         else:
             words = problem["msg"].removeprefix("Value error, ")
-            lines.append(f"{key} = {problem['input']!r}: {words[0].lower()}{words[1:]}.")
+            lines.append(f"{key} = {repr(problem['input'])[:SHOWN]}: {words[0].lower()}{words[1:]}.")
     return "\n".join(dict.fromkeys(lines))
 
 
@@ -617,9 +651,12 @@ def read_run_config(path: Path, of: type[Settings] | None = None) -> dict[str, A
     Raises:
         CheckpointError: It is damaged.
     """
+    settings = of or PretrainSettings
     try:
-        tables = tomllib.loads(path.read_text(encoding="utf-8"))
-        table: dict[str, Any] = tables["pretrain"] if of is None else tables.get(of.table, {})
-    except (OSError, KeyError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise CheckpointError(f"{path}: damaged ({error}); the run cannot be used.") from None
+        tables = _parse_toml(path)
+        table = tables["pretrain"] if of is None else tables.get(of.table, {})
+        if not isinstance(table, dict):
+            raise ValueError(f"{settings.table} is no table")
+    except (OSError, KeyError, ValueError) as error:
+        raise CheckpointError(f"{path}: damaged ({error}); put it back from a copy.") from None
     return table

@@ -5,12 +5,12 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 from types import UnionType
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, NoReturn, Union, get_args, get_origin
 
 import typer
 from pydantic.fields import FieldInfo
 
-from labelwise.config import Settings
+from labelwise.config import SHOWN, Settings
 from labelwise.errors import UsageError
 
 
@@ -85,13 +85,21 @@ def _value(name: str, field: FieldInfo, value: Any) -> Any:
         return value
     if _is(field, dict):
         try:
-            table = json.loads(value)
+            table = json.loads(value, parse_constant=_refuse)
         except json.JSONDecodeError as error:
-            raise UsageError(f"{option} {value}: not JSON ({error}).") from None
+            raise UsageError(f"{option} {value[:SHOWN]}: not JSON ({error}).") from None
+        except (ValueError, RecursionError):
+            raise UsageError(
+                f"{option} {value[:SHOWN]}: nested too deep, or holds a number that is none."
+            ) from None
         return table
     if _is(field, tuple):
         return tuple(_number(part.strip()) for part in value.split(","))
     return value
+
+
+def _refuse(word: str) -> NoReturn:
+    raise ValueError(f"{word} is no number")
 
 
 def _number(text: str) -> float | int | str:

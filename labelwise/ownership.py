@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from labelwise.environment import command_line, now
-from labelwise.errors import UsageError
+from labelwise.errors import ResourceError, UsageError
 from labelwise.rundir import RunDirectory, write_text
 
 _CONSENT_SECONDS = 0.3  # longer than a file takes to be seen by others
@@ -35,9 +35,17 @@ def hold(run: RunDirectory, *, is_new: bool = False) -> Iterator[None]:
 
     Raises:
         UsageError: Another command holds it, or has begun a run there since.
+        ResourceError: It cannot be written to.
     """
-    run.path.mkdir(parents=True, exist_ok=True)
-    ours, file = _owner(), _lock(run)
+    try:
+        run.path.mkdir(parents=True, exist_ok=True)
+        ours, file = _owner(), _lock(run)
+    except OSError as error:
+        if error.errno not in (errno.EROFS, errno.EACCES, errno.EPERM):
+            raise
+        raise ResourceError(
+            f"{error.filename}: cannot be written ({error.strerror}); copy the run to a place that can be, and name the copy with --run."
+        ) from None
     try:
         if file is None:
             _claim(run, ours)
@@ -67,6 +75,26 @@ def read_owner(run: RunDirectory) -> dict[str, Any] | None:
     """Who works on a run: `host`, `pid`, `command`, `since`; None where nobody does."""
     found = _read_owner(run.owner)
     return None if found is None or _is_gone(found) else found
+
+
+def check_is_free(run: RunDirectory) -> None:
+    """Make sure that no other command writes a run, without writing anything.
+
+    Raises:
+        UsageError: One does.
+    """
+    try:
+        file = os.open(run.owner, os.O_RDONLY | os.O_NONBLOCK)
+    except OSError:  # no command holds it, or one that was another user's alone to see
+        return
+    owner = _read_owner(run.owner)
+    try:
+        fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno == errno.EWOULDBLOCK or (owner is not None and not _is_gone(owner)):
+            raise _refusal(run, owner) from None
+    finally:
+        os.close(file)
 
 
 def _lock(run: RunDirectory) -> int | None:
@@ -152,6 +180,4 @@ def _refusal(run: RunDirectory, owner: dict[str, Any] | None, more: str = "") ->
     who = "another labelwise command"
     if owner is not None:
         who = f"`{owner['command']}` (process {owner['pid']} on {owner['host']}, since {owner['since']})"
-    return UsageError(
-        f"{run.path}: {who} is working on it; wait until it is done{more}, or choose another --out."
-    )
+    return UsageError(f"{run.path}: {who} is working on it; wait until it is done{more}.")

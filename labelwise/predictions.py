@@ -160,6 +160,8 @@ def _largest(lists: pa.ChunkedArray) -> list[float]:
 
 def _read(path: Path, names: list[str] | None = None) -> pa.Table:
     try:
+        if not path.is_file():
+            raise OSError("not a file")
         return pq.read_table(path, columns=names, schema=_SCHEMA)
     except (OSError, pa.ArrowException) as error:
         raise CheckpointError(

@@ -17,20 +17,28 @@ finetune/             results.jsonl, predictions.parquet, label_check.json (labe
 report.html, report.md, report.json, model-card.md (of the classifier)
 """
 
+import errno
 import fcntl
 import json
 import os
+import re
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from labelwise import terminal
 from labelwise.errors import CheckpointError, DataError, ResourceError, UsageError
+from labelwise.forms import check_form
 
 DEFAULT_RUNS = Path("runs")
 LATEST = DEFAULT_RUNS / "latest"
+_DOOMED = ".labelwise-deleting-"
+_MADE_AGAIN = {"report.json": "report", "study.json": "study"}  # by which command
 _BEFORE_STEP_0 = {"splits", "data.json", "config.toml", "owner.json"}  # what a run killed early may have left
 
 
@@ -189,6 +197,20 @@ def point_latest(run: RunDirectory) -> None:
     os.replace(fresh, link)
 
 
+def delete(path: Path) -> None:
+    """Delete a folder: first its name, so that whatever a kill leaves of it is no run any more."""
+    doomed = Path(tempfile.mkdtemp(prefix=_DOOMED, dir=path.parent))
+    path.rename(doomed)
+    with suppress(FileNotFoundError):  # another command finishes it
+        shutil.rmtree(doomed)
+
+
+def finish_deleting(folder: Path) -> None:
+    """Delete what a killed `delete` left in a folder."""
+    for doomed in folder.glob(f"{_DOOMED}*"):
+        shutil.rmtree(doomed, ignore_errors=True)
+
+
 def is_utf8(name: str) -> bool:
     """Whether a name can be written down; names on disk may be any bytes."""
     try:
@@ -222,34 +244,68 @@ def flush(path: Path) -> None:
         os.close(descriptor)
 
 
-def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
-    """Let `write` fill a file beside `path`, then move it into place, so `path` is never half written."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
-    os.close(handle)
-    fresh = Path(name)
+@contextmanager
+def naming(folder: Path) -> Iterator[None]:
+    """Let whoever finds a disk full or broken say where, which neither a write nor safetensors does."""
     try:
-        write(fresh)
-        flush(fresh)
-        fresh.chmod(0o644)
-        os.replace(fresh, path)
-        flush(path.parent)
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(folder)
+        raise
+    except Exception as error:
+        told = re.search(r"\(os error (\d+)\)", str(error))  # safetensors says it in words only
+        if told is None:
+            raise
+        raise OSError(int(told[1]), os.strerror(int(told[1])), str(folder)) from None
+
+
+def write_together(files: dict[Path, Callable[[Path], object]]) -> None:
+    """Let each `write` fill a file beside its path, then move all into place; where one fails, all stay as they were."""
+    fresh: dict[Path, Path] = {}
+    try:
+        for path, write in files.items():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
+            os.close(handle)
+            fresh[path] = Path(name)
+            with naming(path.parent):
+                write(fresh[path])
+                flush(fresh[path])
+            fresh[path].chmod(0o644)
+        for path, filled in fresh.items():
+            os.replace(filled, path)
+        for folder in {path.parent for path in files}:
+            flush(folder)
     finally:
-        fresh.unlink(missing_ok=True)
+        for filled in fresh.values():
+            filled.unlink(missing_ok=True)
+
+
+def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
+    """Let `write` fill a file beside `path`, then move it into place, so `path` is never half written."""
+    write_together({path: write})
 
 
 def write_text(path: Path, text: str) -> None:
     """Replace a text file in one step."""
+    write_texts({path: text})
 
-    def write(fresh: Path) -> None:
-        fresh.write_text(text, encoding="utf-8")
 
-    write_atomically(path, write)
+def write_texts(texts: dict[Path, str]) -> None:
+    """Replace several text files, all or none."""
+    write_together(
+        {path: partial(Path.write_text, data=text, encoding="utf-8") for path, text in texts.items()}
+    )
 
 
 def write_json(path: Path, value: Any) -> None:
     """Replace a JSON file in one step."""
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    write_text(path, json_text(value))
+
+
+def json_text(value: Any) -> str:
+    """What a JSON file of a run says."""
+    return json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def read_json(path: Path) -> Any:
@@ -259,13 +315,45 @@ def read_json(path: Path) -> Any:
         CheckpointError: It is missing or damaged.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return _parse(path, _read_bytes(path))
     except FileNotFoundError:
         raise CheckpointError(
             f"{path}: missing; the run is incomplete. Run `labelwise pretrain` again."
         ) from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{path}: damaged ({error}); delete the run and start it again.") from None
+    except ValueError as error:
+        raise CheckpointError(f"{path}: damaged ({error}); {_advice(path)}.") from None
+
+
+def _read_bytes(path: Path) -> bytes:
+    """Read a file, but no pipe, which would wait for its other end."""
+    if path.exists() and not path.is_file():
+        raise ValueError("not a file")
+    return path.read_bytes()
+
+
+def _parse(path: Path, text: bytes) -> Any:
+    """Read what a file of a run, or a line of it, holds; ValueError where that is nothing such a file could hold."""
+    try:
+        value = json.loads(text.decode(), parse_constant=_refuse)
+    except RecursionError:
+        raise ValueError("nested too deep") from None
+    check_form(path.name, value)
+    return value
+
+
+def _refuse(word: str) -> None:
+    raise ValueError(f"{word} is no number")
+
+
+def _advice(path: Path) -> str:
+    """What to do about a damaged file, with the least loss."""
+    if path.name in _MADE_AGAIN or (path.parent.name == "splits" and path.name != "test.json"):
+        return f"delete it, `labelwise {_MADE_AGAIN.get(path.name, 'finetune')}` writes it again"
+    run = path.parent.parent if path.parent.name == "splits" else path.parent
+    words = "put it back from a copy, or start a new run with another --out"
+    if (run / "encoder.safetensors").exists():
+        words += f"; its encoder is kept by `labelwise pretrain IMAGES --init {run}`"
+    return words
 
 
 def append_jsonl(path: Path, row: dict[str, Any], *, durable: bool = True) -> None:
@@ -277,7 +365,7 @@ def append_jsonl(path: Path, row: dict[str, Any], *, durable: bool = True) -> No
         durable: Wait until it, and all lines before it, are on the disk.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("ab+") as file:
+    with naming(path.parent), path.open("ab+") as file:
         end = file.seek(0, os.SEEK_END)
         if end and _last_byte(file) != b"\n":
             file.seek(0)
@@ -294,30 +382,46 @@ def _last_byte(file: BinaryIO) -> bytes:
 
 
 def read_derived(path: Path) -> dict[str, Any] | None:
-    """Read a JSON file that can be made again from the rest of the run, and says of what; None where it is missing or damaged."""
+    """Read a JSON file that can be done without; None where it is missing, or damaged, which is said."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        found: dict[str, Any] = _parse(path, _read_bytes(path))
+    except FileNotFoundError:
         return None
-    return found if isinstance(found, dict) and "signature" in found else None
+    except (OSError, ValueError) as error:
+        terminal.warn(f"{path}: damaged ({error}); left out.")
+        return None
+    return found
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
     """Read a JSON-lines file; a last line torn by a power cut is dropped, any other is an error."""
     try:
-        lines = path.read_bytes().split(b"\n")
+        lines = _read_bytes(path).split(b"\n")
     except FileNotFoundError:
         return []
+    except ValueError as error:
+        raise CheckpointError(f"{path}: damaged ({error}); move it away.") from None
     rows: list[dict[str, Any]] = []
     for number, line in enumerate(lines, start=1):
         if not line:
             continue
         try:
-            rows.append(json.loads(line.decode()))
-        except ValueError:
+            rows.append(_parse(path, line))
+        except ValueError as error:
             if number < len(lines):
-                raise CheckpointError(f"{path}, line {number}: damaged; delete that line.") from None
+                raise CheckpointError(
+                    f"{path}, line {number}: damaged ({error}); delete that line."
+                ) from None
     return rows
+
+
+def read_metrics(run: RunDirectory) -> list[dict[str, Any]]:
+    """Read metrics.jsonl for someone who can do without; empty where it is damaged, which is said."""
+    try:
+        return read_jsonl(run.metrics)
+    except CheckpointError as error:
+        terminal.warn(f"the metrics of training are left out: {error}")
+        return []
 
 
 def rewrite_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
@@ -341,8 +445,13 @@ def check_output_folder(path: Path, *inputs: Path | None) -> None:
         if folder.is_relative_to(out):
             raise DataError(f"{path}: holds the images {folder}; choose another --out, a folder of its own.")
     there = next(parent for parent in (out, *out.parents) if parent.exists())
-    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
-        raise UsageError(f"{path}: cannot be written to; choose another --out.")
+    try:
+        with tempfile.TemporaryFile(dir=there):  # rights do not tell: a disk is mounted to be read, or /proc
+            pass
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            raise
+        raise UsageError(f"{path}: cannot be written to ({error.strerror}); choose another --out.") from None
     if out.is_dir() and not (out / "environment.json").exists():
         names = {entry.name for entry in out.iterdir()} - _BEFORE_STEP_0
         begun = tuple(

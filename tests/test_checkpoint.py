@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -170,6 +171,30 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_is_used(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["damaged-step-00000003", "step-00000002"]
     words = capsys.readouterr().err
     assert "step-00000003: damaged; set aside." in words
+
+
+def test_a_checkpoint_of_another_model_is_set_aside(tmp_path: Path) -> None:
+    modules, optimizer = _train_and_save(tmp_path, "adamw", steps=1)
+    other = {name: nn.Linear(2, 3) for name in modules}
+    save_checkpoint(
+        tmp_path, Position(9, 0, 9), other, torch.optim.AdamW(other[next(iter(other))].parameters())
+    )
+    assert load_checkpoint(tmp_path, modules, optimizer) == Position(1, 0, 1)
+    assert (tmp_path / "damaged-step-00000009").is_dir()
+
+
+def test_pipes_and_files_among_checkpoints_are_not_waited_for(tmp_path: Path) -> None:
+    modules, optimizer = _train_and_save(tmp_path / "checkpoints", "adamw", steps=1)
+    for name in ("state.json", "manifest.json"):
+        [checkpoint] = (tmp_path / "checkpoints").glob("step-*")
+        copy = Path(shutil.copytree(checkpoint, tmp_path / name / checkpoint.name))
+        (copy / name).unlink()
+        os.mkfifo(copy / name)
+        with pytest.raises(CheckpointError, match="no checkpoint in it is whole"):
+            load_checkpoint(tmp_path / name, modules, optimizer)
+    (tmp_path / "file").touch()
+    with pytest.raises(CheckpointError, match="file: a file, where the folder of checkpoints belongs"):
+        load_checkpoint(tmp_path / "file", modules, optimizer)
 
 
 def test_when_all_are_damaged_it_is_said_and_nothing_starts_anew_in_silence(tmp_path: Path) -> None:

@@ -1,7 +1,9 @@
 """The command line: exit codes, words, streams, and what a terminal must never see."""
 
+import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,7 +16,8 @@ import pytest
 import torch
 from PIL import Image
 
-from labelwise import cli, terminal
+from labelwise import cli, rundir, terminal
+from labelwise.rundir import RunDirectory
 
 HEAVY = ("torch", "timm", "datasets", "sklearn", "matplotlib", "pyarrow", "scipy")
 
@@ -186,6 +189,29 @@ def test_an_output_folder_among_the_images_ends_with_3(labelwise: Command, photo
     assert code == 3
     assert "lies inside the image folder" in err
     assert not (photos / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("pretrain", "photos", "--out", "x" * 5000),
+        ("predict", "photos", "--run", "run", "--out", "x" * 300 + ".csv"),
+        ("demo", "--out", "/dev/null"),
+        *(
+            [("demo", "--out", "/proc/x"), ("pretrain", "photos", "--out", "/proc/x")]
+            if sys.platform == "linux"
+            else []
+        ),
+    ],
+)
+def test_a_place_that_cannot_be_written_to_ends_with_2(
+    labelwise: Command, photos: Path, words: tuple[str, ...], pretrained: RunDirectory, tmp_path: Path
+) -> None:
+    shutil.copytree(pretrained.path, tmp_path / "run")
+    ran = labelwise(*words)
+    assert (ran.code, ran.out) == (2, "")
+    assert len(ran.err.strip().splitlines()) == 1
+    assert "cannot be written to" in ran.err or "a name too long for this system" in ran.err
 
 
 @pytest.mark.parametrize("cost", ["nan", "inf", "-1", "much"])
@@ -463,9 +489,32 @@ def test_a_closed_stream_changes_no_exit_code(line: str, code: int) -> None:
     assert ("labelwise" in ran.stdout) == ("2>&-" in line)
 
 
-def test_a_full_disk_is_told_whoever_found_it() -> None:
-    found = Exception("Error while serializing: I/O error: No space left on device (os error 28)")
-    assert cli._resource_words(found) == "disk: full; free some and run the same command again."
+def test_a_full_disk_is_told_with_its_place_whoever_found_it(tmp_path: Path) -> None:
+    file = tmp_path / "runs" / "report.json"
+    file.parent.mkdir()
+    for found in (
+        OSError(errno.ENOSPC, "No space left on device"),
+        Exception("Error while serializing: I/O error: No space left on device (os error 28)"),
+        OSError(errno.ENOSPC, "No space left on device", str(file)),
+    ):
+        with pytest.raises(OSError, match="No space left on device") as caught, rundir.naming(file.parent):
+            raise found
+        words = cli._resource_words(caught.value)
+        assert words == f"{file.parent}: full; free some and run the same command again."
+
+
+def test_a_deleted_folder_to_stand_in_is_told(
+    labelwise: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    assert labelwise("recipes") == (2, "", "error: the folder you are in was deleted; go to another one.\n")
+
+
+def test_a_folder_of_runs_that_is_not_there_ends_with_2(labelwise: Command) -> None:
+    assert labelwise("runs", "list", "nonexist") == (2, "", "error: nonexist: no such folder.\n")
+    assert labelwise("runs", "list").code == 0
 
 
 @pytest.mark.parametrize("option", [("--seed", "99999999999999999999"), ("--time-limit", "9999999999h")])

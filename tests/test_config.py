@@ -339,10 +339,38 @@ def test_the_config_of_a_run_is_itself_a_recipe(tmp_path: Path) -> None:
     assert read_run_config(file)["epochs"] == 7
 
 
-@pytest.mark.parametrize("content", [b"", b"[pretrain", b"[finetune]\n", b"\xff"])
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("epochs = " + "[" * 20_000, "nested too deep"),
+        ("epochs = " + "1" * 5_000, "a number of too many digits"),
+        ("backbone_args = {a = " + "[" * 300 + "]" * 300 + "}", "nested deeper than 8"),
+        ('out = "a\\u0000b"', "no path holds a NUL"),
+    ],
+)
+def test_what_no_person_writes_into_a_recipe_is_refused(tmp_path: Path, text: str, words: str) -> None:
+    file = tmp_path / "recipe.toml"
+    file.write_text(f"[pretrain]\n{text}\n")
+    with pytest.raises(UsageError, match=words) as caught:
+        PretrainSettings.resolve({"images": Path("x")}, read_recipe(file, PretrainSettings))
+    assert len(str(caught.value)) < 1000
+
+
+@pytest.mark.parametrize(
+    "value", ['{"a": ' + "[" * 3000 + "]" * 3000 + "}", '{"a": NaN}', '{"a": ' + "1" * 5000 + "}"]
+)
+def test_what_no_person_writes_into_json_is_refused(value: str) -> None:
+    with pytest.raises(UsageError, match="nested too deep, or holds a number that is none") as caught:
+        parse(PretrainSettings, {"backbone_args": value})
+    assert len(str(caught.value)) < 1000
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"[pretrain", b"[finetune]\n", b"pretrain = 5", b"a = " + b"[" * 20_000, b"\xff"]
+)
 def test_a_damaged_config_of_a_run_is_named(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "config.toml").write_bytes(content)
-    with pytest.raises(CheckpointError, match=r"config\.toml: damaged .*the run cannot be used"):
+    with pytest.raises(CheckpointError, match=r"config\.toml: damaged .*put it back from a copy"):
         read_run_config(tmp_path / "config.toml")
 
 

@@ -278,11 +278,12 @@ def test_a_missing_file_is_refused(tmp_path: Path) -> None:
         ('{"file_name": "a.jpg", "label": \n', "labels.jsonl", "not JSON lines"),
         ("", "labels.jsonl", "labels.jsonl: "),
         ("[1, 2]\n", "labels.jsonl", "labels.jsonl: "),
-        ("[" * 100_000 + "\n", "labels.jsonl", "not a table: maximum recursion"),
+        ('{}\n{"label": ' + "1" * 5000 + "}", "labels.jsonl", "line 2 has a number of too many digits."),
+        ("[" * 100_000 + "\n", "labels.jsonl", "not JSON lines: line 1 is nested too deep."),
         (
             'file_name,label\na.jpg,"' + "x" * 200_000,
             "labels.csv",
-            "not a table: field larger than field limit",
+            "not a table: line 2 has a cell of more than 131,072 letters",
         ),
     ],
 )

@@ -118,6 +118,10 @@ def test_arguments_that_timm_refuses_are_named() -> None:
         create_encoder(_spec(channels=8))
     with pytest.raises(UsageError, match=r"'block': 'x'.*timm refuses this: AttributeError: "):
         create_encoder(_spec(block="x"))
+    with pytest.raises(UsageError, match="timm refuses this"):
+        choose_stem("resnet18", {"block": 1}, 32, "auto")
+    with pytest.raises(UsageError, match=r"'in_chans': 1.*timm refuses this: RuntimeError: "):
+        create_encoder(_spec(in_chans=1))
 
 
 # --- choice of the stem

@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from labelwise.errors import UsageError
-from labelwise.ownership import hold
+from labelwise.errors import ResourceError, UsageError
+from labelwise.ownership import check_is_free, hold
 from labelwise.rundir import RunDirectory, write_json
 
 HOLDER = """
@@ -63,6 +63,37 @@ def test_a_second_command_is_told_who_works_on_the_run(run: RunDirectory) -> Non
     with hold(run):  # given back
         pass
     assert list(run.path.iterdir()) == []
+
+
+def test_whoever_only_reads_is_told_too_and_leaves_no_trace(run: RunDirectory) -> None:
+    check_is_free(run)
+    other = start(run)
+    with pytest.raises(UsageError, match=rf"process {other.pid} on .* is working on it"):
+        check_is_free(run)
+    os.kill(other.pid, signal.SIGKILL)
+    other.wait()
+    check_is_free(run)
+    assert json.loads(run.owner.read_text())["pid"] == other.pid
+
+
+@pytest.mark.usefixtures("without_locks")
+def test_without_locks_whoever_only_reads_goes_by_the_record(run: RunDirectory) -> None:
+    other = start(run)
+    with pytest.raises(UsageError, match=rf"process {other.pid} on .* is working on it"):
+        check_is_free(run)
+    os.kill(other.pid, signal.SIGKILL)
+    other.wait()
+    check_is_free(run)
+
+
+def test_a_run_that_may_only_be_read_is_not_held(run: RunDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(path: Path, *_: int) -> int:
+        raise OSError(errno.EROFS, "Read-only file system", str(path))
+
+    monkeypatch.setattr(os, "open", refuse)
+    words = r"owner\.json: cannot be written \(Read-only file system\); copy the run"
+    with pytest.raises(ResourceError, match=words), hold(run):
+        pass
 
 
 def test_a_folder_is_given_back_after_an_error(run: RunDirectory) -> None:

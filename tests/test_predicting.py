@@ -139,6 +139,15 @@ def test_a_table_is_never_written_where_it_would_do_harm(
     assert sorted(digits.rglob("*")) == before
 
 
+def test_a_table_is_not_written_among_the_images_of_the_run(
+    run: RunDirectory, digits: Path, tmp_path: Path
+) -> None:
+    target = Path(rundir.read_json(run.data)["root"]) / "1" / "p.csv"
+    with pytest.raises(UsageError, match="lies inside the image folder"):
+        predict(run, [digits], target)
+    assert not target.exists()
+
+
 def test_files_that_are_not_there_are_named(run: RunDirectory, digits: Path, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     for images, words in (

@@ -32,6 +32,8 @@ def misbehave(data, row):
     if data.startswith(b"hang"):
         signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT, signal.SIGTERM])
         while True: time.sleep(1)
+    if data.startswith(b"stop"):
+        os.kill(os.getpid(), signal.SIGSTOP)
     if data.startswith(b"kill"):
         os.kill(os.getpid(), signal.SIGKILL)
     if data.startswith(b"bug"):
@@ -96,6 +98,23 @@ def test_a_file_that_ends_its_reader_is_named_and_all_others_are_read() -> None:
             assert answer[0][0] == row
             assert answer[1] == bytes([row]) * 3
     assert len(readers._idle) <= (os.cpu_count() or 1), "those that read one file are gone"
+
+
+@pytest.mark.usefixtures("misbehaving")
+@pytest.mark.parametrize("size", [4, 2**22])
+def test_a_reader_that_hears_no_alarm_is_given_up(monkeypatch: pytest.MonkeyPatch, size: int) -> None:
+    """Stopped, as it would be in a read that the system does not come back from; before a file or while one is sent."""
+    monkeypatch.setattr(readers, "_SECONDS", 0.1)
+    monkeypatch.setattr(readers, "_SLACK_SECONDS", 0.5)
+    assert texts(ask([b"stop".ljust(size)])) == ["takes more than 0.1 s to read"]
+    children = [readers._Child() for _ in range(2)]
+    for child in children:
+        os.kill(child.process.pid, signal.SIGSTOP)
+    readers._idle.extend(children)
+    monkeypatch.setattr(readers, "_processors", lambda: 1)
+    assert texts(ask([b"stop".ljust(size)])) == ["takes more than 0.1 s to read"]
+    children[0].end()
+    assert [child.process.poll() for child in children] == [-signal.SIGKILL] * 2
 
 
 @pytest.mark.usefixtures("misbehaving")

@@ -1,5 +1,6 @@
 """The run folder: nothing half written, nothing lost, nothing written among the user's images."""
 
+import errno
 import os
 from pathlib import Path
 
@@ -56,6 +57,19 @@ def test_a_failing_write_leaves_the_old_file_whole(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["report.json"]
 
 
+def test_of_files_that_are_written_together_all_change_or_none(tmp_path: Path) -> None:
+    files = [tmp_path / "a", tmp_path / "b"]
+    rundir.write_texts(dict.fromkeys(files, "old"))
+
+    def full(fresh: Path) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(OSError, match="No space left on device"):
+        rundir.write_together({files[0]: lambda fresh: fresh.write_text("new"), files[1]: full})
+    assert [file.read_text() for file in files] == ["old", "old"]
+    assert sorted(tmp_path.iterdir()) == files
+
+
 def test_a_failing_first_write_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="not JSON compliant"):
         rundir.write_json(tmp_path / "data.json", {"loss": float("nan")})
@@ -81,8 +95,52 @@ def test_a_missing_file_says_what_to_do(tmp_path: Path) -> None:
 def test_a_damaged_file_says_what_to_do(tmp_path: Path, content: bytes) -> None:
     file = tmp_path / "data.json"
     file.write_bytes(content)
-    with pytest.raises(CheckpointError, match=r"data\.json: damaged .*delete the run and start it again\."):
+    with pytest.raises(CheckpointError, match=r"data\.json: damaged .*put it back from a copy"):
         rundir.read_json(file)
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("[" * 200_000, "nested too deep"),
+        ("null", "not a table of names and values"),
+        ("[]", "not a table of names and values"),
+        ('{"order": 5, "sha256": {}}', "order: input should be a valid list"),
+        ('{"order": [NaN], "sha256": {}}', "NaN is no number"),
+        ("1" * 5000, "digits"),
+    ],
+)
+def test_a_file_of_another_form_is_damaged(tmp_path: Path, content: str, words: str) -> None:
+    file = tmp_path / "splits" / "draw-0-0.json"
+    rundir.write_text(file, content)
+    with pytest.raises(CheckpointError, match=words):
+        rundir.read_json(file)
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(f'{{"a": 1}}\n{content}\n')
+    if "order" not in words:
+        with pytest.raises(CheckpointError, match=rf"rows\.jsonl, line 2: damaged .*{words}"):
+            rundir.read_jsonl(rows)
+
+
+def test_a_pipe_or_folder_in_place_of_a_file_is_damage_and_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "data.json")
+    (tmp_path / "rows.jsonl").mkdir()
+    for read in (
+        lambda: rundir.read_json(tmp_path / "data.json"),
+        lambda: rundir.read_jsonl(tmp_path / "rows.jsonl"),
+    ):
+        with pytest.raises(CheckpointError, match=r"damaged \(not a file\)"):
+            read()
+    assert rundir.read_derived(tmp_path / "data.json") is None
+
+
+def test_what_is_kept_of_a_run_with_a_damaged_file_is_said(tmp_path: Path) -> None:
+    for name in ("data.json", "report.json", "encoder.safetensors"):
+        (tmp_path / name).write_text("{}")
+    with pytest.raises(CheckpointError, match=rf"its encoder is kept by .* --init {tmp_path}"):
+        rundir.read_json(tmp_path / "data.json")
+    with pytest.raises(CheckpointError, match="delete it, `labelwise report` writes it again"):
+        rundir.read_json(tmp_path / "report.json")
 
 
 def test_rows_come_back_as_they_were_written(tmp_path: Path) -> None:
@@ -123,7 +181,7 @@ def test_a_row_written_after_a_torn_line_is_not_lost(tmp_path: Path) -> None:
 def test_a_torn_line_in_the_middle_is_an_error_with_its_number(tmp_path: Path) -> None:
     file = tmp_path / "rows.jsonl"
     file.write_text('{"step": 1}\n{"step": 2, "lo\n{"step": 3}\n', encoding="utf-8")
-    with pytest.raises(CheckpointError, match=r"rows\.jsonl, line 2: damaged; delete that line\."):
+    with pytest.raises(CheckpointError, match=r"rows\.jsonl, line 2: damaged .*; delete that line\."):
         rundir.read_jsonl(file)
 
 

@@ -1,5 +1,6 @@
 """Pretraining, comparing and reporting as a user meets them: real images, real training, real signals."""
 
+import errno
 import json
 import os
 import re
@@ -24,6 +25,7 @@ from labelwise.config import METHODS, FinetuneSettings, PretrainSettings, read_r
 from labelwise.errors import CheckpointError, DataError, Interrupted, LabelwiseError, UsageError
 from labelwise.images.splits import hash_names
 from labelwise.learning.optimization import Diverged
+from labelwise.models.weights import load_encoder, save_encoder
 from labelwise.predictions import read_predictions, store_predictions
 from labelwise.reports import html, markdown, model_card, text
 from labelwise.reports.markdown import escape
@@ -31,6 +33,7 @@ from labelwise.reports.text import doubts_in_words, is_too_weak
 from labelwise.rundir import RunDirectory
 from labelwise.stages import benching, comparing, concluding, methods, pretraining
 from labelwise.stages.demo import write_digits
+from labelwise.stages.encoders import comparison_of
 from labelwise.stages.guarding import Guard
 from labelwise.stages.methods import Way
 from labelwise.stages.pretraining import pretrain
@@ -626,10 +629,13 @@ def test_what_no_encoder_has_a_part_in_is_lent_and_would_be_the_same(
     other = RunDirectory(tmp_path / "one-seed-1")
 
     def results(run: RunDirectory) -> dict[Any, Any]:
-        keys, left_out = ("method", "labels", "draw"), ("seconds",)
+        keys, left_out = ("method", "labels", "draw"), ("seconds", "signature")
         rows = [row for row in rundir.read_jsonl(run.results) if row["method"] not in ours]
         return {
-            tuple(row[key] for key in keys): {key: row[key] for key in row if key not in left_out}
+            tuple(row[key] for key in keys): {
+                **{key: row[key] for key in row if key not in left_out},
+                "compared on": comparison_of(row),
+            }
             for row in rows
         }
 
@@ -800,6 +806,31 @@ def test_runs_are_opened_by_the_name_they_are_listed_by_and_the_newest_one_left_
     remove_run(Path("one"))
     assert not os.path.lexists("runs/latest")
     assert (tmp_path / "one").is_dir()
+
+
+@pytest.mark.parametrize("deleted", [0, 1, 4])
+def test_a_removal_that_is_killed_leaves_no_run_and_is_finished_by_the_next(
+    finished: RunDirectory, tmp_path: Path, deleted: int
+) -> None:
+    for name in ("one", "two"):
+        shutil.copytree(finished.path, tmp_path / name)
+    child = os.fork()
+    if not child:
+        unlink, calls = os.unlink, iter(range(deleted + 1))
+
+        def unlink_or_die(*words: Any, **more: Any) -> None:
+            if words[0] != "owner.json" and next(calls) == deleted:
+                os.kill(os.getpid(), signal.SIGKILL)
+            unlink(*words, **more)
+
+        os.unlink = unlink_or_die
+        remove_run(tmp_path / "one")
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    assert [each["name"] for each in list_runs(tmp_path)["runs"]] == ["two"]
+    assert len(list(tmp_path.iterdir())) == 2
+    remove_run(tmp_path / "two")
+    assert not list(tmp_path.iterdir())
 
 
 def test_encoders_are_not_compared_without_a_test_set(digits: Path, tmp_path: Path) -> None:
@@ -1095,6 +1126,33 @@ def test_a_run_goes_on_however_its_label_file_is_spelt_and_a_study_is_no_run(
         pretrain(PretrainSettings(labels=labels, **asked))
 
 
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("metrics.jsonl", "[]\n"),
+        ("neighbours.json", '{"queries": [{}]}'),
+        ("near_copies.json", "[" * 200_000),
+        ("finetune/label_check.json", '{"signature": "x", "suspects": null}'),
+        ("classifier.json", "null"),
+    ],
+)
+def test_what_a_report_can_do_without_is_left_out_where_it_is_damaged(
+    copy: RunDirectory, capsys: pytest.CaptureFixture[str], name: str, content: str
+) -> None:
+    before = rundir.read_json(copy.report_json)
+    (copy.path / name).write_text(content)
+    assert report(copy)["verdict"] == before["verdict"]
+    assert f"{Path(name).name}" in capsys.readouterr().err
+
+
+def test_a_plan_that_lacks_a_part_is_damaged(copy: RunDirectory) -> None:
+    record = rundir.read_json(copy.environment)
+    del record["plan"]["epochs"]
+    rundir.write_json(copy.environment, record)
+    with pytest.raises(CheckpointError, match=r"environment\.json: damaged .plan\.epochs: Field required"):
+        pretraining._read_plan(copy)
+
+
 def test_one_damaged_run_does_not_hide_the_others(
     finished: RunDirectory, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -1211,6 +1269,28 @@ def test_a_report_follows_from_its_predictions(finished: RunDirectory) -> None:
     assert verify(finished) == {"classifiers": 10, "predictions": 1000, "draws": 2}
 
 
+def test_a_run_that_is_worked_on_is_neither_reported_nor_verified(copy: RunDirectory) -> None:
+    before = copy.report_json.read_bytes()
+    holder = f"""
+from pathlib import Path
+from labelwise.ownership import hold
+from labelwise.rundir import RunDirectory
+with hold(RunDirectory(Path({str(copy.path)!r}))):
+    print("held", flush=True)
+    input()
+"""
+    with subprocess.Popen(
+        [sys.executable, "-c", holder], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "held\n"
+        for command in (report, verify):
+            with pytest.raises(UsageError, match=f"process {other.pid} on .* is working on it"):
+                command(copy)
+        other.communicate("\n")
+    assert copy.report_json.read_bytes() == before
+
+
 @pytest.mark.parametrize(
     ("file", "old", "new", "words"),
     [
@@ -1284,9 +1364,60 @@ def test_a_result_without_predictions_is_named_and_trained_again(
     assert verify(copy) == verify(finished)
 
 
+def test_a_report_that_finds_the_disk_full_stays_as_it_was(
+    copy: RunDirectory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = (copy.report_json, copy.report_md, copy.report_html, copy.model_card)
+    before = [file.read_bytes() for file in files]
+
+    def full(path: Path) -> None:
+        if "report.html" in path.name:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(rundir, "flush", full)
+    with pytest.raises(OSError, match="No space left on device"):
+        report(copy, label_cost=3.0)
+    assert [file.read_bytes() for file in files] == before
+
+
+def test_a_report_is_not_replaced_by_one_of_fewer_results_that_got_lost(
+    copy: RunDirectory, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before, rows = copy.report_json.read_bytes(), copy.results.read_bytes()
+    for kept in (b"", rows[: len(rows) // 2], rows[:-2]):
+        copy.results.write_bytes(kept)
+        with pytest.raises(
+            CheckpointError, match=r"results\.jsonl: lacks [\d,]+ classifiers whose predictions"
+        ):
+            report(copy)
+        assert copy.report_json.read_bytes() == before
+    copy.report_json.unlink()
+    capsys.readouterr()
+    report(copy)
+    assert "lacks 1 classifiers whose predictions are there" in " ".join(capsys.readouterr().err.split())
+
+
+def test_results_of_another_encoder_are_found_and_set_aside(
+    copy: RunDirectory, finished: RunDirectory
+) -> None:
+    encoder, spec = load_encoder(copy.path)
+    with torch.no_grad():
+        next(encoder.parameters()).mul_(1.5)
+    save_encoder(copy.encoder, encoder, spec)
+    with pytest.raises(CheckpointError, match=r"encoder\.safetensors or head\.safetensors: is not the one"):
+        verify(copy)
+    other = {**FEW, "methods": ("simclr_probe",)}
+    report(finetune(FinetuneSettings(run=copy.path, **other)))
+    verify(copy)
+    shutil.copy(finished.encoder, copy.encoder)
+    finetune(FinetuneSettings(run=copy.path, **other))
+    assert copy.results.read_bytes() == finished.results.read_bytes(), "those of the first encoder are back"
+
+
 def test_predictions_without_a_result_are_found(copy: RunDirectory) -> None:
     rows = rundir.read_jsonl(copy.results)
     rundir.rewrite_jsonl(copy.results, rows[1:])
+    copy.report_json.unlink()
     report(copy)
     with pytest.raises(CheckpointError, match="draw 0: has predictions and no result"):
         verify(copy)
@@ -1404,6 +1535,7 @@ def test_a_report_leaves_out_what_has_no_result_and_what_diverged(copy: RunDirec
     whole = {entry["arm"] for entry in report(copy)["calibration"]}
     rows = rundir.read_jsonl(copy.results)
     rundir.rewrite_jsonl(copy.results, [row for row in rows if row["method"] != "pixels"])
+    copy.report_json.unlink()
     assert {entry["arm"] for entry in report(copy)["calibration"]} == whole - {"pixels"}
     rundir.rewrite_jsonl(copy.results, rows)
     table = read_predictions(copy.predictions)

@@ -2,7 +2,11 @@
 
 import dataclasses
 import functools
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -448,3 +452,19 @@ def test_a_view_of_a_strip_is_finite(shape: tuple[int, int]) -> None:
             epoch=0,
         )
         assert views.isfinite().all()
+
+
+def test_nothing_is_written_before_the_first_view_is_made(tmp_path: Path) -> None:
+    program = """
+import os
+os.environ.pop("NUMBA_CACHE_DIR", None)
+from labelwise.views import fused
+print(os.path.exists(os.environ["LABELWISE_CACHE"]))
+fused._keep_compiled()
+print(os.listdir(os.environ["LABELWISE_CACHE"]), fused._render._cache.cache_path.startswith(os.environ["LABELWISE_CACHE"]))
+"""
+    place = {**os.environ, "LABELWISE_CACHE": str(tmp_path / "cache")}
+    ran = subprocess.run(
+        [sys.executable, "-c", program], env=place, capture_output=True, text=True, check=True
+    )
+    assert ran.stdout.splitlines() == ["False", "['compiled'] True"]

@@ -14,6 +14,8 @@ import mmap
 import os
 import shutil
 import time
+import tokenize
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -23,6 +25,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from labelwise import terminal
 from labelwise.errors import DataError, ResourceError
 from labelwise.images import decoding
 from labelwise.images.decoding import Pixels, Range, UnreadableImage
@@ -30,7 +33,7 @@ from labelwise.images.readers import Readers
 from labelwise.images.source import ImageSet
 from labelwise.rundir import cache_root, flush, write_json
 
-_VERSION = 5  # of what the files in a cache mean
+_VERSION = 6  # of what the files in a cache mean
 _SAMPLED = 10_000  # images whose mean and spread stand for the set's
 _CHUNK = 512
 _MEASURED = 2**25  # bytes of squares that are measured together; sixteen times as much is held
@@ -38,6 +41,19 @@ _DECODED = 64  # images held at once that are not kept
 _SAVE_SECONDS = 5.0
 _SQUARES, _EVALUATIONS = "squares.npy", "evaluations.npy"
 _ABANDONED_SECONDS = 7 * 24 * 3600.0
+_PIECE, _PIECES = 2**20, 1024  # bytes and number of what is checked of a file: all of it, up to 1 GiB (0.3 s)
+_DAMAGE = (
+    OSError,
+    ValueError,
+    KeyError,
+    TypeError,
+    AttributeError,
+    EOFError,
+    RecursionError,
+    SyntaxError,
+    tokenize.TokenError,
+)  # what reading a damaged cache may raise, numpy's readers of headers included
+_FACTS = "facts.json"
 _PROGRESS = "progress.json"  # in a cache that is being built: rows done, what was found in them
 
 
@@ -71,11 +87,11 @@ class ImageCache:
 def list_caches() -> list[tuple[Path, int, int]]:
     """Folder, bytes and number of images of each cache."""
     found = []
-    for facts in sorted(cache_root().glob("[!.]*/facts.json")):
+    for facts in sorted(cache_root().glob(f"[!.]*/{_FACTS}")):
         size = sum(file.stat().st_size for file in facts.parent.iterdir())
         try:
-            images = int(json.loads(facts.read_text(encoding="utf-8"))["images"])
-        except (ValueError, KeyError, TypeError):
+            images = int(_parse(facts)["images"])  # of an earlier version too
+        except _DAMAGE:
             images = 0  # damaged; it is made again when it is needed
         found.append((facts.parent, size, images))
     return found
@@ -119,7 +135,8 @@ def build_cache(
                 return _open_cache(folder, forms)
     try:
         cache = _open_cache(folder, forms)
-    except (OSError, ValueError, KeyError, TypeError, EOFError):
+    except _DAMAGE:
+        terminal.warn(f"{folder}: this image cache is damaged; it is built again.")
         try:
             shutil.rmtree(folder)  # damaged; the images are still there
         except FileNotFoundError:  # another process is mending it
@@ -277,7 +294,7 @@ def _fill(
                     array.flush()
                     flush(Path(str(array.filename)))  # what the readers wrote into it
                 if not is_last:
-                    write_json(folder / _PROGRESS, facts)
+                    _write_facts(folder / _PROGRESS, facts)
                 saved_at = time.monotonic()
             for array in (squares, evaluations):
                 _forget_pages(array)
@@ -287,9 +304,14 @@ def _fill(
             f"{images.root}: none of its {count} images can be read, e.g. {quarantined[0]['file']}: {quarantined[0]['reason']}."
         )
     (folder / _PROGRESS).unlink(missing_ok=True)
-    write_json(
-        folder / "facts.json",
-        {"images": count, "quarantined": quarantined, "intensity_range": facts["intensity_range"]},
+    _write_facts(
+        folder / _FACTS,
+        {
+            "images": count,
+            "quarantined": quarantined,
+            "intensity_range": facts["intensity_range"],
+            "arrays": {name: _checksum(folder / name) for name in forms},
+        },
     )
 
 
@@ -307,9 +329,45 @@ def _forms(count: int, side: int, evaluation_size: int) -> dict[str, Form]:
     }
 
 
-def _check_form(array: npt.NDArray[Any], form: Form) -> None:
+def _load(path: Path, form: Form, *, mapped: bool = True) -> npt.NDArray[Any]:
+    if not path.is_file():  # opening a pipe waits for its other end
+        raise ValueError(f"{path}: not a file")
+    array: npt.NDArray[Any] = np.load(path, mmap_mode="r" if mapped else None)
     if (array.dtype.type, array.shape) != form:
         raise ValueError(f"{array.dtype} {array.shape}, not {form}")
+    return array
+
+
+def _checksum(file: Path) -> int:
+    """CRC-32 of a file's size and bytes; of a large one, of pieces all over it."""
+    if not file.is_file():
+        raise ValueError(f"{file}: not a file")
+    size = file.stat().st_size
+    found = zlib.crc32(str(size).encode())
+    with file.open("rb") as opened:
+        for start in range(0, size, max(_PIECE, size // _PIECES)):
+            opened.seek(start)
+            found = zlib.crc32(opened.read(_PIECE), found)
+    return found
+
+
+def _write_facts(path: Path, facts: dict[str, Any]) -> None:
+    """Write what is known of a cache, with a checksum of its own."""
+    write_json(path, {**facts, "crc32": zlib.crc32(json.dumps(facts).encode())})
+
+
+def _parse(path: Path) -> Any:
+    if not path.is_file():
+        raise ValueError(f"{path}: not a file")
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def _read_facts(path: Path) -> dict[str, Any]:
+    """Read what `_write_facts` wrote; raises one of `_DAMAGE` where it is anything else."""
+    facts: dict[str, Any] = _parse(path)
+    if facts.pop("crc32") != zlib.crc32(json.dumps(facts).encode()):
+        raise ValueError(f"{path}: not what was written")
+    return facts
 
 
 def _open_array(
@@ -335,18 +393,13 @@ def _read_progress(folder: Path, forms: dict[str, Form]) -> dict[str, Any] | Non
     """How far an earlier process came; None where none did, or what it left is damaged."""
     path = folder / _PROGRESS
     try:
-        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        found = _read_facts(path)
         for name, form in forms.items():
-            _check_form(np.load(folder / name, mmap_mode="r"), form)
-        if (
-            0 <= found["rows"] <= forms["keys.npy"][1][0]
-            and {"quarantined", "intensity_range"} <= found.keys()
-        ):
-            return found
-    except (OSError, ValueError, KeyError, TypeError, EOFError):
-        pass
-    path.unlink(missing_ok=True)
-    return None
+            _load(folder / name, form)
+    except _DAMAGE:
+        path.unlink(missing_ok=True)
+        return None
+    return found
 
 
 def _forget_pages(array: np.memmap[Any, Any]) -> None:
@@ -355,11 +408,12 @@ def _forget_pages(array: np.memmap[Any, Any]) -> None:
 
 
 def _open_cache(folder: Path, forms: dict[str, Form]) -> ImageCache:
-    facts: dict[str, Any] = json.loads((folder / "facts.json").read_text(encoding="utf-8"))
-    squares, evaluations = (np.load(folder / name, mmap_mode="r") for name in (_SQUARES, _EVALUATIONS))
-    sizes, keys, shots = (np.load(folder / name) for name in ("sizes.npy", "keys.npy", "shots.npy"))
-    for array, form in zip((squares, evaluations, sizes, keys, shots), forms.values(), strict=True):
-        _check_form(array, form)
+    facts = _read_facts(folder / _FACTS)
+    if facts["arrays"] != {name: _checksum(folder / name) for name in forms}:
+        raise ValueError(f"{folder}: not what was written")
+    squares, evaluations, sizes, keys, shots = (
+        _load(folder / name, form, mapped=name in (_SQUARES, _EVALUATIONS)) for name, form in forms.items()
+    )
     return ImageCache(
         folder=folder,
         squares=squares,

@@ -83,8 +83,6 @@ def read_label_table(file: Path, group_column: str | None = None) -> tuple[list[
         columns, rows, notes = read(file)
     except OSError as error:
         raise DataError(f"--labels {file}: cannot be read ({error.strerror}).") from None
-    except (csv.Error, RecursionError) as error:
-        raise DataError(f"{file}: not a table: {error}.") from None
     if any(name.lower().endswith(SUFFIXES) for name in columns):
         raise DataError(
             f"{file}: its first line names an image, not columns; put a line like file,label before it."
@@ -265,17 +263,24 @@ def _read_delimited(file: Path) -> Table:
         raise DataError(f"{file}: {'not text: it has NUL bytes in it' if lines else 'empty'}.")
     header = lines[0]
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=max(",;\t", key=header.count))
-    columns = [column.strip() for column in next(reader)]
     rows: list[tuple[int, dict[str, Any]]] = []
-    line = reader.line_num + 1
-    for cells in reader:
-        if len(cells) > len(columns):
-            raise DataError(
-                f"{file}: not a table: line {line} has {len(cells)} cells and the header {len(columns)}."
-            )
-        if cells:
-            rows.append((line, dict(zip(columns, cells, strict=False))))
+    line = 1
+    try:
+        columns = [column.strip() for column in next(reader)]
         line = reader.line_num + 1
+        for cells in reader:
+            if len(cells) > len(columns):
+                raise DataError(
+                    f"{file}: not a table: line {line} has {len(cells)} cells and the header {len(columns)}."
+                )
+            if cells:
+                rows.append((line, dict(zip(columns, cells, strict=False))))
+            line = reader.line_num + 1
+    except csv.Error as error:
+        most = csv.field_size_limit()
+        words = f"has a cell of more than {most:,} letters; is a quote left open?"
+        words = words if "limit" in str(error) else f"cannot be read ({error})."
+        raise DataError(f"{file}: not a table: line {line} {words}") from None
     return columns, rows, notes
 
 
@@ -290,8 +295,12 @@ def _read_jsonl(file: Path) -> Table:
             continue
         try:
             row = json.loads(text)
-        except ValueError as error:
+        except json.JSONDecodeError as error:
             raise DataError(f"{file}: not JSON lines: line {line}: {error}.") from None
+        except RecursionError:
+            raise DataError(f"{file}: not JSON lines: line {line} is nested too deep.") from None
+        except ValueError:  # Python's words on digits
+            raise DataError(f"{file}: not JSON lines: line {line} has a number of too many digits.") from None
         if not isinstance(row, dict):
             raise DataError(f"{file}: not JSON lines: line {line} is not an object in braces.")
         rows.append((line, row))

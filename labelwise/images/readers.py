@@ -2,7 +2,7 @@
 
 A child decodes a few files and answers. When it dies instead, each of them is tried alone, so that the one to blame is
 known. A child ends by itself when a file takes too long, when nothing is asked of it for a while, and, once it has done what it
-was asked, when its parent is gone.
+was asked, when its parent is gone. One that does not, because it is stopped or the system lets no signal through, is given up.
 
     parent -> child   {"job", "arguments", "seconds", "files": [[row, path or null], ...]}, then the bytes of each null
     child -> parent   [{"value"} or {"reason"}, ...], then the pixels of each value if the job gives some; or {"failed"}
@@ -24,6 +24,7 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NoReturn, Self
@@ -42,6 +43,7 @@ Answer = tuple[Any, bytes]  # what a job found, and pixels
 _TOGETHER = 8  # files a child is given at once
 _AHEAD = 64  # times as many are asked for before the first of them is waited for
 _SECONDS = 60.0  # for one file; the largest that are let in take two
+_SLACK_SECONDS = 30.0  # that a child may take beyond that before it is given up; it may have to start
 _IDLE_SECONDS = 10.0  # so long a child waits for the next job, which saves starting one (0.3 s)
 _MEMORY = 4 * 2**30  # bytes of address space beyond what a child starts with; the largest images take 2 GiB
 _NO_MEMORY = 77  # exit code of a child
@@ -72,7 +74,7 @@ class Readers:
             with _lock:
                 self._is_closed = True
                 for child in self._at_work:
-                    child.process.kill()
+                    child.give_up()
         self._threads.shutdown(cancel_futures=True)
 
     def map(
@@ -114,7 +116,7 @@ class Readers:
         with _lock:
             self._at_work.add(child)
             if self._is_closed:
-                child.process.kill()
+                child.give_up()
         answers = None
         try:
             answers = child.ask(self._request, files)
@@ -144,7 +146,9 @@ class _Child:
             env={**os.environ, "PYTHONPATH": paths, **one},
         )  # fmt: skip
         theirs.close()
-        self.connection = Connection(ours.detach())
+        self.socket = ours
+        self.connection = Connection(os.dup(ours.fileno()))
+        self.is_late = False
 
     def ask(self, request: dict[str, Any], files: Sequence[File]) -> list[Answer | UnreadableImage] | None:
         """Hand over some files and wait for the answers; None when the child dies.
@@ -152,6 +156,9 @@ class _Child:
         Raises:
             OSError: What the job writes could not be written.
         """
+        timer = threading.Timer(len(files) * _SECONDS + _SLACK_SECONDS, self._is_too_late)
+        timer.daemon = True
+        timer.start()
         named = [(row, contents if isinstance(contents, str) else None) for row, contents in files]
         try:
             self.connection.send_bytes(json.dumps({**request, "seconds": _SECONDS, "files": named}).encode())
@@ -162,6 +169,8 @@ class _Child:
             pixels = [self.connection.recv_bytes() for answer in answers if "value" in answer]
         except (EOFError, OSError):  # of the connection: there is nobody at its other end
             return None
+        finally:
+            timer.cancel()
         if isinstance(answers, dict):
             _raise_failure(answers["failed"])
         given = iter(pixels)
@@ -170,24 +179,37 @@ class _Child:
             for answer in answers
         ]
 
+    def _is_too_late(self) -> None:
+        self.is_late = True
+        self.give_up()
+
+    def give_up(self) -> None:
+        """Kill it and wait for no answer, which one that hangs in the system would not even end by."""
+        self.process.kill()
+        with suppress(OSError):  # it ended in between
+            self.socket.shutdown(socket.SHUT_RDWR)
+
     def end(self) -> None:
         """Let go of it, dead or alive."""
         self.connection.close()  # by which it ends, unless it is busy
-        try:
-            self.process.wait(0.5)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            self.process.wait()
+        self.socket.close()
+        for patience in (0.5, 5.0):  # the second only one that hangs in the system outlasts
+            try:
+                self.process.wait(patience)
+            except subprocess.TimeoutExpired:
+                self.process.kill()
 
     def how_it_ended(self) -> str:
         """Why a file cost a child its life, in a few words."""
+        if self.is_late:
+            return _takes_too_long()
         status = self.process.wait()
         if status == _NO_MEMORY:
             return _TOO_LARGE
         if status >= 0:
             raise RuntimeError(f"a reading process ended with exit code {status}")
         if -status == signal.SIGALRM:
-            return f"takes more than {_SECONDS:g} s to read"
+            return _takes_too_long()
         if -status in (signal.SIGKILL, signal.SIGTERM):
             return "the system ended its reading (memory, most likely)"
         named = {each.value: each.name for each in signal.Signals}
@@ -213,6 +235,10 @@ def _end_idle_at_exit() -> None:
             child.end()
 
     atexit.register(end)
+
+
+def _takes_too_long() -> str:
+    return f"takes more than {_SECONDS:g} s to read"
 
 
 def _locate(row: int, locate: Callable[[int], Contents]) -> Contents | UnreadableImage:

@@ -14,13 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from labelwise import terminal
-from labelwise.errors import CheckpointError, LabelwiseError
+from labelwise.errors import CheckpointError, LabelwiseError, is_out_of_memory
 from labelwise.learning.ranks import Ranks
-from labelwise.rundir import flush
+from labelwise.rundir import flush, naming
 
 KEPT = 2
 _TENSORS_PER_WEIGHT = 3  # itself, and the two averages that AdamW keeps; other optimizers keep one
@@ -43,7 +44,7 @@ def save_checkpoint(
     """Write the resume state of a run, read it back, then delete all but the newest two.
 
     Raises:
-        OSError, SafetensorError: It could not be written; earlier ones are as they were.
+        OSError: It could not be written; earlier ones are as they were.
         CheckpointError: What is on the disk is not what was written.
     """
     name = f"step-{position.step:08d}"
@@ -54,7 +55,8 @@ def save_checkpoint(
         shutil.rmtree(leftover)
     try:
         fresh.mkdir(parents=True)
-        _write(fresh, position, *_flatten(modules, optimizer))
+        with naming(folder):
+            _write(fresh, position, *_flatten(modules, optimizer))
         fresh.rename(final)
     except BaseException:
         shutil.rmtree(fresh, ignore_errors=True)  # it may be what fills the disk
@@ -89,19 +91,27 @@ def load_checkpoint(
     Raises:
         CheckpointError: There are checkpoints, and each is damaged.
     """
+    if folder.exists() and not folder.is_dir():
+        raise CheckpointError(f"{folder}: a file, where the folder of checkpoints belongs; move it away.")
     candidates = _checkpoints(folder)
     for candidate in reversed(candidates):
         if not _is_whole(candidate):
             terminal.warn(f"{candidate}: damaged; set aside.")
             _set_aside(candidate)
             continue
-        tensors = load_file(candidate / "state.safetensors")
-        state = json.loads((candidate / "state.json").read_text(encoding="utf-8"))
-        _unflatten(tensors, state["optimizer"], modules, optimizer)
-        return Position(**state["position"])
+        try:
+            tensors = load_file(candidate / "state.safetensors")
+            state = json.loads((candidate / "state.json").read_text(encoding="utf-8"))
+            _unflatten(tensors, state["optimizer"], modules, optimizer)
+            return Position(**state["position"])
+        except (RuntimeError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
+            if is_out_of_memory(error):
+                raise
+            terminal.warn(f"{candidate}: not of this model ({str(error).splitlines()[0]}); set aside.")
+            _set_aside(candidate)
     if candidates:
         raise CheckpointError(
-            f"{folder}: no checkpoint in it is whole; the same command again starts from step 0."
+            f"{folder}: no checkpoint in it is whole and of this model; the same command again starts from step 0."
         )
     return None
 
@@ -211,11 +221,13 @@ def _unflatten(
 
 def _is_whole(checkpoint: Path) -> bool:
     try:
+        if not all((checkpoint / name).is_file() for name in {*_FILES, "manifest.json"}):
+            return False  # opening a pipe would wait for its other end
         manifest = json.loads((checkpoint / "manifest.json").read_text(encoding="utf-8"))
         if manifest["version"] != _VERSION or set(manifest["sha256"]) != _FILES:
             return False
         return all(_sha256(checkpoint / name) == digest for name, digest in manifest["sha256"].items())
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return False
 
 

@@ -74,6 +74,11 @@ def create_encoder(spec: EncoderSpec, *, pretrained: bool = False) -> Encoder:
     arguments = {**_size_arguments(spec), **spec.backbone_args}
     try:
         backbone = timm.create_model(spec.backbone, pretrained=pretrained, num_classes=0, **arguments)
+        if spec.stem == "small":
+            _make_stem_small(backbone)
+        elif spec.stem == "half":
+            backbone.maxpool = nn.Identity()
+        return Encoder(backbone, _feature_width(backbone, spec.image_size))
     except Exception as error:  # networks raise whatever their arguments make of them, the hub's library too
         if is_out_of_memory(error):
             raise
@@ -84,11 +89,6 @@ def create_encoder(spec: EncoderSpec, *, pretrained: bool = False) -> Encoder:
         raise UsageError(
             f"backbone '{spec.backbone}' with {arguments}: timm refuses this: {type(error).__name__}: {error}"
         ) from None
-    if spec.stem == "small":
-        _make_stem_small(backbone)
-    elif spec.stem == "half":
-        backbone.maxpool = nn.Identity()
-    return Encoder(backbone, _feature_width(backbone, spec.image_size))
 
 
 def synchronize_batch_norm(module: nn.Module) -> nn.Module:
@@ -167,7 +167,9 @@ def _outline(backbone: str, backbone_args: dict[str, Any]) -> nn.Module:
     try:
         with torch.device("meta"):
             model: nn.Module = timm.create_model(backbone, num_classes=0, **backbone_args)
-    except (TypeError, ValueError, AssertionError, RuntimeError) as error:
+    except Exception as error:  # as in `create_encoder`
+        if is_out_of_memory(error):
+            raise
         raise UsageError(f"backbone '{backbone}' with {backbone_args}: timm refuses this: {error}") from None
     return model
 

@@ -36,7 +36,7 @@ def load_encoder(path: str | Path) -> tuple[Encoder, EncoderSpec]:
     metadata = read_metadata(file)
     try:
         spec = EncoderSpec.from_metadata(metadata)
-    except (KeyError, ValueError):
+    except (KeyError, ValueError, TypeError, RecursionError):
         raise CheckpointError(
             f"{file}: not an encoder of Labelwise (its header names no backbone)."
         ) from None
@@ -127,6 +127,15 @@ def read_metadata(path: Path) -> dict[str, str]:
         CheckpointError: The file is missing or damaged.
     """
     return {key: value for key, value in _read_header(path).items() if key != _HASH}
+
+
+def read_hash(path: Path) -> str:
+    """Hash of what a module's file holds, as its header says; an earlier version wrote none.
+
+    Raises:
+        CheckpointError: The file is missing or damaged.
+    """
+    return _read_header(path).get(_HASH, "")
 
 
 def _read_header(path: Path) -> dict[str, str]:

@@ -35,7 +35,7 @@ def render(document: dict[str, Any], run: RunDirectory) -> str:
     )
     columns, rows = text.table(document)
     calibration = _calibration(document)
-    metrics, confusion = rundir.read_jsonl(run.metrics), document["confusion"]
+    metrics, confusion = rundir.read_metrics(run), document["confusion"]
     answer, *rest = re.split(r"(?<=\.) (?=[A-Z])", document["verdict"], maxsplit=1)
     return template.render(
         document=document,
@@ -69,7 +69,7 @@ def render(document: dict[str, Any], run: RunDirectory) -> str:
         if document["label_check"]
         else [],
         check_note=text.check_note(document),
-        queries=rundir.read_json(run.neighbours)["queries"] if run.neighbours.exists() else [],
+        queries=(rundir.read_derived(run.neighbours) or {"queries": []})["queries"],
         pairs=_pairs(run.near_copies),
         grouped=text.grouped_in_words(document["data"]),
         lookalikes=text.lookalikes_in_words(document),
@@ -128,7 +128,8 @@ def _confusion(confusion: dict[str, Any] | None) -> dict[str, Any] | None:
 
 def _suspects(run: RunDirectory) -> list[dict[str, Any]]:
     """The labels that look wrong and have a picture."""
-    return [each for each in rundir.read_json(run.label_check)["suspects"] if "thumbnail" in each]
+    found = rundir.read_derived(run.label_check) or {"suspects": []}
+    return [each for each in found["suspects"] if "thumbnail" in each]
 
 
 def _pairs(file: Path) -> list[dict[str, Any]]:
@@ -181,4 +182,4 @@ def _environment_rows(environment: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def _picture(file: Path) -> str:
-    return base64.b64encode(file.read_bytes()).decode("ascii") if file.exists() else ""
+    return base64.b64encode(file.read_bytes()).decode("ascii") if file.is_file() else ""

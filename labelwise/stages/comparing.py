@@ -33,6 +33,7 @@ from labelwise.stages.alternatives import Alternative, add_alternative, find_alt
 from labelwise.stages.benching import remember_sources, set_up_bench
 from labelwise.stages.checking import check_labels, check_lookalikes
 from labelwise.stages.dealing import Dealer
+from labelwise.stages.encoders import sign
 from labelwise.stages.finetuning import Floats, Rows
 from labelwise.stages.launching import count_devices
 from labelwise.stages.methods import (
@@ -310,7 +311,7 @@ def _known(bench: Bench) -> Rows:
 
 
 def _signature(bench: Bench) -> str:
-    """Hash of what decides a result besides method, number of labels and draw: settings, labels, pixels, groups."""
+    """Hash of what decides a result besides method, number of labels and draw: settings, labels, pixels, groups, encoder."""
     deciding = {"seed", "batch_size", "crop_scale", "steps", "scratch_steps", "scratch_rate"}
     settings = bench.settings.model_dump(mode="json", include=deciding)
     rows = _known(bench)
@@ -319,11 +320,12 @@ def _signature(bench: Bench) -> str:
     special = [] if len(np.unique(group)) == len(group) else [f"groups={group.tolist()}"]
     special += [f"folds={bench.folds}"] if bench.folds else []
     special += [f"tries={TRIES}"]
-    return hash_names([*(f"{key}={value}" for key, value in sorted(settings.items())), *known, *special])[:16]
+    deciders = [*(f"{key}={value}" for key, value in sorted(settings.items())), *known, *special]
+    return sign(hash_names(deciders)[:16], bench.run)
 
 
 def _finished(bench: Bench, alternatives: dict[str, Alternative]) -> set[Job]:
-    """Results that are there already, with their predictions; those made with other settings or labels are set aside.
+    """Results that are there already, with their predictions; those made with other settings, labels or another encoder are set aside.
 
     Those of other weights under a name that is used now are dropped.
     """
@@ -344,12 +346,14 @@ def _finished(bench: Bench, alternatives: dict[str, Alternative]) -> set[Job]:
 
 
 def set_aside(run: RunDirectory, signature: str) -> list[dict[str, Any]]:
-    """Move results that were made with other settings or labels aside, and those of these settings back; give these."""
+    """Move results that were made with other settings, labels or another encoder aside, and those of these settings back; give these."""
     here, rows = run.results.parent, rundir.read_jsonl(run.results)
     if any(row["signature"] != signature for row in rows):
         aside = here / rows[0]["signature"]
         _move_results(run, here, aside)
-        terminal.warn(f"earlier results were made with other settings or labels; they now lie in {aside}.")
+        terminal.warn(
+            f"earlier results were made with other settings or labels, or another encoder; they now lie in {aside}."
+        )
         rows = []
     if not rows:
         _move_results(run, here / signature, here)  # of these settings, from before the others

@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from labelwise import terminal
+from labelwise import rundir, terminal
 from labelwise.errors import UsageError
 from labelwise.rundir import RunDirectory
 
@@ -33,6 +33,7 @@ def demo(out: Path, run_command: Callable[[list[str]], None], *, quick: bool = F
     images, run = out / "images", out / "runs" / "digits"
     if out.resolve() == Path.cwd():  # its run would pass for one of the user's own in ./runs
         raise UsageError(f"{out}: is where you are; choose a folder of the demo's own with --out.")
+    rundir.check_output_folder(run)
     if out.exists() and any(out.iterdir()) and not (images / "0" / "0000.png").exists():
         raise UsageError(f"{out}: is not empty and not a demo; choose another --out.")
     write_digits(images)

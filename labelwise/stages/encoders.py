@@ -7,7 +7,9 @@ import numpy as np
 
 from labelwise import rundir
 from labelwise.config import FinetuneSettings, PretrainSettings, read_run_config
+from labelwise.images.splits import hash_names
 from labelwise.measures.statistics import FEWEST_DRAWS, by_group, interval_over_encoders, verdict
+from labelwise.models.weights import read_hash
 from labelwise.rundir import RunDirectory
 from labelwise.stages.scoring import Result, Scores, classifier_of
 
@@ -25,6 +27,17 @@ _SOURCES = {
 def sibling(run: RunDirectory, seed: int) -> RunDirectory:
     """Where the run with another seed of pretraining lies: beside this one."""
     return RunDirectory(run.path.with_name(f"{run.path.name}-seed-{seed}"))
+
+
+def sign(comparison: str, run: RunDirectory) -> str:
+    """Signature of results: what they were compared on, and the encoder and head that they begin from."""
+    return f"{comparison}-{hash_names([read_hash(run.encoder), read_hash(run.head)])[:8]}"
+
+
+def comparison_of(result: Result) -> str:
+    """What a result was compared on, whatever its encoder."""
+    comparison: str = result["signature"].partition("-")[0]
+    return comparison
 
 
 def find_siblings(run: RunDirectory) -> tuple[list[RunDirectory], list[RunDirectory]]:
@@ -90,7 +103,7 @@ def why_not_over_encoders(runs: list[RunDirectory]) -> str:
     if not all(run.results.exists() for run in runs):
         return "not all of them were compared; run `labelwise finetune` alike on each"
     rows = [row for run in runs for row in rundir.read_jsonl(run.results)]
-    if len({row["signature"] for row in rows}) > 1:
+    if len({comparison_of(row) for row in rows}) > 1:
         return "they were compared with different labels, test images or settings"
     folds = any(row.get("folds") for row in rows)
     return "they have no test set, and each tests its labels in turn" if folds else ""

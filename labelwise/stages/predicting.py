@@ -50,7 +50,9 @@ def predict(
         DataError: There are no images.
         UsageError: The table cannot be written there.
     """
-    _check_target(out, images)
+    data = rundir.read_json(run.data)
+    sources = [data["sources"][name] for name in ("images", "labels", "test")]
+    _check_target(out, [*images, *(Path(source) for source in sources if source)])
     classifier, spec, classes = load_classifier(run)
     results = rundir.read_jsonl(run.results)
     kept = kept_classifier(run, results)
@@ -61,7 +63,7 @@ def predict(
     place = choose_device(device)
     classifier.to(place)
     found = open_images(images[0]) if len(images) == 1 and images[0].is_dir() else open_files(images)
-    deep = rundir.read_json(run.data)["intensity_range"]
+    deep = data["intensity_range"]
     names = [*COLUMNS, *(f"p_{name}" for name in classes if probabilities)]
     left_out: list[dict[str, str]] = []
     labels: Counter[str] = Counter()
@@ -174,7 +176,7 @@ def _columns(
 
 
 def _check_target(out: Path, images: list[Path]) -> None:
-    """Refuse to write over anything, or into a folder of images."""
+    """Refuse to write over anything, or into a folder of images, those of the run included."""
     if out.suffix not in (".csv", ".parquet"):
         raise UsageError(f"--out {out}: name a .csv or a .parquet file.")
     if out.exists():

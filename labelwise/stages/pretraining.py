@@ -14,10 +14,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+from pydantic import TypeAdapter, ValidationError
 
 from labelwise import environment, rundir, seeding, terminal
 from labelwise.config import PretrainSettings, parse_duration, to_toml
 from labelwise.errors import (
+    CheckpointError,
     DataError,
     Interrupted,
     LabelwiseError,
@@ -132,6 +134,8 @@ def _pretrain(settings: PretrainSettings, ranks: Ranks) -> RunDirectory:
         settings = inherit_model(settings)
     settings = ranks.tell(lambda: settings)  # others may not have the run that it goes on from
     run, is_new = ranks.tell(lambda: find_run(settings))
+    if ranks.is_first:
+        rundir.finish_deleting(run.path.parent)
     if ranks.tell(run.encoder.exists):
         if ranks.is_first:
             if rundir.read_json(run.environment)["finished"] is None:  # killed right after saving the encoder
@@ -511,7 +515,15 @@ def _test_lock(
 
 
 def _read_plan(run: RunDirectory) -> Plan | None:
-    return Plan(**rundir.read_json(run.environment)["plan"]) if run.environment.exists() else None
+    if not run.environment.exists():
+        return None
+    try:
+        return TypeAdapter(Plan).validate_python(rundir.read_json(run.environment)["plan"])
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise CheckpointError(
+            f"{run.environment}: damaged (plan.{first['loc'][0]}: {first['msg']}); put it back from a copy."
+        ) from None
 
 
 def _write_start(

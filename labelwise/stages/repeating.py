@@ -4,7 +4,7 @@ import math
 import time
 
 from labelwise import rundir, terminal
-from labelwise.config import FinetuneSettings, PretrainSettings, parse_duration, read_recipe, read_run_config
+from labelwise.config import FinetuneSettings, PretrainSettings, parse_duration, read_run_config
 from labelwise.errors import CheckpointError, DataError, UsageError
 from labelwise.images.cache import build_cache
 from labelwise.measures.statistics import FEWEST_DRAWS
@@ -12,7 +12,7 @@ from labelwise.ownership import hold
 from labelwise.predictions import copy_predictions
 from labelwise.rundir import RunDirectory
 from labelwise.stages.comparing import compare, set_aside
-from labelwise.stages.encoders import ENCODER_METHODS, sibling, why_not_alike
+from labelwise.stages.encoders import ENCODER_METHODS, comparison_of, sibling, sign, why_not_alike
 from labelwise.stages.planning import make_pool, open_sources
 from labelwise.stages.pretraining import find_run, pool_hash, pretrain
 from labelwise.stages.reporting import report
@@ -73,7 +73,7 @@ def finetune(settings: FinetuneSettings) -> RunDirectory:
 
 def _other_seeds(run: RunDirectory, encoders: int) -> list[tuple[RunDirectory, PretrainSettings]]:
     """Where the other encoders lie, and the settings of this run as they were decided, with another seed."""
-    table = read_recipe(run.config, PretrainSettings)
+    table = read_run_config(run.config)
     sources = {name: value for name, value in rundir.read_json(run.data)["sources"].items() if value}
     others = []
     for number in range(1, encoders):
@@ -153,10 +153,15 @@ def _lend(run: RunDirectory, other: RunDirectory) -> None:
     rows = rundir.read_jsonl(run.results)
     if not rows:
         return
-    set_aside(other, rows[0]["signature"])
+    signature = sign(comparison_of(rows[0]), other)
+    set_aside(other, signature)
     there = rundir.read_jsonl(other.results)
     known = set(map(classifier_of, there))
-    lent = {classifier_of(row): row for row in rows if row["method"] not in ENCODER_METHODS}
+    lent = {
+        classifier_of(row): {**row, "signature": signature}
+        for row in rows
+        if row["method"] not in ENCODER_METHODS
+    }
     missing = {key: row for key, row in lent.items() if key not in known}
     if missing:
         copy_predictions(run.predictions, other.predictions, set(missing))
@@ -165,4 +170,4 @@ def _lend(run: RunDirectory, other: RunDirectory) -> None:
 
 def _seconds(run: RunDirectory) -> float:
     """How long the epochs of pretraining that are done took."""
-    return float(sum(row["seconds"] for row in rundir.read_jsonl(run.metrics) if row["kind"] == "epoch"))
+    return float(sum(row["seconds"] for row in rundir.read_metrics(run) if row["kind"] == "epoch"))

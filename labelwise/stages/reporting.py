@@ -19,6 +19,7 @@ from labelwise.measures.statistics import (
     verdict,
 )
 from labelwise.models.encoder import EncoderSpec
+from labelwise.ownership import hold
 from labelwise.predictions import CONFIDENCE, read_predictions
 from labelwise.reports import html, markdown, model_card, text
 from labelwise.rundir import RunDirectory
@@ -30,6 +31,7 @@ from labelwise.stages.scoring import (
     PREDICTED,
     Result,
     Scores,
+    classifier_of,
     counts_of_all_labels,
     read_scores,
     score,
@@ -58,15 +60,16 @@ def report(run: RunDirectory, label_cost: float | None = None) -> dict[str, Any]
 
     Raises:
         CheckpointError: A file of the run is damaged.
+        UsageError: Another command is working on the run.
     """
-    results, predictions = rundir.read_jsonl(run.results), read_predictions(run.predictions, PREDICTED)
-    document = compose(run, results, predictions, score(results, predictions), label_cost)
-    rundir.write_json(run.report_json, document)
-    written = pages(run, document)
-    for file, words in written.items():
-        rundir.write_text(file, words)
-    if run.model_card not in written:
-        run.model_card.unlink(missing_ok=True)  # an earlier one
+    with hold(run):
+        results, predictions = rundir.read_jsonl(run.results), read_predictions(run.predictions, PREDICTED)
+        _check_results(run, results, predictions)
+        document = compose(run, results, predictions, score(results, predictions), label_cost)
+        written = pages(run, document)
+        rundir.write_texts({run.report_json: rundir.json_text(document), **written})
+        if run.model_card not in written:
+            run.model_card.unlink(missing_ok=True)  # an earlier one
     return document
 
 
@@ -118,6 +121,23 @@ def pages(run: RunDirectory, document: dict[str, Any]) -> dict[Path, str]:
         size = EncoderSpec.from_metadata(facts["encoder"]).image_size
         found[run.model_card] = model_card.render(document, facts, evaluation_short_side(size))
     return found
+
+
+def _check_results(run: RunDirectory, results: list[Result], predictions: dict[str, list[Any]]) -> None:
+    """Refuse to put a report of fewer results in place of one, when it is the results that got lost."""
+    predicted = set(zip(*(predictions[key] for key in ("method", "labels", "draw")), strict=True))
+    lost = predicted - set(map(classifier_of, results))
+    if not lost:
+        return
+    reported = map(classifier_of, (rundir.read_derived(run.report_json) or {}).get("results", []))
+    method, labels, draw = min(lost)
+    words = f"lacks {len(lost):,} classifiers whose predictions are there, first {method} with {labels:,} labels, draw {draw}"
+    if lost & set(reported):
+        raise CheckpointError(
+            f"{run.results}: {words}. The report has them and is left as it was. Put the file back from a copy, or train them "
+            "again with `labelwise finetune`; to report without them, delete report.json."
+        )
+    terminal.warn(f"{run.results}: {words}; `labelwise finetune` trains them again.")
 
 
 def _compute(
@@ -416,7 +436,7 @@ def kept_classifier(run: RunDirectory, results: list[Result]) -> dict[str, Any] 
 def _studies(run: RunDirectory, root: str) -> list[dict[str, Any]]:
     """What `labelwise study` found on the same images, in folders beside the run: `study`, `advice`, and the folder's name."""
     found = []
-    for file in sorted(run.path.parent.glob("*/study.json")):
+    for file in sorted(run.path.parent.glob("[!.]*/study.json")):
         try:
             study = rundir.read_json(file)
         except CheckpointError as error:

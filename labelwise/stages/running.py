@@ -1,6 +1,5 @@
 """`labelwise runs`: list, compare and remove run folders, and show what lies in the image cache."""
 
-import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -30,8 +29,13 @@ def list_runs(folder: Path) -> dict[str, Any]:
     Returns:
         `runs`: name, path, state, images, backbone, epochs, seconds, bytes; `studies`: name, path, study, trials, missing, seconds,
         bytes; `caches`: path, images, bytes.
+
+    Raises:
+        UsageError: There is no such folder.
     """
-    begun = (path.parent for path in folder.glob("*/environment.json") if not path.parent.is_symlink())
+    if folder != rundir.DEFAULT_RUNS and not folder.is_dir():
+        raise UsageError(f"{folder}: no such folder.")
+    begun = (path.parent for path in folder.glob("[!.]*/environment.json") if not path.parent.is_symlink())
     found = [RunDirectory(path.resolve()) for path in sorted(begun)]
     return {
         "runs": _described(_describe, [run for run in found if run.config.exists()]),
@@ -147,6 +151,7 @@ def remove_run(path: Path) -> None:
         UsageError: It is neither, or a link to one, or a command is working on it.
     """
     path = rundir.as_listed(path)
+    rundir.finish_deleting(path.parent)
     if path.is_symlink():
         raise UsageError(f"{path}: is a link to {path.resolve().name}; name that run itself.")
     run = RunDirectory(path.resolve())
@@ -160,8 +165,8 @@ def remove_run(path: Path) -> None:
     with hold(run):
         if was_latest:
             link.unlink()
-        shutil.rmtree(run.path)
-    folders = {each.parent for each in run.path.parent.glob("*/encoder.safetensors")}
+        rundir.delete(run.path)
+    folders = {each.parent for each in run.path.parent.glob("[!.]*/encoder.safetensors")}
     names = {folder.name for folder in folders}
     left = [RunDirectory(each) for each in folders if each.name.rpartition("-seed-")[0] not in names]
     if was_latest and left:

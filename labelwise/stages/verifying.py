@@ -13,8 +13,10 @@ from labelwise import rundir, terminal
 from labelwise.errors import CheckpointError
 from labelwise.images.splits import hash_names
 from labelwise.measures.statistics import macro_values
+from labelwise.ownership import check_is_free
 from labelwise.predictions import read_predictions, read_probabilities
 from labelwise.rundir import RunDirectory
+from labelwise.stages.encoders import sign
 from labelwise.stages.reporting import compose, pages
 from labelwise.stages.scoring import PREDICTED, Scores, classifier_of, score
 
@@ -39,7 +41,9 @@ def verify(run: RunDirectory) -> dict[str, Any]:
 
     Raises:
         CheckpointError: Something does not follow from what is stored; the message names it.
+        UsageError: Another command is working on the run.
     """
+    check_is_free(run)
     if not run.report_json.exists():
         raise CheckpointError(f"{run.path}: has no report.json; run `labelwise report --run {run.path}`.")
     document = rundir.read_json(run.report_json)
@@ -55,6 +59,7 @@ def verify(run: RunDirectory) -> dict[str, Any]:
     if not problems:
         problems = _check_pages(run, document)
     if problems:
+        check_is_free(run)  # one may have begun meanwhile
         more = f"\nand {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
         raise CheckpointError(
             f"{run.path}: the report does not follow from what is stored (if a comparison or another version of "
@@ -97,10 +102,20 @@ def _check_classifiers(
     run: RunDirectory, results: list[dict[str, Any]], predictions: dict[str, list[Any]], scores: Scores
 ) -> list[str]:
     return [
+        *_check_encoder(run, results),
         *_check_draws(run, results, predictions),
         *_check_results(results, predictions, scores),
         *_check_predictions(run, predictions, scores.untested),
     ]
+
+
+def _check_encoder(run: RunDirectory, results: list[dict[str, Any]]) -> list[str]:
+    """The encoder is the one that was compared, where it is still there and an earlier version did not compare it."""
+    if not run.encoder.exists():
+        return []
+    signed = {row["signature"] for row in results if "-" in row["signature"]}
+    other = [each for each in signed if each != sign(each.partition("-")[0], run)]
+    return ["encoder.safetensors or head.safetensors: is not the one that was compared"] if other else []
 
 
 def _check_draws(

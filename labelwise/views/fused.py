@@ -8,6 +8,7 @@ Inside, an image is three planes (3, x, y): turned over its diagonal, so that bo
 run along memory. Colour does not care, blur is symmetric, and the last pass turns it back.
 """
 
+import functools
 import itertools
 import os
 from collections.abc import Callable
@@ -29,25 +30,31 @@ _RED, _GREEN, _BLUE = (np.float32(weight) for weight in LUMA)
 _BLOCK = 16  # rows that are turned over the diagonal together, a cache line of float32
 
 
-def _can_keep_compiled() -> bool:
-    """Let numba keep what it compiles: where its own variable says, else beside the decoded images."""
-    if "NUMBA_CACHE_DIR" in os.environ:
-        return True
-    folder = cache_root() / "compiled"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError:
-        return False
-    numba.config.CACHE_DIR = str(folder)
-    return os.access(folder, os.W_OK | os.X_OK)
-
-
 _compiled = numba.njit(
     nogil=True,
-    cache=_can_keep_compiled(),
     fastmath={"contract", "reassoc", "nsz", "arcp"},
     error_model="numpy",
 )
+
+
+@functools.cache
+def _keep_compiled() -> None:
+    """Let numba keep what it compiles: where its own variable says, else beside the decoded images.
+
+    Not on import: whether that place may be written to is known once the images are.
+    """
+    if "NUMBA_CACHE_DIR" not in os.environ:
+        folder = cache_root() / "compiled"
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError:
+            return
+        if not os.access(folder, os.W_OK | os.X_OK):
+            return
+        numba.config.CACHE_DIR = str(folder)
+    for function in globals().values():
+        if isinstance(function, type(_render)):
+            function.enable_caching()
 
 
 def render_views(
@@ -73,6 +80,7 @@ def render_views(
     Returns:
         Normalised, channels last in memory, (V B, 3, H, H).
     """
+    _keep_compiled()
     count, side = len(draws.box), squares.shape[1]
     views = torch.empty(count, 3, size, size, memory_format=torch.channels_last)
     scale = side / sizes.astype(np.float64)  # (V B, 2)

@@ -35,14 +35,21 @@ def pretrained(tmp_path_factory: pytest.TempPathFactory, some_digits: Callable[[
     folder = tmp_path_factory.mktemp("dealing")
     some_digits(folder / "digits", 6)
     (folder / "recipe.toml").write_text(PRETRAIN)
-    done = labelwise(folder, "pretrain", folder / "digits", "--recipe", folder / "recipe.toml", "--out", folder / "run")
+    done = labelwise(
+        folder, "pretrain", folder / "digits", "--recipe", folder / "recipe.toml", "--out", folder / "run"
+    )
     words = words_of(done)
     assert done.returncode == 0, words
     return folder
 
 
 def labelwise(folder: Path, *words: object) -> subprocess.Popen[str]:
-    environment = {**os.environ, "LABELWISE_CACHE": str(folder / "cache"), "OMP_NUM_THREADS": "1", "NUMBA_NUM_THREADS": "1"}
+    environment = {
+        **os.environ,
+        "LABELWISE_CACHE": str(folder / "cache"),
+        "OMP_NUM_THREADS": "1",
+        "NUMBA_NUM_THREADS": "1",
+    }
     return subprocess.Popen(
         [sys.executable, "-m", "labelwise", *map(str, words)], env=environment, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL,
         text=True, start_new_session=True,
@@ -63,7 +70,7 @@ def results_of(run: Path) -> dict[tuple[str, int, int], tuple[float, str]]:
 
 
 def children_of(process: int) -> list[int]:
-    found = subprocess.run(["ps", "-o", "pid=,args=", "--ppid", str(process)], capture_output=True, text=True)  # noqa: S607
+    found = subprocess.run(["ps", "-o", "pid=,args=", "--ppid", str(process)], capture_output=True, text=True)
     return [int(line.split()[0]) for line in found.stdout.splitlines() if "spawn_main" in line]
 
 
