@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from labelwise import ownership, rundir
+from labelwise import environment, ownership, rundir
 from labelwise.cli import app
 from labelwise.errors import LabelwiseError, UsageError
 from labelwise.ownership import beat, hold
@@ -20,8 +20,21 @@ from labelwise.stages.watching import check, status
 def run(tmp_path: Path) -> RunDirectory:
     """A run in its third of seven epochs."""
     found = RunDirectory(tmp_path / "runs" / "photos")
-    rundir.write_json(found.environment, {"plan": {"epochs": 7}})
-    for row in ({"kind": "start", "step": 0}, {"kind": "epoch", "epoch": 0}, {"kind": "epoch", "epoch": 1}):
+    how = {"layout": "contiguous", "reason": ""}
+    environment.start(
+        found, asked={}, plan={"epochs": 7, "precision": "fp32", **how}, precision={"number": "fp32", **how}
+    )
+    rundir.append_jsonl(found.metrics, {"kind": "start", "step": 0})
+    for epoch in (0, 1):
+        row = {
+            "kind": "epoch",
+            "step": 5 * epoch + 4,
+            "epoch": epoch,
+            "loss": 5.0,
+            "chance": 6.2,
+            "knn": None,
+            "seconds": 1.0,
+        }
         rundir.append_jsonl(found.metrics, row)
     return found
 

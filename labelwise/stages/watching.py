@@ -75,7 +75,7 @@ def _describe(run: RunDirectory) -> dict[str, Any]:
         except FileNotFoundError:  # it ended this moment
             owner = None
     plan = rundir.read_json(run.environment).get("plan", {}) if run.environment.exists() else {}
-    epochs = [row["epoch"] for row in rundir.read_jsonl(run.metrics) if row["kind"] == "epoch"]
+    epochs = [row["epoch"] for row in rundir.read_metrics(run) if row["kind"] == "epoch"]
     return {
         "run": str(run.path),
         "owner": owner,
