@@ -48,7 +48,9 @@ def demo(out: Path, run_command: Callable[[list[str]], None], *, quick: bool = F
         str(run),
     ]
     finetune = ["finetune", "--run", str(run), "--recipe", "digits", "--fraction"]
-    few, more = [*finetune, "0.01", "--draws", "10"], [*finetune, "0.05,0.1", "--draws", "3"]
+    short = ["--steps", "60"]  # and 240 from scratch; the default, 100 and 400 at least, takes longer
+    few = [*finetune, "0.01", "--draws", "10", *short]
+    more = [*finetune, "0.05,0.1", "--draws", "3", *short]
     if quick:
         pretrain += ["--epochs", "2", "--precision", "fp32"]
         few = [*finetune, "0.01,0.1", "--draws", "2", "--steps", "5", "--scratch-steps", "5"]
