@@ -335,7 +335,7 @@ def test_a_table_of_groups_alone_leaves_the_labels_of_the_folders(tmp_path: Path
 
 def test_one_camera_among_others_unties_only_its_own_pictures(photographs: Path) -> None:
     first, second, *_ = sorted((photographs / "a").iterdir())
-    ImageOps.mirror(opened(second)).save(photographs / "b/mirrored.jpg", quality=80)
+    ImageOps.mirror(opened(second)).save(photographs / "b/mirrored.jpg", quality=95)
     for number in range(30):
         noise = np.random.default_rng(number).normal(0, 3, (70, 100, 3))
         pixels = np.clip(np.asarray(opened(first)) + noise, 0, 255).astype(np.uint8)

@@ -111,7 +111,7 @@ def test_a_reader_that_hears_no_alarm_is_given_up(monkeypatch: pytest.MonkeyPatc
     for child in children:
         os.kill(child.process.pid, signal.SIGSTOP)
     readers._idle.extend(children)
-    monkeypatch.setattr(readers, "_processors", lambda: 1)
+    monkeypatch.setattr(readers, "processors", lambda: 1)
     assert texts(ask([b"stop".ljust(size)])) == ["takes more than 0.1 s to read"]
     children[0].end()
     assert [child.process.poll() for child in children] == [-signal.SIGKILL] * 2

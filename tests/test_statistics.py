@@ -463,7 +463,9 @@ def test_a_gain_over_encoders_is_left_as_open_as_that_of_one(by_class: bool) -> 
     right = {
         10: {"simclr": dict.fromkeys(range(3), better), "supervised": dict.fromkeys(range(3), 0 * better)}
     }
-    scores = Scores(right, TestSet(truth, None), [f"{n}" for n in range(len(truth))], None, by_class)
+    scores = Scores(
+        right, TestSet(truth, None), [f"{n}" for n in range(len(truth))], None, ["a", "b"], [], by_class
+    )
     (over,) = gains_over_encoders([scores] * 3)
     one = scores.difference(10, "simclr", "supervised")
     assert one is not None

@@ -5,7 +5,6 @@ whole network from the pretrained weights, the same network from random weights,
 plain pixels. Probes come first, so that a first verdict shows within a minute.
 """
 
-import functools
 import math
 import time
 from collections import Counter
@@ -124,12 +123,10 @@ def _compare(run: RunDirectory, settings: FinetuneSettings) -> list[str]:
         clock = time.monotonic()
         try:
             rows = bench.labeled[orders[draw][:count]]
-            run_it = (
-                dealer.run
-                if dealer and is_trained(method, bench)
-                else functools.partial(run_method, bench=bench)
-            )
-            probabilities, chosen, tries = run_it(method=method, rows=rows, draw=draw)
+            if dealer and is_trained(method, bench):
+                probabilities, chosen, tries = dealer.run(method, rows, draw)
+            else:
+                probabilities, chosen, tries = run_method(method, bench, rows, draw)
         except Diverged as error:
             diverged[job] = str(error)
             return None
