@@ -21,6 +21,7 @@ WITHIN, BETWEEN = (
     300e9,
     50e9,
 )  # bytes per second of a GPU's links in a machine, and to others (400 Gb/s): assumed
+MULTIPLIED = 50e12  # float32 operations per second of the loss: assumed
 LATENCY_WITHIN, LATENCY_BETWEEN = 20e-6, 60e-6  # of one collective, seconds: assumed
 GPUS_A_MACHINE = 8
 PAIRS_SECONDS = 8.0 / 60_000**2  # all pairs of 60,000 CIFAR-10 images in 8 s on two cores: measured here
@@ -60,7 +61,7 @@ def cost(images: float, gpus: int, images_a_gpu: int = 256) -> Cost:
     multiply = (
         3 * 2 * (VIEWS * batch) * (VIEWS * images_a_gpu) * PROJECTION
     )  # similarities, once more, and their product
-    loss = (share / 2) * 4 * VIEWS * batch * PROJECTION / bandwidth + multiply / 50e12
+    loss = (share / 2) * 4 * VIEWS * batch * PROJECTION / bandwidth + multiply / MULTIPLIED
     steps = EPOCHS * images / batch
     step = network + gradients + batch_norm + loss
     return Cost(

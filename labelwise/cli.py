@@ -139,6 +139,8 @@ def _pretrain(recipe: Recipe = None, json: Json = False, **given: Any) -> None:
             launch(count)
         settings = settings.model_copy(update={"devices": "1"})
     run = pretrain(settings)
+    if terminal.is_muted():  # one of several processes, on a machine that may not have the run
+        return
     if json:
         terminal.emit_json({"run": str(run.path), "encoder": str(run.encoder)})
     else:

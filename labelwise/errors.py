@@ -5,6 +5,7 @@
     ├── DataError           3  the images or labels cannot be used as asked
     ├── CheckpointError     4  a run folder or checkpoint is damaged or not ours
     ├── ResourceError       5  memory or disk ran out
+    ├── LostRankError       6  one of several processes that train together is gone
     └── Interrupted   130, ...  Ctrl-C (130), SIGTERM (143) or a lost terminal (129), after saving
 
 Each carries one short block of text: what is wrong, where, what to do.
@@ -40,6 +41,12 @@ class ResourceError(LabelwiseError):
     """Memory or disk ran out."""
 
     exit_code = 5
+
+
+class LostRankError(LabelwiseError):
+    """Another of the processes that train together ended, or stopped answering."""
+
+    exit_code = 6
 
 
 class Interrupted(LabelwiseError):

@@ -71,30 +71,35 @@ def beat(run: RunDirectory) -> None:
             os.utime(run.owner)
 
 
+def is_held(run: RunDirectory) -> bool:
+    """Whether a command writes a run; nothing is written to tell."""
+    try:
+        file = os.open(run.owner, os.O_RDONLY | os.O_NONBLOCK)
+    except OSError:  # no command holds it, or one that was another user's alone to see
+        return False
+    try:
+        fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError as error:
+        owner = _read_owner(run.owner)
+        return error.errno == errno.EWOULDBLOCK or (owner is not None and not _is_gone(owner))
+    finally:
+        os.close(file)
+    return False
+
+
 def read_owner(run: RunDirectory) -> dict[str, Any] | None:
-    """Who works on a run: `host`, `pid`, `command`, `since`; None where nobody does."""
-    found = _read_owner(run.owner)
-    return None if found is None or _is_gone(found) else found
+    """Who works on a run: `host`, `pid`, `command`, `since`; None where nobody does, or nobody has said so yet."""
+    return _read_owner(run.owner) if is_held(run) else None
 
 
 def check_is_free(run: RunDirectory) -> None:
-    """Make sure that no other command writes a run, without writing anything.
+    """Make sure that no other command writes a run.
 
     Raises:
         UsageError: One does.
     """
-    try:
-        file = os.open(run.owner, os.O_RDONLY | os.O_NONBLOCK)
-    except OSError:  # no command holds it, or one that was another user's alone to see
-        return
-    owner = _read_owner(run.owner)
-    try:
-        fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except OSError as error:
-        if error.errno == errno.EWOULDBLOCK or (owner is not None and not _is_gone(owner)):
-            raise _refusal(run, owner) from None
-    finally:
-        os.close(file)
+    if is_held(run):
+        raise _refusal(run, _read_owner(run.owner))
 
 
 def _lock(run: RunDirectory) -> int | None:

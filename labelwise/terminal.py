@@ -40,6 +40,11 @@ def mute() -> None:
     _muted = True
 
 
+def is_muted() -> bool:
+    """Whether another process speaks."""
+    return _muted
+
+
 def say(text: str) -> None:
     """Print one plain line to stderr."""
     _print(sys.stderr, Text(_clean(text)))

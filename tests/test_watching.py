@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 import time
 from pathlib import Path
 
@@ -49,7 +50,6 @@ def test_nobody_works_on_a_run_that_waits(run: RunDirectory) -> None:
 def test_the_command_that_works_is_named_and_its_silence_counted(
     run: RunDirectory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ownership, "_is_gone", lambda owner: False)  # it is this process
     with hold(run):
         (found,) = status(run.path.parent)
         assert found["owner"]["pid"] == os.getpid()
@@ -66,7 +66,6 @@ def test_the_command_that_works_is_named_and_its_silence_counted(
 def test_the_command_line_fails_where_work_is_stuck(
     run: RunDirectory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ownership, "_is_gone", lambda owner: False)
     with hold(run):
         os.utime(run.owner, (time.time() - 700,) * 2)
         words = ["status", str(run.path), "--json"]
@@ -78,3 +77,12 @@ def test_the_command_line_fails_where_work_is_stuck(
 def test_a_folder_that_is_not_there_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="no such folder"):
         status(tmp_path / "nothing")
+
+
+def test_what_a_killed_command_left_is_nobody(run: RunDirectory) -> None:
+    with hold(run):
+        record = run.owner.read_text()
+    run.owner.write_text(record.replace(socket.gethostname(), "another-container"))
+    os.utime(run.owner, (time.time() - 700,) * 2)
+    assert status(run.path.parent) == []
+    check(status(run.path), 600)

@@ -22,18 +22,13 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from labelwise.environment import processors
-from labelwise.errors import LabelwiseError, UsageError
+from labelwise.errors import LostRankError, UsageError, is_out_of_memory
 
 T = TypeVar("T")
 
 _PATIENT = timedelta(days=30)  # while the first rank reads images, which takes as long as it takes
+_MEETING_SECONDS = 300.0
 _LAUNCHER = os.getppid()  # gone when this changes
-
-
-class LostRankError(LabelwiseError):
-    """Another rank ended, or stopped answering."""
-
-    exit_code = 6
 
 
 @dataclass(frozen=True)
@@ -44,6 +39,7 @@ class Ranks:
         number: From 0; the first one writes and speaks.
         count: Of all, W.
         local, local_count: The same on this machine.
+        usual: For what passes in a step.
         patient: For what may take hours.
     """
 
@@ -51,6 +47,7 @@ class Ranks:
     count: int = 1
     local: int = 0
     local_count: int = 1
+    usual: ProcessGroup | None = None
     patient: ProcessGroup | None = None
 
     @property
@@ -75,13 +72,13 @@ class Ranks:
         if self.count == 1:
             return tensor.detach()[None]
         found = torch.empty((self.count, *tensor.shape), dtype=tensor.dtype, device=tensor.device)
-        _together(lambda: dist.all_gather(list(found.unbind(0)), tensor.detach().contiguous()))
+        _together(lambda: dist.all_gather(list(found.unbind(0)), tensor.detach().contiguous(), self.usual))
         return found
 
     def add_up(self, tensor: Tensor) -> None:
         """Replace a tensor by its sum over the ranks."""
         if self.count > 1:
-            _together(lambda: dist.all_reduce(tensor))
+            _together(lambda: dist.all_reduce(tensor, group=self.usual))
 
     def add_up_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
         """Replace gradients by their sums over the ranks, all in one message."""
@@ -95,21 +92,20 @@ class Ranks:
         for gradient, summed in zip(gradients, flat.split([each.numel() for each in gradients]), strict=True):
             gradient.copy_(summed.view(gradient.shape))
 
-    def tell(self, make: Callable[[], T], *, patient: bool = False) -> T:
-        """What the first rank makes, on all of them.
+    def seed(self, number: int) -> int:
+        """A seed of this rank's own; the first one's is the number itself."""
+        return (number + self.number * 2_654_435_761) % 2**32 if self.count > 1 else number
+
+    def tell(self, make: Callable[[], T]) -> T:
+        """What the first rank makes, on all of them; others wait for as long as that takes.
 
         Args:
             make: Called on the first rank only.
-            patient: It may take longer than any step.
         """
         if self.count == 1:
             return make()
         told: list[Any] = [make() if self.is_first else None]
-        _together(
-            lambda: dist.broadcast_object_list(
-                told, 0, self.patient if patient else None, torch.device("cpu")
-            )
-        )
+        _together(lambda: dist.broadcast_object_list(told, 0, self.patient, torch.device("cpu")))
         found: T = told[0]
         return found
 
@@ -118,7 +114,7 @@ class Ranks:
         if self.count == 1:
             return numbers
         found = torch.tensor(numbers)
-        _together(lambda: dist.all_reduce(found, dist.ReduceOp.MAX))
+        _together(lambda: dist.all_reduce(found, dist.ReduceOp.MAX, self.usual))
         return tuple(found.tolist())
 
     def copy_first(self, tensors: Iterable[Tensor]) -> None:
@@ -126,7 +122,7 @@ class Ranks:
         if self.count > 1:
             for tensor in tensors:
                 whole = tensor.detach().contiguous()
-                _together(lambda whole=whole: dist.broadcast(whole, 0))  # type: ignore[misc]
+                _together(lambda whole=whole: dist.broadcast(whole, 0, self.usual))  # type: ignore[misc]
                 tensor.detach().copy_(whole)
 
     def launcher_is_gone(self) -> bool:
@@ -156,10 +152,12 @@ def join(timeout: float) -> Iterator[Ranks]:
         yield ALONE
         return
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    _together(lambda: dist.init_process_group(backend, timeout=timedelta(seconds=timeout)))
+    meeting = timedelta(seconds=max(timeout, _MEETING_SECONDS))  # some start later than others
+    _together(lambda: dist.init_process_group(backend, timeout=meeting))
+    usual = _together(lambda: dist.new_group(backend=backend, timeout=timedelta(seconds=timeout)))
     patient = _together(lambda: dist.new_group(backend="gloo", timeout=_PATIENT))
     local, local_count = (int(os.environ[name]) for name in ("LOCAL_RANK", "LOCAL_WORLD_SIZE"))
-    yield Ranks(dist.get_rank(), dist.get_world_size(), local, local_count, patient)
+    yield Ranks(dist.get_rank(), dist.get_world_size(), local, local_count, usual, patient)
     _together(lambda: dist.barrier(patient))  # so that nobody takes the first one's end for a loss
     dist.destroy_process_group()
 
@@ -168,10 +166,12 @@ def device_of(ranks: Ranks, device: torch.device) -> torch.device:
     """This rank's own device: the GPU of its number, or its share of the cores.
 
     Raises:
-        UsageError: There are more ranks on this machine than GPUs.
+        UsageError: There are more ranks on this machine than GPUs, or the device knows none.
     """
     if ranks.count == 1:
         return device
+    if device.type == "mps":
+        raise UsageError("--device mps: an Apple GPU trains alone; use --device cpu for several processes.")
     if device.type == "cuda":
         if ranks.local_count > torch.cuda.device_count():
             raise UsageError(
@@ -183,117 +183,18 @@ def device_of(ranks: Ranks, device: torch.device) -> torch.device:
     return device
 
 
-# --- batch norm over all ranks
-
-
-class SharedBatchNorm(nn.modules.batchnorm._BatchNorm):
-    """Batch norm whose statistics are those of the batches of all ranks together, (B, C, ...) -> (B, C, ...).
-
-    For the CPU, where torch has none; on GPUs there is its SyncBatchNorm. Every rank has as many images.
+def lost(error: Exception, after: float = 0.0) -> LostRankError:
+    """What to raise for an error of torch's that means that another rank is gone.
 
     Args:
-        norm: Which it replaces, with its weights; of timm's, what it does after normalising is kept.
-        ranks: Over which.
+        error: As it came.
+        after: Seconds that were waited.
     """
-
-    def __init__(self, norm: nn.modules.batchnorm._BatchNorm, ranks: Ranks) -> None:
-        super().__init__(norm.num_features, norm.eps, norm.momentum, norm.affine, norm.track_running_stats)
-        self.ranks = ranks
-        self.weight, self.bias = norm.weight, norm.bias
-        self.running_mean, self.running_var = norm.running_mean, norm.running_var
-        self.num_batches_tracked = norm.num_batches_tracked
-        self.after = [name for name in ("drop", "act") if isinstance(getattr(norm, name, None), nn.Module)]
-        for name in self.after:
-            self.add_module(name, getattr(norm, name))
-
-    def _check_input_dim(self, input: Tensor) -> None:  # noqa: A002 - torch's name
-        pass
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Normalise, and follow with the running averages while training."""
-        if not self.training:
-            found = super().forward(images)
-        else:
-            found, mean, variance, count = _Shared.apply(images, self.weight, self.bias, self.eps, self.ranks)
-            if self.track_running_stats and self.running_mean is not None:
-                self._follow(mean, variance * count / max(1, count - 1))
-        for name in self.after:
-            found = self.get_submodule(name)(found)
-        return found
-
-    @torch.no_grad()
-    def _follow(self, mean: Tensor, variance: Tensor) -> None:
-        assert self.num_batches_tracked is not None
-        self.num_batches_tracked += 1
-        share = self.momentum if self.momentum is not None else 1 / float(self.num_batches_tracked)
-        for average, new in ((self.running_mean, mean), (self.running_var, variance)):
-            assert average is not None
-            average.lerp_(new, share)
-
-
-class _Shared(torch.autograd.Function):
-    """Normalisation by the mean and variance over the ranks' batches of one size.
-
-    Gradients are of a sum over the ranks: with x the normalised input and m() the mean over all ranks' pixels,
-    that of the input is weight / deviation times (g - m(g) - x m(g x)).
-
-    Source: Ioffe and Szegedy 2015 (arXiv 1502.03167), Sec. 3.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, images: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, ranks: Ranks
-    ) -> tuple[Tensor, Tensor, Tensor, int]:
-        """Give the result, mean and variance, (C,), and the number of pixels of all ranks."""
-        over, wide = [0, *range(2, images.ndim)], _widened(images)
-        own_variance, own_mean = torch.var_mean(wide, over, correction=0)
-        means, variances = ranks.gather(torch.stack([own_mean, own_variance])).unbind(1)  # (W, C) each
-        mean = means.mean(0)
-        variance = variances.mean(0) + (means - mean).square().mean(0)
-        deviation = (variance + eps).sqrt()
-        shape = [1, -1, *[1] * (images.ndim - 2)]
-        x = (wide - mean.view(shape)) / deviation.view(shape)
-        found = x if weight is None else x * weight.view(shape)
-        found = found if bias is None else found + bias.view(shape)
-        ctx.save_for_backward(x, weight, bias, deviation)
-        ctx.ranks, ctx.over, ctx.shape = ranks, over, shape
-        count = ranks.count * images.numel() // images.shape[1]
-        ctx.count = count
-        ctx.mark_non_differentiable(mean, variance)
-        return found.to(images.dtype), mean, variance, count
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None, None, None]:
-        """Give the gradients of input, weight and bias."""
-        x, weight, bias, deviation = ctx.saved_tensors
-        g = _widened(gradients[0])
-        own = torch.stack([g.sum(ctx.over), (g * x).sum(ctx.over)])  # (2, C)
-        both = own.clone()
-        ctx.ranks.add_up(both)
-        mean_g, mean_gx = (each.view(ctx.shape) for each in both / ctx.count)
-        scale = 1 / deviation if weight is None else weight / deviation
-        found = (g - mean_g - x * mean_gx) * scale.view(ctx.shape)
-        return (
-            found.to(gradients[0].dtype),
-            None if weight is None else own[1],
-            None if bias is None else own[0],
-            None,
-            None,
-        )
-
-
-def _widened(numbers: Tensor) -> Tensor:
-    """Float32 where it was less."""
-    return numbers.to(torch.promote_types(numbers.dtype, torch.float32))
-
-
-def share_batch_norm(module: nn.Module, ranks: Ranks) -> None:
-    """Put `SharedBatchNorm` in the place of every batch norm within a module."""
-    for name, child in module.named_children():
-        if isinstance(child, nn.modules.batchnorm._BatchNorm) and not isinstance(child, SharedBatchNorm):
-            setattr(module, name, SharedBatchNorm(child, ranks))
-        else:
-            share_batch_norm(child, ranks)
+    waited = f" for {after:.0f} s" if after > 1 else ""
+    return LostRankError(
+        f"rank {os.environ.get('RANK', '0')} on {socket.gethostname()}: another rank ended or does not answer{waited}; the same command "
+        f"goes on from the last save ({str(error).strip().splitlines()[0][:200]})."
+    )
 
 
 def _together(do: Callable[[], Any]) -> Any:
@@ -305,9 +206,7 @@ def _together(do: Callable[[], Any]) -> Any:
     clock = time.monotonic()
     try:
         return do()
-    except (RuntimeError, dist.DistBackendError, dist.DistNetworkError, dist.DistStoreError) as error:
-        waited = f" for {time.monotonic() - clock:.0f} s" if time.monotonic() - clock > 1 else ""
-        raise LostRankError(
-            f"rank {os.environ.get('RANK', '0')} on {socket.gethostname()}: another rank ended or does not answer{waited}; the same command "
-            f"goes on from the last save ({str(error).strip().splitlines()[0][:200]})."
-        ) from None
+    except RuntimeError as error:  # gloo's of lost connections are no more than that
+        if is_out_of_memory(error):
+            raise
+        raise lost(error, time.monotonic() - clock) from error

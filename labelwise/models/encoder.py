@@ -91,10 +91,9 @@ def create_encoder(spec: EncoderSpec, *, pretrained: bool = False) -> Encoder:
         ) from None
 
 
-def synchronize_batch_norm(module: nn.Module) -> nn.Module:
-    """Let every batch norm take its statistics over all ranks' images; on GPUs. Weights are shared with the module given."""
-    synchronized: nn.Module = timm.layers.convert_sync_batchnorm(module)
-    return synchronized
+def synchronize_batch_norm(module: nn.Module) -> None:
+    """Let every batch norm within a module take its statistics over all ranks' images; on GPUs."""
+    timm.layers.convert_sync_batchnorm(module)
 
 
 def check_backbone(backbone: str) -> None:

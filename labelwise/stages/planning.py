@@ -20,6 +20,7 @@ from labelwise.images.duplicates import unique_keys
 from labelwise.images.grouping import Groups
 from labelwise.images.source import ImageSet, open_images
 from labelwise.images.splits import pool_indices
+from labelwise.learning.batch_norm import share_batch_norm
 from labelwise.learning.large_batch import largest_part, step_bytes
 from labelwise.learning.memory import TRAINING_SHARE, available_memory
 from labelwise.learning.optimization import (
@@ -30,7 +31,7 @@ from labelwise.learning.optimization import (
     set_rate,
 )
 from labelwise.learning.precision import Precision, calibrate, seconds_of
-from labelwise.learning.ranks import ALONE, Ranks, share_batch_norm
+from labelwise.learning.ranks import ALONE, Ranks
 from labelwise.learning.simclr import Learner
 from labelwise.models.encoder import (
     Encoder,
@@ -321,7 +322,7 @@ def make_plan(
     default_rate, default_decay = DEFAULTS[settings.optimizer]
     batch_size = batch_size_for(settings, len(pool.rows))
     if "batch_size" not in settings.model_fields_set:
-        batch_size = max(batch_size // ranks.count, 2) * ranks.count
+        batch_size = batch_size // ranks.count * ranks.count
     plan = Plan(
         image_size=spec.image_size,
         initial_size=_initial_size(settings, spec),
@@ -389,6 +390,10 @@ def check_divisible(plan: Plan, ranks: Ranks) -> None:
     Raises:
         UsageError: It does not.
     """
+    if plan.batch_size < 2 * ranks.count and ranks.count > 1:
+        raise UsageError(
+            f"batch_size = {plan.batch_size}: too small for {ranks.count} devices or processes; each needs two images."
+        )
     for name, size in (("batch_size", plan.batch_size), ("micro_batch_size", plan.micro_batch_size)):
         if size % ranks.count:
             numbers = ", ".join(str(each) for each in range(1, min(size, 64) + 1) if size % each == 0)

@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from pydantic import TypeAdapter, ValidationError
+from torch.distributed import DistError
 
 from labelwise import environment, rundir, seeding, terminal
 from labelwise.config import PretrainSettings, parse_duration, to_toml
@@ -49,7 +50,7 @@ from labelwise.learning.optimization import (
     warmup_cosine,
 )
 from labelwise.learning.precision import Precision, choose_device, compute_deterministically, device_name
-from labelwise.learning.ranks import Ranks, device_of, is_rank, join
+from labelwise.learning.ranks import Ranks, device_of, is_rank, join, lost
 from labelwise.learning.simclr import Learner
 from labelwise.measures import health
 from labelwise.models.encoder import EncoderSpec, check_backbone
@@ -156,12 +157,10 @@ def _pretrain(settings: PretrainSettings, ranks: Ranks) -> RunDirectory:
     )
     with terminal.track("reading images", len(images.names)) as bar:
         cache = build_cache(images, side=side, evaluation_size=size, progress=bar.advance)
-    groups, lock = ranks.tell(lambda: _separate_test(run, settings, images, cache), patient=True)
+    groups, lock = ranks.tell(lambda: _separate_test(run, settings, images, cache))
     pool = keep_on_device(make_pool(images, cache, lock, settings), device)
     _check_pool(settings, ranks, pool_hash(images, pool))
-    spec, plan = ranks.tell(
-        lambda: _decide(run, settings, images, pool, plan, size, side, device, ranks), patient=True
-    )
+    spec, plan = ranks.tell(lambda: _decide(run, settings, images, pool, plan, size, side, device, ranks))
     check_divisible(plan, ranks)
     spec = dataclasses.replace(spec, stem=plan.stem)
     precision = Precision(plan.precision, plan.layout, plan.reason)
@@ -298,7 +297,7 @@ def _train(
                 rate = warmup_cosine(at.step, steps, warmup_steps)
                 set_rate(learner.optimizer, rate)
                 torch.manual_seed(
-                    settings.seed * 1_000_003 + at.step + (ranks.number << 40)
+                    ranks.seed(settings.seed * 1_000_003 + at.step)
                 )  # stochastic depth, dropout
                 try:
                     loss = learner.step(functools.partial(make, epoch=at.epoch), members)
@@ -308,6 +307,8 @@ def _train(
                 except (MemoryError, RuntimeError) as error:
                     if is_out_of_memory(error):
                         raise _no_memory(run, plan, at) from None
+                    if isinstance(error, DistError):  # batch norm on GPUs talks by itself
+                        raise lost(error) from error
                     raise
 
                 losses.append(loss)
@@ -330,6 +331,7 @@ def _train(
                 if asked or is_due:
                     save()
                 if asked:
+                    ranks.tell(lambda: None)  # that it is saved
                     raise Interrupted(
                         f"saved step {at.step:,} of {steps:,} in {run.path}; the same command goes on.",
                         asked,
@@ -349,11 +351,11 @@ def _train(
             }
             at, losses = Position(at.step, at.epoch + 1, 0), []
             is_looked_at = at.epoch % look_every == 0 or at.epoch == plan.epochs
-            lost = ranks.tell(functools.partial(examine, row)) if is_looked_at else None
+            wrong = ranks.tell(functools.partial(examine, row)) if is_looked_at else None
             if ranks.is_first:
                 rundir.append_jsonl(run.metrics, row)
-            if lost:
-                at = ranks.tell(functools.partial(_roll_back, run, guard, at, lost, bar))
+            if wrong:
+                at = ranks.tell(functools.partial(_roll_back, run, guard, at, wrong, bar))
                 share_state(ranks, learner.modules, learner.optimizer)
                 break
             (is_due,) = ranks.largest(int(is_overdue(SAVE_SECONDS / 4)))
@@ -381,10 +383,11 @@ def _finish(run: RunDirectory, seconds: float) -> None:
 def _no_memory(run: RunDirectory, plan: Plan, at: Position) -> ResourceError:
     """What to do when memory runs out in a step; half a step is not saved."""
     part = plan.micro_batch_size // 2
+    many = ", on as many devices as it was begun with or more" if is_rank() else ""
     less = f"start anew with --micro-batch-size {part} (the same loss, slower), or" if part >= 2 else "use"
     return ResourceError(
         f"{run.path}: out of memory at step {at.step:,}. Free some and run the same command again, which goes on from the "
-        f"last save; else {less} a smaller --image-size."
+        f"last save{many}; else {less} a smaller --image-size."
     )
 
 

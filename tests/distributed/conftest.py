@@ -48,7 +48,7 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], list[O
             processes.append(subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True))
         said = [process.communicate(timeout=300)[1] for process in processes]
         if any(process.returncode for process in processes):
-            pytest.exit("a rank failed:\n" + "\n".join(said), 1)
+            pytest.fail("a rank failed:\n" + "\n".join(said))
         return [torch.load(folder / f"{number}.pt", weights_only=True) for number in range(count)]
 
     return found

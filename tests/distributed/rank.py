@@ -16,7 +16,8 @@ from labelwise.learning.checkpoint import check_alike, share_state
 from labelwise.learning.contrast import nt_xent
 from labelwise.learning.optimization import create_optimizer, set_rate
 from labelwise.learning.precision import Precision
-from labelwise.learning.ranks import ALONE, Ranks, SharedBatchNorm, join, share_batch_norm
+from labelwise.learning.batch_norm import SharedBatchNorm, share_batch_norm
+from labelwise.learning.ranks import ALONE, Ranks, join
 from labelwise.learning.simclr import Learner
 from labelwise.models.encoder import EncoderSpec, create_encoder
 from labelwise.models.heads import create_head
@@ -198,7 +199,7 @@ def meetings(ranks: Ranks) -> dict[str, Any]:
         "noticed": noticed,
         "moved": any(not torch.equal(before[name], each) for name, each in state_of(other).items()),
         "told": ranks.tell(lambda: {"by": ranks.number, "what": [1, "two"]}),
-        "patiently": ranks.tell(lambda: ranks.number, patient=True),
+        "seeds": [int(each) for each in ranks.gather(torch.tensor([ranks.seed(5)]))],
         "largest": ranks.largest(ranks.number, 7 - ranks.number, True),
         "shares": ranks.gather(torch.from_numpy(ranks.share(np.arange(BATCH) + 100, 8))).tolist(),
         "sum": float(sum(ranks.gather(torch.tensor([1.0 + ranks.number])))),

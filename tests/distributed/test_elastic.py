@@ -3,7 +3,6 @@
 import contextlib
 import os
 import random
-import shutil
 import signal
 import subprocess
 import sys
@@ -17,8 +16,7 @@ import pytest
 from conftest import HERE, free_port
 from safetensors.numpy import load_file
 
-from labelwise.errors import UsageError
-from labelwise.learning.ranks import LostRankError
+from labelwise.errors import LostRankError, UsageError
 from labelwise.rundir import RunDirectory, read_json, read_jsonl
 from labelwise.stages.launching import count_devices
 
@@ -284,4 +282,3 @@ def test_python_is_told_to_start_processes_itself(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="torchrun"):
         pretrain(PretrainSettings.resolve({"images": tmp_path, "devices": "2"}))
     assert LostRankError.exit_code not in (0, 1, 2, 3, 4, 5)
-    shutil.rmtree(tmp_path)

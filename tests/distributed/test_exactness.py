@@ -124,7 +124,10 @@ def test_ranks_hear_the_first_one_and_notice_one_whose_weights_differ(outcomes: 
         said = each["meetings"]
         assert f"rank {count - 1} " in said["noticed"]
         assert said["told"] == {"by": 0, "what": [1, "two"]}
-        assert said["patiently"] == 0
+        assert said["seeds"][0] == 5
+        assert (
+            len({seed % 2**32 for seed in said["seeds"]}) == count
+        )  # torch's generator on the CPU takes 32 bits
         assert said["largest"] == (count - 1, 7, 1)
         assert said["sum"] == count * (count + 1) / 2
         assert said["moved"]
