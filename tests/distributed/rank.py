@@ -12,11 +12,11 @@ from torch import Tensor, nn
 
 from labelwise.errors import LabelwiseError
 from labelwise.learning import contrast
+from labelwise.learning.batch_norm import SharedBatchNorm, share_batch_norm
 from labelwise.learning.checkpoint import check_alike, share_state
 from labelwise.learning.contrast import nt_xent
 from labelwise.learning.optimization import create_optimizer, set_rate
 from labelwise.learning.precision import Precision
-from labelwise.learning.batch_norm import SharedBatchNorm, share_batch_norm
 from labelwise.learning.ranks import ALONE, Ranks, join
 from labelwise.learning.simclr import Learner
 from labelwise.models.encoder import EncoderSpec, create_encoder
