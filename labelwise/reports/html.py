@@ -39,7 +39,7 @@ def render(document: dict[str, Any], run: RunDirectory) -> str:
     answer, *rest = re.split(r"(?<=\.) (?=[A-Z])", document["verdict"], maxsplit=1)
     return template.render(
         document=document,
-        answer=answer,
+        answer=answer.replace(" %", "\N{NO-BREAK SPACE}%"),
         rest=" ".join(rest),
         data_line=text.data_line(document["data"]),
         test_line=text.test_line(document),
