@@ -22,6 +22,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.distributed)
 
 
+@pytest.fixture
+def only_long(request: pytest.FixtureRequest) -> None:
+    """Skips what takes half a minute and more, unless `--long` was given."""
+    if not request.config.getoption("--long"):
+        pytest.skip("in the long form only: pytest -m distributed --long")
+
+
 def free_port(address: str = "127.0.0.1") -> int:
     with socket.socket() as found:
         found.bind((address, 0))

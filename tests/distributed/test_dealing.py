@@ -105,7 +105,17 @@ def test_two_processes_give_the_numbers_of_one(pretrained: Path, alone: Path) ->
     assert words.count("run  ") == 1  # one of them speaks
 
 
-@pytest.mark.parametrize("how", ["a process is killed", "Ctrl-C", "the command is killed"])
+long = pytest.mark.usefixtures("only_long")
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        pytest.param("a process is killed", marks=long),
+        "Ctrl-C",
+        pytest.param("the command is killed", marks=long),
+    ],
+)
 def test_what_is_finished_is_kept_and_the_same_command_goes_on(pretrained: Path, how: str) -> None:
     run = pretrained / how.replace(" ", "-")
     shutil.copytree(pretrained / "run", run)

@@ -174,7 +174,7 @@ def test_any_rank_killed_at_random_moments(
     is_long = request.config.getoption("--long")
     seed = random.randrange(10**6)
     chance = random.Random(seed)
-    for trial in range(10 if is_long else 2):
+    for trial in range(10 if is_long else 1):
         run = place.folder / f"run-{trial}"
         job = place.start(run, "--devices", 2)
         moment = chance.randrange(2, 30)
@@ -233,6 +233,7 @@ def test_a_wrong_setting_is_told_once_and_not_tried_again(place: Workplace) -> N
     assert "Traceback" not in job.words
 
 
+@pytest.mark.usefixtures("only_long")  # as test_two_machines_under_torchrun, by --devices
 def test_a_rank_that_does_not_answer_is_given_up(
     place: Workplace, undisturbed: dict[str, np.ndarray]
 ) -> None:
