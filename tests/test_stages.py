@@ -1669,7 +1669,7 @@ def test_what_too_few_draws_found_is_told_beside_what_is_claimed() -> None:
     assert "one has too few test images to count each alike: the large ones decide this." in words
 
 
-def test_where_no_method_learned_anything_it_is_said_whatever_the_verdict() -> None:
+def test_where_no_method_is_better_than_naming_one_class_it_is_said() -> None:
     pair = {"arm": "simclr", "against": "supervised", "mean": 0.0, "n": 5, "verdict": "no difference shown"}
     entry: dict[str, Any] = {
         "labels": 20,
@@ -1677,13 +1677,17 @@ def test_where_no_method_learned_anything_it_is_said_whatever_the_verdict() -> N
         "arms": {"simclr": {}, "supervised": {}},
         "guesses": ["simclr", "supervised"],
     }
-    said = "With 20 labels no method learned anything: "
+    said = "With 20 labels no method is clearly better than always naming one class."
     for low, high in ((-0.1, 0.1), (None, None)):
         summary = [{**entry, "comparisons": [{**pair, "low": low, "high": high}]}]
         assert said in concluding.verdict_in_words(summary, 2_000, [])
     assert said in concluding.verdict_in_words([{**entry, "comparisons": []}], 2_000, [])
     learned = {**entry, "guesses": ["supervised"], "comparisons": []}
     assert said not in concluding.verdict_in_words([learned], 2_000, [])
+    better = {**entry, "comparisons": [{**pair, "mean": 0.02, "low": 0.01, "high": 0.03, "verdict": "helps"}]}
+    words = concluding.verdict_in_words([better], 2_000, [])
+    assert said not in words, "it does not say both"
+    assert "From scratch is hardly better than guessing" in words
 
 
 @pytest.mark.parametrize("arm", ["simclr", "simclr_probe"])

@@ -111,8 +111,8 @@ def saved_in_words(saved: dict[str, Any], label_cost: float | None) -> str:
         return f"{saved['labels']:,} labels: how many without pretraining match them cannot be told from these numbers"
     matches, low, high = (words(key, "{:,.0f}".format, "fewer") for key in ("matches", "low", "high"))
     said = f"{saved['labels']:,} labels with pretraining match {matches} without [{low}, {high}]"
-    if label_cost is None or (saved["matches"] is None and saved["most"] == saved["labels"]):
-        return said  # in money: more than nothing
+    if label_cost is None or (saved["high"] is None and saved["most"] <= saved["labels"]):
+        return said  # in money: more than nothing, or than less
     matches, low, high = (words(key, money, "less") for key in ("matches", "low", "high"))
     return f"{said}; at {label_cost:g} a label that saves {matches} [{low}, {high}]"
 

@@ -45,7 +45,7 @@ def verdict_in_words(
         if best is None:
             continue
         is_first = entry["fraction"] is not None and not any(said.values())
-        share = f" ({100 * entry['fraction']:.2g} % of the images)" if is_first else ""
+        share = f" ({100 * entry['fraction']:.3g} % of the images)" if is_first else ""
         if best["low"] is None or best["n"] < FEWEST_DRAWS:
             few.append((best, f"{100 * best['mean']:+.1f} points with {entry['labels']:,} labels"))
             continue
@@ -53,6 +53,7 @@ def verdict_in_words(
             guesses.append(f"{entry['labels']:,}")
         said[best["verdict"]].append(f"{text.gain_in_words(best)} with {entry['labels']:,} labels{share}")
     claims = any(said.values())
+    against_others = [*_against_pixels_in_words(summary), *_against_others(summary)]
     sentences = []
     if said[HELPS]:
         sentences.append(f"Pretraining on your images helps: {', '.join(said[HELPS])}.")
@@ -65,13 +66,12 @@ def verdict_in_words(
             f"No difference{' is' if sentences else ' between pretraining and training from scratch is'} shown: {', '.join(said[UNCLEAR])}."
         )
     if few:
-        sentences.append(_of_few_draws(few, tested, claims=claims))
+        sentences.append(_of_few_draws(few, tested, claims=claims or bool(against_others)))
     if not sentences:
         done = {arm for entry in summary for arm in entry["arms"]}
         measured = f"Measured so far: {', '.join(sorted(done))}." if done else "Run `labelwise finetune`."
         sentences.append(f"No comparison with training from scratch yet. {measured}")
     sentences += _over_encoders_in_words(over_encoders)
-    against_others = [*_against_pixels_in_words(summary), *_against_others(summary)]
     sentences += against_others
     claims = claims or bool(against_others)
     if by_class and claims:
@@ -82,10 +82,15 @@ def verdict_in_words(
         )
     if untested:
         sentences.append(f"Not one image of {_classes(untested)} was tested.")
-    nothing = [f"{entry['labels']:,}" for entry in summary if len(entry["guesses"]) == len(entry["arms"])]
+    nothing = [
+        f"{entry['labels']:,}"
+        for entry in summary
+        if len(entry["guesses"]) == len(entry["arms"])
+        and all(each["verdict"] == UNCLEAR for each in entry["comparisons"])
+    ]
     if nothing:
         sentences.append(
-            f"With {', '.join(nothing)} labels no method learned anything: none is 3 points better than always naming one class."
+            f"With {', '.join(nothing)} labels no method is clearly better than always naming one class."
         )
     if guesses:
         sentences.append(

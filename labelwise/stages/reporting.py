@@ -258,8 +258,11 @@ def _summarize(results: list[Result], scores: Scores) -> list[dict[str, Any]]:
         }
         if not is_balanced:
             entry["macro"] = {arm: scores.test.macro(draws).to_json() for arm, draws in arms.items()}
-        least = (guessing if is_balanced else 1 / classes) + _HARDLY
-        known = entry["arms" if is_balanced else "macro"]
+        chance = 1 / classes if scores.by_class else guessing
+        least = min(
+            chance + _HARDLY, 2 * chance, (1 + chance) / 2
+        )  # many classes, or one that most images are of
+        known = entry["macro" if scores.by_class else "arms"]
         entry["guesses"] = [arm for arm in arms if known[arm]["mean"] < least]
         summary.append(entry)
     return summary
