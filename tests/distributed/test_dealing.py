@@ -107,12 +107,9 @@ def test_two_processes_give_the_numbers_of_one(pretrained: Path, alone: Path) ->
     assert words.count("run  ") == 1  # one of them speaks
 
 
+@pytest.mark.usefixtures("only_long")
 @pytest.mark.parametrize("how", ["Ctrl-C", "a process is killed", "the command is killed"])
-def test_what_is_finished_is_kept_and_the_same_command_goes_on(
-    pretrained: Path, how: str, request: pytest.FixtureRequest
-) -> None:
-    if how != "Ctrl-C":
-        request.getfixturevalue("only_long")
+def test_what_is_finished_is_kept_and_the_same_command_goes_on(pretrained: Path, how: str) -> None:
     run = pretrained / how.replace(" ", "-")
     shutil.copytree(pretrained / "run", run)
     words = ("--steps", 30, "--scratch-steps", 300, "--devices", 2)
