@@ -65,25 +65,26 @@ def test_a_second_command_is_told_who_works_on_the_run(run: RunDirectory) -> Non
     assert list(run.path.iterdir()) == []
 
 
-def test_whoever_only_reads_is_told_too_and_leaves_no_trace(run: RunDirectory) -> None:
-    check_is_free(run)
+def told_while_another_lives(run: RunDirectory) -> int:
+    """Look at a run while another process holds it and after that was killed; give its number."""
     other = start(run)
     with pytest.raises(UsageError, match=rf"process {other.pid} on .* is working on it"):
         check_is_free(run)
     os.kill(other.pid, signal.SIGKILL)
     other.wait()
     check_is_free(run)
-    assert json.loads(run.owner.read_text())["pid"] == other.pid
+    return other.pid
+
+
+def test_whoever_only_reads_is_told_too_and_leaves_no_trace(run: RunDirectory) -> None:
+    check_is_free(run)
+    killed = told_while_another_lives(run)
+    assert json.loads(run.owner.read_text())["pid"] == killed
 
 
 @pytest.mark.usefixtures("without_locks")
 def test_without_locks_whoever_only_reads_goes_by_the_record(run: RunDirectory) -> None:
-    other = start(run)
-    with pytest.raises(UsageError, match=rf"process {other.pid} on .* is working on it"):
-        check_is_free(run)
-    os.kill(other.pid, signal.SIGKILL)
-    other.wait()
-    check_is_free(run)
+    told_while_another_lives(run)
 
 
 def test_a_run_that_may_only_be_read_is_not_held(run: RunDirectory, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -159,7 +159,8 @@ def _pretrain(settings: PretrainSettings, ranks: Ranks) -> RunDirectory:
         cache = build_cache(images, side=side, evaluation_size=size, progress=bar.advance)
     groups, lock = ranks.tell(lambda: _separate_test(run, settings, images, cache))
     pool = keep_on_device(make_pool(images, cache, lock, settings), device)
-    _check_pool(settings, ranks, pool_hash(images, pool))
+    if ranks.count > 1:
+        _check_pool(settings, ranks, pool_hash(images, pool))
     spec, plan = ranks.tell(lambda: _decide(run, settings, images, pool, plan, size, side, device, ranks))
     check_divisible(plan, ranks)
     spec = dataclasses.replace(spec, stem=plan.stem)

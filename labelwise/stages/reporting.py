@@ -35,6 +35,7 @@ from labelwise.stages.scoring import (
     counts_of_all_labels,
     read_scores,
     score,
+    without_result,
 )
 
 _COMPARED = (
@@ -125,8 +126,7 @@ def pages(run: RunDirectory, document: dict[str, Any]) -> dict[Path, str]:
 
 def _check_results(run: RunDirectory, results: list[Result], predictions: dict[str, list[Any]]) -> None:
     """Refuse to put a report of fewer results in place of one, when it is the results that got lost."""
-    predicted = set(zip(*(predictions[key] for key in ("method", "labels", "draw")), strict=True))
-    lost = predicted - set(map(classifier_of, results))
+    lost = without_result(results, predictions)
     if not lost:
         return
     reported = map(classifier_of, (rundir.read_derived(run.report_json) or {}).get("results", []))

@@ -34,6 +34,12 @@ def classifier_of(result: Result) -> tuple[str, int, int]:
     return result["method"], result["labels"], result["draw"]
 
 
+def without_result(results: list[Result], predictions: dict[str, list[Any]]) -> set[tuple[str, int, int]]:
+    """Classifiers that have predictions and no result."""
+    keys = zip(*(predictions[key] for key in ("method", "labels", "draw")), strict=True)
+    return set(keys) - set(map(classifier_of, results))
+
+
 def counts_of_all_labels(results: list[Result]) -> set[int]:
     """The number of labels that was all there were, if it was measured."""
     return {row["labels"] for row in results if row["labels"] >= row["labels_there"]}

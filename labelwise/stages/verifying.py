@@ -18,7 +18,7 @@ from labelwise.predictions import read_predictions, read_probabilities
 from labelwise.rundir import RunDirectory
 from labelwise.stages.encoders import sign
 from labelwise.stages.reporting import compose, pages
-from labelwise.stages.scoring import PREDICTED, Scores, classifier_of, score
+from labelwise.stages.scoring import PREDICTED, Scores, score, without_result
 
 _SHOWN = 5
 _TOLERANCE = 1e-6  # other processors round otherwise
@@ -166,11 +166,9 @@ def _check_results(
         of_each = {scores.classes[each]: float(right[truth == each].mean()) for each in np.unique(truth)}
         if not _is_same(of_each, row["per_class"], _TOLERANCE):
             problems.append(f"{_name(row)}: per_class is not what its predictions say")
-    keys = zip(*(predictions[key] for key in ("method", "labels", "draw")), strict=True)
-    left_out = set(keys) - set(map(classifier_of, results))
     return problems + [
         f"{method}, {labels} labels, draw {draw}: has predictions and no result"
-        for method, labels, draw in sorted(left_out)
+        for method, labels, draw in sorted(without_result(results, predictions))
     ]
 
 
