@@ -145,10 +145,22 @@ class PretrainSettings(Settings):
     table: ClassVar[str] = "pretrain"
 
     images: Path = Field(
-        description="folder of images, searched recursively", json_schema_extra={"panel": "Data"}
+        description="folder of images, searched recursively, or hf://NAME of the Hugging Face hub",
+        json_schema_extra={"panel": "Data"},
     )
     out: Path | None = Field(
         None, description="run folder; default runs/<folder name>", json_schema_extra={"panel": "Data"}
+    )
+    stream: bool = Field(
+        False,
+        description="read shards (.parquet, .tar) anew in each pass and keep a sample only; their place may be an address",
+        json_schema_extra={"panel": "Data"},
+    )
+    shuffle_buffer: int = Field(
+        10_000,
+        ge=1,
+        description="stream: images that are shuffled among each other",
+        json_schema_extra={"panel": "Data"},
     )
     labels: Path | None = Field(
         None,

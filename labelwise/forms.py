@@ -17,6 +17,7 @@ class _Sources(_Form):
     labels_root: str | None
     test: str | None
     group_column: str | None = None
+    stream: bool = False
 
 
 class _Quarantined(_Form):

@@ -1,12 +1,16 @@
 """Fixtures of all tests: a cache of one's own, and images to put into folders."""
 
+import io
 import os
+import tarfile
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet
 import pytest
 from PIL import Image
 
@@ -65,6 +69,37 @@ def photo() -> Callable[..., Image.Image]:
         return image
 
     return write
+
+
+def put_into_shards(folder: Path, kind: str, files: list[Path], count: int) -> Path:
+    """Pack image files, with their folders' names for classes, into so many shards; the last is a shorter one."""
+    folder.mkdir(parents=True)
+    each = -(-len(files) // count)
+    for number in range(count):
+        part, name = files[number * each : (number + 1) * each], folder / f"shard-{number:03d}.{kind}"
+        if kind == "parquet":
+            rows = {
+                "image": [{"bytes": file.read_bytes(), "path": None} for file in part],
+                "label": [file.parent.name for file in part],
+            }
+            pa.parquet.write_table(pa.table(rows), name, row_group_size=10)
+            continue
+        with tarfile.open(name, "w") as archive:
+            for place, file in enumerate(part):
+                for suffix, content in (
+                    (file.suffix, file.read_bytes()),
+                    (".cls", file.parent.name.encode()),
+                ):
+                    member = tarfile.TarInfo(f"{number:03d}{place:05d}{suffix}")
+                    member.size = len(content)
+                    archive.addfile(member, io.BytesIO(content))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def write_shards() -> Callable[..., Path]:
+    """Pack image files into shards, see `put_into_shards`."""
+    return put_into_shards
 
 
 def write_some_digits(folder: Path, every: int) -> Path:

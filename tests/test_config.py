@@ -29,6 +29,8 @@ TYPED: dict[type[Settings], dict[str, tuple[str | None, Any]]] = {
     PretrainSettings: {
         "images": ("a b/ä", Path("a b/ä")),
         "out": ("runs/x", Path("runs/x")),
+        "stream": (None, True),
+        "shuffle_buffer": ("500", 500),
         "labels": ("labels.csv", Path("labels.csv")),
         "labels_root": ("photos", Path("photos")),
         "group_column": ("patient id", "patient id"),

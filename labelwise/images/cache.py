@@ -274,7 +274,7 @@ def _fill(
         "side": side,
         "evaluation_size": evaluation_size,
         "intensity_range": facts["intensity_range"],
-        "shortest": max(decoding.SHORTEST, side, decoding.evaluation_short_side(evaluation_size)),
+        "shortest": decoding.shortest_for(side, evaluation_size),
     }
     saved_at = time.monotonic()
     with Readers("cache", **arguments) as readers:

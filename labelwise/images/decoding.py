@@ -185,6 +185,11 @@ def evaluation_short_side(size: int) -> int:
     return size if size <= 64 else round(size / 0.875)
 
 
+def shortest_for(side: int, evaluation_size: int) -> int:
+    """Short side that a JPEG is decoded with at least, so that squares and evaluation images of these sides lose nothing."""
+    return max(SHORTEST, side, evaluation_short_side(evaluation_size))
+
+
 def content_key(pixels: Pixels) -> int:
     """First 8 bytes of the SHA-256 of an image's shape and pixels; never 0."""
     digest = hashlib.sha256(str(pixels.shape).encode())

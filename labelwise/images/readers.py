@@ -357,6 +357,13 @@ def _center(data: bytes, row: int, *, size: int, intensity_range: Range | None, 
     return None, decoding.evaluation_pixels(image, size).tobytes()
 
 
+def _square(data: bytes, row: int, *, side: int, intensity_range: Range | None, shortest: int) -> Answer:
+    """Size and content key, and pixels of the square, (S, S, 3)."""
+    image, size = decoding.decode_image(data, intensity_range, shortest)
+    key = decoding.content_key(np.asarray(image))
+    return (size, key), decoding.square_pixels(image, side).tobytes()
+
+
 def _cache(
     data: bytes, row: int, *, squares: Place, evaluations: Place, side: int, evaluation_size: int,
     intensity_range: Range | None, shortest: int,
@@ -386,6 +393,7 @@ JOBS: dict[str, Callable[..., Answer]] = {
     "size": _size,
     "deep range": _deep_range,
     "center": _center,
+    "square": _square,
     "cache": _cache,
     "examine": _examine,
 }

@@ -13,8 +13,9 @@ from typing import Any
 
 import datasets
 
-from labelwise.errors import DataError, UsageError
+from labelwise.errors import DataError, LabelwiseError, UsageError
 from labelwise.images.labels import OUTSIDE, SPLITS, SUFFIXES, match_labels, read_label_table
+from labelwise.images.shards import Shards, address_of, load_archives, load_tables, open_shards
 from labelwise.rundir import is_utf8
 
 _IGNORED_FOLDERS = ("__MACOSX",)
@@ -36,6 +37,7 @@ class ImageSet:
         notes: What a person should know.
         table: Column `image`, not decoded.
         groups: What may not be torn apart, such as the images of one patient; None where nothing is known.
+        shards: Where all the images are, of which these are a sample; None where these are all.
     """
 
     root: Path
@@ -47,6 +49,7 @@ class ImageSet:
     notes: list[str]
     table: datasets.Dataset = field(repr=False)
     groups: list[str | None] = field(default_factory=list)
+    shards: Shards | None = None
 
     def __post_init__(self) -> None:
         if not self.groups:
@@ -72,22 +75,24 @@ def open_images(
     labels_root: Path | None = None,
     group_column: str | None = None,
     test: Path | None = None,
+    stream: bool = False,
 ) -> ImageSet:
     """Find the images of a folder, with the labels and splits that its layout or a label file tells.
 
     Args:
         root: A folder of images at any depth, a folder of class folders, of `train/ val/ test/` folders,
-            of Parquet files, or one written by `datasets`' `save_to_disk`.
+            of Parquet files or tar archives, or one written by `datasets`' `save_to_disk`; or an address of such.
         labels: A CSV, TSV or JSONL file, or a folder of class folders.
         labels_root: Folder the label file's paths start from.
         group_column: Column of the label file, or of a table that `datasets` reads, whose images may not be torn apart.
         test: Folder of test images, inside `root` or elsewhere.
+        stream: Take a sample of the shards in `root` only, and leave the others where they are.
 
     Raises:
         DataError: There are no images, or the labels cannot be matched to them.
     """
     has_file = labels is not None and not labels.is_dir()
-    images = _open_folder(root, None if has_file else group_column)
+    images = _open_sample(root) if stream else _open_folder(root, None if has_file else group_column)
     if group_column is not None and not has_file and images.layout != "dataset":
         raise UsageError(
             f"--group-column {group_column}: is a column of a label file; give --labels FILE too."
@@ -144,7 +149,22 @@ def open_files(files: list[Path]) -> ImageSet:
     return ImageSet(Path(), names, none, none, "files", {}, [], _table(names))
 
 
+def _open_sample(root: Path) -> ImageSet:
+    """The sample that stands for a stream, by the names that its images have in their shards."""
+    shards, sample = open_shards(root)
+    table = load_tables("parquet", data_files=str(sample))["train"]
+    names, labels = list(table["name"]), list(table["label"])
+    images = table.select_columns("image").cast_column("image", datasets.Image(decode=False))
+    none: list[str | None] = [None] * len(names)
+    return ImageSet(root, names, labels, none, "dataset", {}, list(shards.notes), images, shards=shards)
+
+
 def _open_folder(root: Path, group_column: str | None = None) -> ImageSet:
+    address = address_of(root)
+    if address is not None:
+        if not address.startswith("hf://datasets/"):
+            raise UsageError(f"{address}: is read as a stream only; add --stream.")
+        return _from_datasets(root, _load_from_hub(address.removeprefix("hf://datasets/")), group_column)
     if not root.exists():
         raise DataError(f"{root}: no such folder.")
     if not is_utf8(str(root.absolute())):
@@ -158,11 +178,9 @@ def _open_folder(root: Path, group_column: str | None = None) -> ImageSet:
         parquet = sorted(str(path) for path in root.rglob("*.parquet"))
         if parquet:
             files = _parquet_splits(root, parquet)
-            datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False  # reading one's own files is nobody's business
-            loaded = datasets.load_dataset("parquet", data_files=files)
-            return _from_datasets(
-                root, loaded if len(files) > 1 else next(iter(loaded.values())), group_column
-            )
+            return _from_datasets(root, load_tables("parquet", data_files=files), group_column)
+        if next(root.rglob("*.tar"), None) is not None:
+            return _from_datasets(root, load_archives(root), group_column)
         found = ", ".join(
             f"{count} {suffix or 'without suffix'}" for suffix, count in Counter(ignored).most_common(5)
         )
@@ -254,6 +272,8 @@ def _from_datasets(
 ) -> ImageSet:
     """Read a table of images that the `datasets` library knows."""
     pieces = loaded if isinstance(loaded, datasets.DatasetDict) else {"": loaded}
+    if len(pieces) == 1:
+        pieces = {"": next(iter(pieces.values()))}
     names: list[str] = []
     labels: list[str | None] = []
     splits: list[str | None] = []
@@ -284,6 +304,18 @@ def _from_datasets(
     )
 
 
+def _load_from_hub(name: str) -> datasets.DatasetDict:
+    """All splits of a data set of the Hugging Face hub, copied to this disk by `datasets`."""
+    name, _, revision = name.partition("@")
+    try:
+        loaded: datasets.DatasetDict = load_tables(name, revision=revision or None)
+    except (OSError, ValueError) as error:
+        raise LabelwiseError(
+            f"hf://{name}: cannot be loaded ({type(error).__name__}: {str(error)[:200]})."
+        ) from None
+    return loaded
+
+
 def _label_texts(piece: datasets.Dataset, column: str) -> list[str | None]:
     feature = piece.features[column]
     values = piece[column]
@@ -297,7 +329,7 @@ def _add_test(images: ImageSet, test: Path) -> ImageSet:
     if not test.is_dir():
         raise DataError(f"--test {test}: no such folder.")
     root, folder = images.root.resolve(), test.resolve()
-    if folder != root and folder.is_relative_to(root):
+    if folder != root and folder.is_relative_to(root) and images.shards is None:
         inside = folder.relative_to(root).as_posix() + "/"
         relative = _open_folder(test)
         known = dict(zip(relative.names, relative.labels, strict=True))

@@ -1,6 +1,7 @@
 """What a comparison rests on: the images of a run, its labels, test lock and groups, as pretraining left them or as given now."""
 
 import dataclasses
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -200,14 +201,15 @@ def _test_lock(
 def _open_images(sources: dict[str, str | None], settings: FinetuneSettings) -> ImageSet:
     """Open the images pretraining saw, with the labels given now or then."""
     given = {"labels": settings.labels, "labels_root": settings.labels_root, "test": settings.test}
-    first = {name: Path(str(sources[name])) if sources[name] else None for name in given}
-    paths = {name: path or first[name] for name, path in given.items()}
+    first: dict[str, Any] = {name: Path(str(sources[name])) if sources[name] else None for name in given}
+    paths: dict[str, Any] = {name: path or first[name] for name, path in given.items()}
     root, column = Path(str(sources["images"])), sources.get("group_column")
+    reopen = functools.partial(open_images, stream=bool(sources.get("stream")))
     if settings.group_column is not None or column is None or settings.labels is None:
-        return open_images(root, group_column=settings.group_column or column, **paths)
-    images = open_images(root, group_column=None, **paths)
+        return reopen(root, group_column=settings.group_column or column, **paths)
+    images = reopen(root, group_column=None, **paths)
     try:
-        earlier = open_images(root, group_column=column, **first)
+        earlier = reopen(root, group_column=column, **first)
     except DataError as error:
         terminal.warn(
             f"groups by {column}, as in pretraining, cannot be read any more ({error}); intervals do without."

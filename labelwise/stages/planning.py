@@ -18,8 +18,10 @@ from labelwise.errors import DataError, UsageError
 from labelwise.images.cache import ImageCache, channel_statistics, sample_sizes
 from labelwise.images.duplicates import unique_keys
 from labelwise.images.grouping import Groups
+from labelwise.images.shards import Shards
 from labelwise.images.source import ImageSet, open_images
 from labelwise.images.splits import pool_indices
+from labelwise.images.streaming import choose_lanes
 from labelwise.learning.batch_norm import share_batch_norm
 from labelwise.learning.large_batch import largest_part, step_bytes
 from labelwise.learning.memory import TRAINING_SHARE, available_memory
@@ -87,6 +89,7 @@ class Plan:
     warmup_epochs: float
     blur: float
     seconds_per_step: float | None
+    lanes: int = 0  # of a stream
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,6 +98,7 @@ class Pool:
 
     Attributes:
         resident: The squares of the pool on the training device, uint8 (N, S, S, 3), where they fit there.
+        shards: What is trained on in their stead, where they are a sample of a stream.
     """
 
     cache: ImageCache
@@ -102,6 +106,12 @@ class Pool:
     keys: npt.NDArray[np.uint64]
     labels: list[str | None]
     resident: Tensor | None = None
+    shards: Shards | None = None
+
+    @property
+    def count(self) -> int:
+        """Images of an epoch."""
+        return len(self.rows) if self.shards is None else self.shards.images
 
     def squares(
         self, members: npt.NDArray[np.int64], device: torch.device
@@ -181,6 +191,7 @@ def open_sources(settings: PretrainSettings) -> ImageSet:
         labels_root=settings.labels_root,
         group_column=settings.group_column,
         test=settings.test,
+        stream=settings.stream,
     )
 
 
@@ -196,12 +207,14 @@ def make_pool(images: ImageSet, cache: ImageCache, lock: dict[str, Any], setting
         raise DataError(
             f"{settings.images}: {len(rows)} images to train on; SimCLR needs at least {SMALLEST_POOL}."
         )
-    if settings.batch_size > len(rows) and "batch_size" in settings.given:
+    labels = [images.labels[row] for row in rows]
+    pool = Pool(cache, rows, unique_keys(cache.keys[rows]), labels, shards=images.shards)
+    if settings.batch_size > pool.count and "batch_size" in settings.given:
         raise UsageError(
-            f"--batch-size {settings.batch_size}: larger than the {len(rows)} images to train on; use at most "
-            f"{len(rows)}, better {_small_batch(len(rows))}."
+            f"--batch-size {settings.batch_size}: larger than the {pool.count} images to train on; use at most "
+            f"{pool.count}, better {_small_batch(pool.count)}."
         )
-    return Pool(cache, rows, unique_keys(cache.keys[rows]), [images.labels[row] for row in rows])
+    return pool
 
 
 def batch_size_for(settings: PretrainSettings, images: int) -> int:
@@ -227,7 +240,11 @@ def keep_on_device(pool: Pool, device: torch.device) -> Pool:
     The CPU needs no copy: the system keeps the cache's pages in memory.
     """
     shape = (len(pool.rows), *pool.cache.squares.shape[1:])
-    if device.type != "cuda" or math.prod(shape) > _RESIDENT_SHARE * available_memory(device):
+    if (
+        pool.shards is not None
+        or device.type != "cuda"
+        or math.prod(shape) > _RESIDENT_SHARE * available_memory(device)
+    ):
         return pool
     return dataclasses.replace(pool, resident=copy_squares(pool, device))
 
@@ -320,7 +337,7 @@ def make_plan(
     Over several ranks one of them does, alone, so what they tell each other is not in the time.
     """
     default_rate, default_decay = DEFAULTS[settings.optimizer]
-    batch_size = batch_size_for(settings, len(pool.rows))
+    batch_size = batch_size_for(settings, pool.count)
     if "batch_size" not in settings.model_fields_set:
         batch_size = batch_size // ranks.count * ranks.count
     plan = Plan(
@@ -347,6 +364,9 @@ def make_plan(
         plan, micro_batch_size=_fit_micro_batch(settings, plan, spec, pool, device, ranks)
     )
     check_divisible(plan, ranks)
+    if pool.shards is not None:
+        lanes = choose_lanes(pool.shards, plan.micro_batch_size, ranks.count)
+        plan = dataclasses.replace(plan, lanes=lanes)
     if settings.precision != "auto" and settings.time_limit is None:
         return dataclasses.replace(
             plan, precision=settings.precision, reason=f"--precision {settings.precision}"
@@ -374,7 +394,7 @@ def make_plan(
     if settings.time_limit is None:
         return plan
     limit = parse_duration(settings.time_limit) * _LIMIT_SHARE
-    per_epoch = per_step * (len(pool.rows) // batch_size)
+    per_epoch = per_step * (pool.count // batch_size)
     epochs = int(limit / per_epoch)
     if epochs < 1:
         raise UsageError(
@@ -394,7 +414,8 @@ def check_divisible(plan: Plan, ranks: Ranks) -> None:
         raise UsageError(
             f"batch_size = {plan.batch_size}: too small for {ranks.count} devices or processes; each needs two images."
         )
-    for name, size in (("batch_size", plan.batch_size), ("micro_batch_size", plan.micro_batch_size)):
+    sizes = {"batch_size": plan.batch_size, "micro_batch_size": plan.micro_batch_size}
+    for name, size in (sizes | ({"lanes": plan.lanes} if plan.lanes else {})).items():
         if size % ranks.count:
             numbers = ", ".join(str(each) for each in range(1, min(size, 64) + 1) if size % each == 0)
             raise UsageError(
@@ -452,7 +473,7 @@ class _TrialStep:
         images: int,
     ) -> None:
         self.settings, self.plan, self.spec, self.pool, self.device = settings, plan, spec, pool, device
-        self.members = np.arange(images)
+        self.members = np.arange(images) % len(pool.rows)
         self.size = plan.image_size
         self.learner: Learner | None = None
 
@@ -491,15 +512,20 @@ def announce(
     ranks: Ranks = ALONE,
 ) -> None:
     """Print the plan."""
-    steps = plan.epochs * (len(pool.rows) // plan.batch_size)
+    steps = plan.epochs * (pool.count // plan.batch_size)
     hours = (
         "" if plan.seconds_per_step is None else f", about {terminal.duration(steps * plan.seconds_per_step)}"
     )
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     terminal.say(f"run        {run.path}" + ("" if is_new else " (continued)"))
     terminal.say(
-        f"images     {len(pool.rows):,} to train on, {len(lock['names']):,} test images locked away ({lock['method']})"
+        f"images     {pool.count:,} to train on, {len(lock['names']):,} test images locked away ({lock['method']})"
     )
+    if pool.shards is not None:
+        terminal.say(
+            f"stream     {len(pool.shards.files):,} {pool.shards.kind} shards in {plan.lanes} lanes, {settings.shuffle_buffer:,} images shuffled "
+            f"at a time; {len(images.names):,} kept as a sample, in which test images and their near-copies are looked for"
+        )
     if pool.cache.quarantined:
         first = pool.cache.quarantined[0]
         terminal.warn(
@@ -529,11 +555,11 @@ def announce(
             + (f" on {machines} machines" if machines > 1 else "")
             + f", {plan.micro_batch_size // ranks.count} images each at a time; loss, gradient and batch norm are those of the whole batch"
         )
-    if batch_size_for(settings, len(pool.rows)) < settings.batch_size:
+    if batch_size_for(settings, pool.count) < settings.batch_size:
         terminal.say(f"           batch {settings.batch_size} is too large for so few images")
-    elif (better := _small_batch(len(pool.rows))) < plan.batch_size and len(pool.rows) // plan.batch_size < 4:
+    elif (better := _small_batch(pool.count)) < plan.batch_size and pool.count // plan.batch_size < 4:
         terminal.say(
-            f"           an epoch is {len(pool.rows) // plan.batch_size} steps; --batch-size {better} makes it four or more"
+            f"           an epoch is {pool.count // plan.batch_size} steps; --batch-size {better} makes it four or more"
         )
     if steps < FEW_STEPS:
         more = "more --epochs" if settings.time_limit is None else "a longer --time-limit"

@@ -17,7 +17,7 @@ import torch
 from pydantic import TypeAdapter, ValidationError
 from torch.distributed import DistError
 
-from labelwise import environment, rundir, seeding, terminal
+from labelwise import environment, rundir, terminal
 from labelwise.config import PretrainSettings, parse_duration, to_toml
 from labelwise.errors import (
     CheckpointError,
@@ -30,8 +30,10 @@ from labelwise.errors import (
 )
 from labelwise.images.cache import ImageCache, build_cache
 from labelwise.images.grouping import Groups, group_images
+from labelwise.images.shards import address_of
 from labelwise.images.source import ImageSet
 from labelwise.images.splits import OWN_TEST_SPLIT, hash_names, lock_test
+from labelwise.images.streaming import Batch
 from labelwise.interruption import stop_between_steps
 from labelwise.learning.checkpoint import (
     Position,
@@ -57,6 +59,7 @@ from labelwise.models.encoder import EncoderSpec, check_backbone
 from labelwise.models.weights import save_encoder, save_module
 from labelwise.ownership import beat, hold
 from labelwise.rundir import RunDirectory
+from labelwise.stages.feeding import feed
 from labelwise.stages.guarding import Guard
 from labelwise.stages.monitoring import (
     look,
@@ -173,6 +176,7 @@ def _pretrain(settings: PretrainSettings, ranks: Ranks) -> RunDirectory:
             settings,
             plan,
             pool,
+            lock,
             spec.normalization,
             make_learner(alike, plan, spec, precision, device, ranks),
         )
@@ -189,7 +193,7 @@ def _pretrain(settings: PretrainSettings, ranks: Ranks) -> RunDirectory:
         folders = [run.checkpoints, *([run.sound] if settings.init else [])]
         needed = sum(bytes_needed(folder, learner.modules.values()) for folder in folders)
         rundir.check_space(run.path, needed, "checkpoints")
-        _train(run, settings, plan, pool, spec.normalization, learner)
+        _train(run, settings, plan, pool, lock, spec.normalization, learner)
 
         save_module(
             run.head,
@@ -213,12 +217,13 @@ def _train(
     settings: PretrainSettings,
     plan: Plan,
     pool: Pool,
+    lock: dict[str, Any],
     normalization: Normalization,
     learner: Learner,
 ) -> None:
     """Run SimCLR from wherever the run stands to its last epoch; each rank does, and the first one writes."""
     ranks = learner.ranks
-    steps_per_epoch = len(pool.rows) // plan.batch_size
+    steps_per_epoch = pool.count // plan.batch_size
     steps = plan.epochs * steps_per_epoch
     warmup_steps = round(plan.warmup_epochs * steps_per_epoch)
     chance = chance_loss(plan.batch_size, decoupled=learner.decoupled)
@@ -237,10 +242,10 @@ def _train(
     saved_at, said = time.monotonic(), ""
     figures: dict[str, float] = {}
 
-    def make(members: npt.NDArray[np.int64], epoch: int) -> torch.Tensor:
+    def make(members: npt.NDArray[np.int64], images: Pool | Batch, epoch: int) -> torch.Tensor:
         policy = view_policy(settings, plan, size_at(plan, epoch))
-        squares, sizes = pool.squares(members, learner.device)
-        keys = pool.keys[members]
+        squares, sizes = images.squares(members, learner.device)
+        keys = images.keys[members]
         return make_views(policy, squares, sizes, keys, settings.seed, epoch, (0, 1), normalization)
 
     def is_overdue(seconds: float) -> bool:
@@ -289,19 +294,27 @@ def _train(
     with (
         stop_between_steps() as stop,
         terminal.track("pretraining", steps * plan.batch_size, done=at.step * plan.batch_size) as bar,
+        feed(pool, settings, plan, lock, ranks, at.step) as (draw, left_out),
     ):
         while at.epoch < plan.epochs:
-            order = seeding.permutation(settings.seed, at.epoch, len(pool.rows))
             epoch_started, epoch_from = time.monotonic(), at.batch
             while at.batch < steps_per_epoch:
-                members = order[at.batch * plan.batch_size : (at.batch + 1) * plan.batch_size]
+                drawn = draw(at)
+                while drawn is None:  # a stream that is slow, or hangs
+                    if stop and ranks.count == 1:
+                        save()
+                        stop.check(
+                            f"saved step {at.step:,} of {steps:,} in {run.path}; the same command goes on."
+                        )
+                    drawn = draw(at)
+                images, members = drawn
                 rate = warmup_cosine(at.step, steps, warmup_steps)
                 set_rate(learner.optimizer, rate)
                 torch.manual_seed(
                     ranks.seed(settings.seed * 1_000_003 + at.step)
                 )  # stochastic depth, dropout
                 try:
-                    loss = learner.step(functools.partial(make, epoch=at.epoch), members)
+                    loss = learner.step(functools.partial(make, images=images, epoch=at.epoch), members)
                 except Diverged as error:
                     advice = "lower --learning-rate" if at.step else "choose a larger --temperature"
                     raise LabelwiseError(f"{run.path}: {error} at step {at.step}; {advice}.") from None
@@ -350,6 +363,8 @@ def _train(
                 "images_per_second": (steps_per_epoch - epoch_from) * plan.batch_size / seconds,
                 "seconds": seconds,
             }
+            if left_out and ranks.is_first:
+                environment.note(run, left_out_of_stream=left_out)
             at, losses = Position(at.step, at.epoch + 1, 0), []
             is_looked_at = at.epoch % look_every == 0 or at.epoch == plan.epochs
             wrong = ranks.tell(functools.partial(examine, row)) if is_looked_at else None
@@ -485,7 +500,11 @@ def _asked(settings: PretrainSettings) -> dict[str, Any]:
 def with_whole_paths(asked: dict[str, Any]) -> dict[str, Any]:
     """Settings with paths as they are however they were spelt, for comparing."""
     paths = {name: asked.get(name) for name in ("images", "labels", "labels_root", "test")}
-    return {**asked, **{name: str(Path(path).resolve()) for name, path in paths.items() if path}}
+    return {**asked, **{name: _whole(Path(path)) for name, path in paths.items() if path}}
+
+
+def _whole(path: Path) -> str:
+    return address_of(path) or str(path.resolve())
 
 
 def _default(key: str) -> Any:
@@ -545,7 +564,7 @@ def _write_start(
     rundir.write_json(run.test_lock, lock)
     counts = Counter(label for label in images.labels if label is not None)
     sources = {
-        name: str(path.resolve()) if path else None
+        name: _whole(path) if path else None
         for name, path in (
             ("images", settings.images),
             ("labels", settings.labels),
@@ -554,8 +573,8 @@ def _write_start(
         )
     }
     data = {
-        "root": str(settings.images.resolve()),
-        "sources": {**sources, "group_column": settings.group_column},
+        "root": _whole(settings.images),
+        "sources": {**sources, "group_column": settings.group_column, "stream": settings.stream},
         "layout": images.layout,
         "images": len(images.names),
         "readable": int(cache.readable.sum()),
@@ -608,9 +627,8 @@ def _write_start(
 
 def pool_hash(images: ImageSet, pool: Pool) -> str:
     """Hash of names and content of the images that are trained on."""
-    return hash_names(
-        [f"{images.names[row]} {key}" for row, key in zip(pool.rows, pool.keys.tolist(), strict=True)]
-    )
+    names = [f"{images.names[row]} {key}" for row, key in zip(pool.rows, pool.keys.tolist(), strict=True)]
+    return hash_names([*names, *([repr(pool.shards)] if pool.shards else [])])
 
 
 def _rewind_metrics(run: RunDirectory, at: Position) -> list[float]:

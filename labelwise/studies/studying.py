@@ -46,6 +46,8 @@ _OF_THE_STUDY = (
     "seed",
     "devices",
     "rank_timeout",
+    "stream",
+    "shuffle_buffer",
 )  # a recipe's are not used
 _LIMIT_SHARE = 0.95  # of the time, start and trials; the rest is for the last trial and what is written
 _QUARTERS = 4  # an answer is a share of at most four versions of an image

@@ -109,6 +109,13 @@ class Workplace:
         assert job.wait() == 0, job.words
         return job
 
+    def end(self) -> None:
+        for job in self.jobs:
+            for process in (*job.ranks(), job.process.pid):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(process, signal.SIGKILL)
+            job.process.wait()
+
 
 @pytest.fixture(scope="session")
 def digits(tmp_path_factory: pytest.TempPathFactory, some_digits: Callable[[Path, int], Path]) -> Path:
@@ -119,11 +126,7 @@ def digits(tmp_path_factory: pytest.TempPathFactory, some_digits: Callable[[Path
 def place(tmp_path: Path, digits: Path) -> Iterator[Workplace]:
     found = Workplace(tmp_path, digits, [])
     yield found
-    for job in found.jobs:
-        for process in (*job.ranks(), job.process.pid):
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(process, signal.SIGKILL)
-        job.process.wait()
+    found.end()
 
 
 @pytest.fixture(scope="session")
@@ -200,6 +203,36 @@ def test_two_ranks_go_on_as_one_and_back(place: Workplace, undisturbed: dict[str
     job = place.finish(run, "--devices", 2)
     assert "going on after step" in job.words
     assert farthest(run, undisturbed) < 1e-5
+
+
+def test_a_stream_is_dealt_to_ranks_and_back_and_ends_as_it_does_alone(
+    tmp_path: Path, digits: Path, write_shards: Callable[..., Path]
+) -> None:
+    shards = write_shards(tmp_path / "shards", "tar", sorted(digits.glob("*/*.png")), 4)
+    place = Workplace(tmp_path, shards, [])
+    options = (
+        "--stream",
+        "--shuffle-buffer",
+        60,
+        "--test",
+        digits / "0",
+    )  # whose images are in the shards too
+    try:
+        place.finish(tmp_path / "alone", "--batch-size", 64, *options)
+        run = tmp_path / "run"
+        for devices, until in ((2, 6), (1, 14)):
+            job = place.start(run, "--batch-size", 64, *options, "--devices", devices)
+            wait_until(lambda until=until: steps_done(run) >= until, job)
+            os.kill(job.ranks()[-1] if devices > 1 else job.process.pid, signal.SIGKILL)
+            if devices > 1:
+                wait_until(lambda job=job: "start again from the last save" in job.words, job, 30)
+                job.process.send_signal(signal.SIGTERM)
+            job.wait(60)
+        job = place.finish(run, "--batch-size", 64, *options, "--devices", 2)
+        assert "going on after step" in job.words
+        assert farthest(run, load_file(tmp_path / "alone" / "encoder.safetensors")) < 1e-5
+    finally:
+        place.end()
 
 
 def test_ctrl_c_saves_once_and_leaves(place: Workplace) -> None:

@@ -134,13 +134,14 @@ class Work:
     server: Server
     folder: Path
     images: Path
+    options: tuple[object, ...] = ()  # of pretrain, besides
 
     def start(self, stage: str, run: Path, *, epochs: int = 6, **more: Any) -> Command:
         recipe = self.folder / f"{stage}.toml"
         recipe.write_text(RECIPE if stage == "pretrain" else FINETUNE_RECIPE)
         often = {"labelwise.stages.pretraining:SAVE_SECONDS": 0.0}  # so that there is something to go on from
         if stage == "pretrain":
-            words = (self.images, "--out", run, "--epochs", epochs, *PRETRAIN, recipe)
+            words = (self.images, "--out", run, "--epochs", epochs, *PRETRAIN, recipe, *self.options)
             return self.server.start("pretrain", *words, set=often, **more)
         return self.server.start("finetune", "--run", run, *FINETUNE, recipe, **more)
 

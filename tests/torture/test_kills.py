@@ -5,9 +5,10 @@ import shutil
 import signal
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
-from commands import Undisturbed, Work, state_of, wait_for
+from commands import Server, Undisturbed, Work, state_of, wait_for
 
 from labelwise.rundir import RunDirectory, read_jsonl
 
@@ -50,6 +51,32 @@ def test_runs_killed_at_random_moments_end_in_the_same_tensors(
                 clock = clock or (time.monotonic() - begun) / 3
             assert state_of(run) == expected[stage], f"seed {seed}, trial {trial} of {stage}"
             tally("SIGKILL at a random moment, continued to the same tensors")
+
+
+@pytest.mark.parametrize("kind", ["tar", "parquet"])
+def test_a_stream_is_gone_on_with_where_it_was(
+    server: Server,
+    tmp_path: Path,
+    digits: Path,
+    write_shards: Callable[..., Path],
+    tally: Callable[..., None],
+    is_long: bool,
+    kind: str,
+) -> None:
+    shards = write_shards(tmp_path / "shards", kind, sorted(digits.glob("*/*.png")), 7)
+    work = Work(server, tmp_path, shards, ("--stream", "--shuffle-buffer", 90))
+    calm = RunDirectory(tmp_path / "calm")
+    work.finish("pretrain", calm.path)
+    for trial in range(5 if is_long else 1):
+        run = RunDirectory(tmp_path / f"killed-{trial}")
+        command = work.start("pretrain", run.path)
+        wait_for(lambda run=run: list(run.checkpoints.glob("step-*")), command)
+        time.sleep(random.uniform(0, 1))
+        command.kill()
+        assert command.wait() in (0, -signal.SIGKILL), command.words
+        work.finish("pretrain", run.path)
+        assert state_of(run) == state_of(calm)
+        tally("SIGKILL of a stream, continued to the same tensors")
 
 
 FAULTS = [  # function, which call of it in pretrain, in finetune

@@ -1,0 +1,314 @@
+"""Shards: files that hold many images each, Parquet tables or tar archives, here or far away.
+
+They are read from start to end, again in each pass, and never kept whole. With `source`, the door of `datasets`, whose
+streaming reads Parquet, the Hugging Face hub and whatever fsspec reaches.
+"""
+
+import errno
+import hashlib
+import json
+import os
+import re
+import tarfile
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from datasets.utils.file_utils import xopen
+from fsspec.core import url_to_fs
+
+from labelwise import rundir, terminal
+from labelwise.errors import DataError, LabelwiseError, UsageError
+from labelwise.images.labels import SPLITS, SUFFIXES
+
+SAMPLED = 4096  # images of a stream that are kept: to test, to look at, to choose sizes by
+_SAMPLED_SHARDS = 16
+_TOGETHER = 64  # rows read and written at once
+_KINDS = {".parquet": "parquet", ".tar": "tar"}
+_URL = re.compile(r"([a-z][a-z0-9]+):/+(.+)")  # a path folds the two slashes of an address into one
+_IMAGE_COLUMNS = ("image", "img", "jpg", "png")
+_LABEL_COLUMNS = ("label", "labels", "class", "fine_label")
+
+
+@dataclass(frozen=True)
+class Shards:
+    """Files of one kind, in the order of their names.
+
+    Attributes:
+        kind: "parquet" or "tar".
+        files: Paths or addresses.
+        counts: Images in each.
+        notes: What a person should know.
+    """
+
+    kind: str
+    files: tuple[str, ...]
+    counts: tuple[int, ...]
+    notes: tuple[str, ...] = ()
+
+    @property
+    def images(self) -> int:
+        """How many there are in all."""
+        return sum(self.counts)
+
+
+@dataclass(frozen=True)
+class Record:
+    """One image of a shard, not decoded; empty where its row holds none."""
+
+    name: str
+    image: bytes
+    label: str | None
+
+
+def address_of(path: Path) -> str | None:
+    """The address that a path was typed as, `hf://NAME` or `s3://BUCKET/FOLDER`; None for a path of this machine.
+
+    `hf://NAME` is a data set of the Hugging Face hub.
+    """
+    found = _URL.fullmatch(str(path))
+    if found is None or path.exists():
+        return None
+    scheme, rest = found.groups()
+    return f"hf://datasets/{rest.removeprefix('datasets/')}" if scheme == "hf" else f"{scheme}://{rest}"
+
+
+def open_shards(root: Path) -> tuple[Shards, Path]:
+    """Find and count the shards below a folder or an address, and keep a sample of their images on this disk.
+
+    Returns:
+        The shards, and a Parquet file with columns `name`, `image` and `label`: the first images of shards all over the set.
+
+    Raises:
+        DataError: There are no shards, or none holds an image.
+        LabelwiseError: They cannot be reached.
+        UsageError: The package that reads such addresses is not installed.
+    """
+    kind, splits = find_shards(root)
+    if "train" not in splits:
+        raise DataError(f"{root}: only shards of {' and '.join(splits)}; nothing to train on.")
+    sizes = splits["train"]
+    others = [f"{len(files)} shards of {split}" for split, files in splits.items() if split != "train"]
+    notes = (f"not read: {', '.join(others)}",) if others else ()
+    digest = hashlib.sha256(json.dumps([kind, sizes, SAMPLED]).encode()).hexdigest()[:24]
+    folder = rundir.cache_root() / f"sample-{digest}"
+    sample, facts = folder / "sample.parquet", folder / "shards.json"
+    if sample.is_file() and facts.is_file():
+        found = rundir.read_derived(facts)
+        if found is not None:
+            return _from_facts(found), sample
+    counts = _count_all(kind, sizes)
+    filled = [(file, count) for file, count in zip(sizes, counts, strict=True) if count]
+    if not filled:
+        raise DataError(f"{root}: {len(sizes)} .{kind} shards, and no image in them.")
+    shards = Shards(kind, tuple(file for file, _ in filled), tuple(count for _, count in filled), notes)
+    folder.mkdir(parents=True, exist_ok=True)
+    rundir.write_atomically(sample, lambda fresh: _write_sample(shards, fresh))
+    rundir.write_json(facts, asdict(shards))
+    return shards, sample
+
+
+def read_shard(shards: Shards, number: int, start: int = 0) -> Iterator[Record]:
+    """Read the images of a shard in their order, from one of them on.
+
+    Raises:
+        LabelwiseError: It cannot be read, or holds other images than when they were counted.
+    """
+    file, count = shards.files[number], shards.counts[number]
+    read, name = start, Path(file).name
+    with _reaching(file):
+        for inside, image, label in (_read_parquet if shards.kind == "parquet" else _read_tar)(file, start):
+            yield Record(f"{name}/{inside}", image, label)
+            read += 1
+    if read != count:
+        raise LabelwiseError(
+            f"{file}: holds {read:,} images, and held {count:,} when the run was started; put it back, or start a new run."
+        )
+
+
+def find_shards(root: Path) -> tuple[str, dict[str, dict[str, int]]]:
+    """Kind of the shards below a folder or an address, and of each split that their names tell the files with their sizes.
+
+    Raises:
+        DataError: There are none, or of both kinds.
+        LabelwiseError: They cannot be reached.
+        UsageError: The package that reads such addresses is not installed.
+    """
+    address = address_of(root)
+    if address is None and not root.is_dir():
+        raise DataError(f"{root}: no such folder.")
+    place = address or str(root.resolve())
+    try:
+        system, below = url_to_fs(place)
+    except (ImportError, ValueError) as error:
+        raise UsageError(f"{place}: cannot be read: {error}.") from None
+    with _reaching(place):
+        found = system.find(below, detail=True)
+        if (
+            address and address.startswith("hf://") and not _by_kind(found)
+        ):  # the hub keeps such copies of its own
+            below = f"{below}@~parquet"
+            found = system.find(below, detail=True)
+    by_kind = _by_kind(found)
+    if not by_kind:
+        raise DataError(f"{place}: no shards found; looked for .parquet and .tar in it and its folders.")
+    if len(by_kind) > 1:
+        raise DataError(f"{place}: holds .parquet and .tar shards; name a folder with one kind.")
+    ((kind, files),) = by_kind.items()
+    splits: dict[str, dict[str, int]] = {}
+    for file in sorted(files):
+        words = re.split(r"[/_.-]", file.removeprefix(below).lower())
+        split = next((SPLITS[word] for word in words if word in SPLITS), "train")
+        splits.setdefault(split, {})[system.unstrip_protocol(file).removeprefix("file://")] = int(found[file]["size"] or 0)  # fmt: skip
+    return kind, splits
+
+
+def _from_facts(facts: dict[str, Any]) -> Shards:
+    return Shards(facts["kind"], tuple(facts["files"]), tuple(facts["counts"]), tuple(facts["notes"]))
+
+
+def load_archives(root: Path) -> datasets.DatasetDict:
+    """Copy the images of all tar archives below a folder into tables that `datasets` keeps, by split."""
+    datasets.disable_progress_bars()
+    _, splits = find_shards(root)
+    tables = {}
+    for split, files in splits.items():
+        counted = list(
+            zip(files, _count_all("tar", files), files.values(), strict=True)
+        )  # datasets takes a list for shards
+        tables[split] = datasets.Dataset.from_generator(_rows, gen_kwargs={"counted": counted})
+    return datasets.DatasetDict(tables)
+
+
+def _rows(counted: list[tuple[str, int, int]]) -> Iterator[dict[str, Any]]:
+    """Every image of some archives; their sizes tell `datasets` whether it has them already."""
+    for file, count, _ in counted:
+        for record in read_shard(Shards("tar", (file,), (count,)), 0):
+            yield {"image": {"bytes": record.image, "path": record.name}, "label": record.label}
+
+
+def _by_kind(found: dict[str, Any]) -> dict[str, list[str]]:
+    by_kind: dict[str, list[str]] = {}
+    for file, facts in found.items():
+        kind = _KINDS.get(os.path.splitext(file)[1].lower())
+        if kind and facts["type"] == "file" and not Path(file).name.startswith("."):
+            by_kind.setdefault(kind, []).append(file)
+    return by_kind
+
+
+def _write_sample(shards: Shards, target: Path) -> None:
+    """Copy the first images of shards all over the set."""
+    few = np.unique(np.linspace(0, len(shards.files) - 1, _SAMPLED_SHARDS).astype(int)).tolist()
+    each = -(-SAMPLED // len(few))
+    form = pa.schema([("name", pa.string()), ("image", pa.binary()), ("label", pa.string())])
+    with pq.ParquetWriter(target, form) as writer, terminal.track("keeping a sample", len(few) * each) as bar:
+        for number in few:
+            records = read_shard(shards, number)
+            for place in range(0, min(each, shards.counts[number]), _TOGETHER):
+                rows = [
+                    asdict(next(records))
+                    for _ in range(min(_TOGETHER, each - place, shards.counts[number] - place))
+                ]
+                writer.write_table(pa.Table.from_pylist(rows, form))
+                bar.advance(len(rows))
+
+
+def load_tables(name: str, **options: Any) -> Any:
+    """`datasets.load_dataset`, silent, and without telling the hub."""
+    datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False
+    datasets.disable_progress_bars()
+    return datasets.load_dataset(name, **options)
+
+
+def _count_all(kind: str, files: Iterable[str]) -> list[int]:
+    counts = []
+    for file in files:
+        with _reaching(file):
+            counts.append(_count(kind, file))
+    return counts
+
+
+def _count(kind: str, file: str) -> int:
+    with xopen(file, "rb") as opened:
+        if kind == "parquet":
+            return int(pq.ParquetFile(opened).metadata.num_rows)
+        with tarfile.open(fileobj=opened, mode="r:") as archive:
+            return sum(_is_image(member) for member in archive)
+
+
+def _read_parquet(file: str, start: int) -> Iterator[tuple[str, bytes, str | None]]:
+    rows = load_tables("parquet", data_files={"train": [file]}, split="train", streaming=True)
+    image = next((name for name in _IMAGE_COLUMNS if name in rows.column_names), None)
+    if image is None:
+        raise DataError(f"{file}: no image column; looked for {', '.join(_IMAGE_COLUMNS)}, found {', '.join(rows.column_names)}.")  # fmt: skip
+    label = next((name for name in _LABEL_COLUMNS if name in rows.column_names), None)
+    feature = rows.features[label] if label else None
+    rows = rows.select_columns([image, *([label] if label else [])])
+    rows = rows.cast_column(image, datasets.Image(decode=False)).skip(start)
+    for place, row in enumerate(rows, start):
+        found, value = row[image] or {}, row[label] if label else None
+        if isinstance(feature, datasets.ClassLabel):
+            value = feature.int2str(value) if value is not None and value >= 0 else None
+        yield str(place), found.get("bytes") or b"", None if value is None else str(value)
+
+
+def _read_tar(file: str, start: int) -> Iterator[tuple[str, bytes, str | None]]:
+    """Images of an archive, with the class that a `.cls` file of the same name tells, which lies beside it."""
+    with (
+        xopen(file, "rb") as opened,
+        tarfile.open(fileobj=opened, mode="r|" if start == 0 else "r:") as archive,
+    ):
+        waiting: tuple[str, bytes] | None = None
+        labels: dict[str, str] = {}
+        place = 0
+        for member in archive:
+            stem, suffix = os.path.splitext(member.name)
+            if suffix == ".cls" and member.isreg():
+                labels[stem] = _content(archive, member).decode("utf-8", "replace").strip()
+            elif _is_image(member):
+                place += 1
+                if place <= start:
+                    continue
+                if waiting is not None:
+                    yield *waiting, labels.pop(os.path.splitext(waiting[0])[0], None)
+                waiting = member.name, _content(archive, member)
+        if waiting is not None:
+            yield *waiting, labels.pop(os.path.splitext(waiting[0])[0], None)
+
+
+def _content(archive: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
+    opened = archive.extractfile(member)
+    return opened.read() if opened is not None else b""
+
+
+def _is_image(member: tarfile.TarInfo) -> bool:
+    return (
+        member.isreg()
+        and os.path.splitext(member.name)[1].lower() in SUFFIXES
+        and not os.path.basename(member.name).startswith(".")
+    )
+
+
+@contextmanager
+def _reaching(place: str) -> Iterator[None]:
+    """Say in words what keeps a shard from being read."""
+    try:
+        yield
+    except LabelwiseError:
+        raise
+    except MemoryError:
+        raise
+    except (tarfile.TarError, pa.ArrowException) as error:
+        raise DataError(f"{place}: damaged ({error}).") from None
+    except Exception as error:  # each file system and its network library raise their own
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise LabelwiseError(
+            f"{place}: cannot be read ({type(error).__name__}: {str(error)[:200]})."
+        ) from None

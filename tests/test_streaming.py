@@ -1,0 +1,394 @@
+"""Shards, here or behind a server, and batches that are put together from them again and again."""
+
+import functools
+import http.server
+import tarfile
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet
+import pytest
+import torch
+from PIL import Image
+
+from labelwise.errors import DataError, LabelwiseError, UsageError
+from labelwise.images.decoding import content_key, decode_image
+from labelwise.images.shards import Shards, address_of, open_shards, read_shard
+from labelwise.images.source import open_images
+from labelwise.images.streaming import Batch, Lane, Stream, choose_lanes
+
+Photo = Callable[..., Image.Image]
+COUNT = 50
+
+
+@pytest.fixture(autouse=True)
+def _own_datasets_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path.with_name("datasets"))
+
+
+@pytest.fixture
+def files(tmp_path: Path, photo: Photo) -> list[Path]:
+    """Photographs in three class folders."""
+    found = [tmp_path / "photos" / "abc"[number % 3] / f"{number:02d}.png" for number in range(COUNT)]
+    for number, file in enumerate(found):
+        photo(file, number, (20, 16))
+    return found
+
+
+@pytest.fixture(params=["tar", "parquet"])
+def shards(
+    request: pytest.FixtureRequest, tmp_path: Path, files: list[Path], write_shards: Callable[..., Path]
+) -> Path:
+    """The photographs in 4 shards of 13, 13, 13 and 11."""
+    return write_shards(tmp_path / "shards", request.param, files, 4)
+
+
+class _Ranges(http.server.SimpleHTTPRequestHandler):
+    """Serves parts of files, as every storage does."""
+
+    def do_GET(self) -> None:
+        path, asked = Path(self.translate_path(self.path)), self.headers.get("Range")
+        if path.is_dir() or asked is None:
+            super().do_GET()
+            return
+        content = path.read_bytes()
+        first, _, last = asked.removeprefix("bytes=").partition("-")
+        part = content[int(first) : int(last) + 1 if last else None]
+        self.send_response(206)
+        self.send_header("Content-Range", f"bytes {first}-{int(first) + len(part) - 1}/{len(content)}")
+        self.send_header("Content-Length", str(len(part)))
+        self.end_headers()
+        self.wfile.write(part)
+
+    def do_HEAD(self) -> None:
+        path = Path(self.translate_path(self.path))
+        self.send_response(200)
+        self.send_header("Accept-Ranges", "bytes")
+        self.send_header("Content-Length", str(path.stat().st_size if path.is_file() else 0))
+        self.end_headers()
+
+    def log_message(self, *words: object) -> None:
+        pass
+
+
+@pytest.fixture
+def address(shards: Path) -> Iterator[str]:
+    """Where a server gives out the shards."""
+    with http.server.ThreadingHTTPServer(
+        ("127.0.0.1", 0), functools.partial(_Ranges, directory=shards)
+    ) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}/"
+        server.shutdown()
+
+
+def keys_of(shards: Shards) -> list[int]:
+    return [
+        content_key(np.asarray(decode_image(record.image)[0]))
+        for number in range(len(shards.files))
+        for record in read_shard(shards, number)
+    ]
+
+
+# --- shards
+
+
+def test_shards_hold_images_and_their_classes_in_order(shards: Path, files: list[Path]) -> None:
+    found, _ = open_shards(shards)
+    records = [record for number in range(4) for record in read_shard(found, number)]
+    assert (found.counts, found.images, len(found.files)) == ((13, 13, 13, 11), COUNT, 4)
+    assert [record.image for record in records] == [file.read_bytes() for file in files]
+    assert [record.label for record in records] == [file.parent.name for file in files]
+    assert records[13].name.startswith("shard-001.")
+    assert [record.image for record in read_shard(found, 1, 9)] == [
+        file.read_bytes() for file in files[22:26]
+    ]
+
+
+def test_the_sample_stands_for_the_set_without_reading_it_twice(
+    shards: Path, files: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images = open_images(shards, stream=True)
+    assert images.shards is not None
+    assert images.shards.images == len(images.names) == COUNT
+    assert images.labels == [file.parent.name for file in files]
+    assert [images.locate(row) for row in range(COUNT)] == [file.read_bytes() for file in files]
+    monkeypatch.setattr("labelwise.images.shards.read_shard", None)
+    assert open_images(shards, stream=True).names == images.names
+
+
+def test_a_shard_that_changed_is_another_set(shards: Path, photo: Photo, tmp_path: Path) -> None:
+    before, _ = open_shards(shards)
+    last = Path(before.files[-1])
+    last.unlink()
+    after, _ = open_shards(shards)
+    assert after.images == 39
+    assert after != before
+    last.write_bytes(Path(before.files[0]).read_bytes())
+    with pytest.raises(LabelwiseError, match="holds 13 images, and held 11 when the run was started"):
+        list(read_shard(before, 3))
+
+
+def test_shards_behind_a_server_are_those_on_the_disk(address: str, shards: Path) -> None:
+    there, here = open_shards(Path(address))[0], open_shards(shards)[0]
+    assert address_of(Path(address)) == address.rstrip("/")
+    assert there.counts == here.counts
+    for number in range(4):
+        assert list(read_shard(there, number, 5)) == list(read_shard(here, number, 5))
+
+
+def test_a_server_that_is_gone_is_told(address: str) -> None:
+    there, _ = open_shards(Path(address))
+    gone = Shards(
+        there.kind, tuple(file.replace("127.0.0.1", "127.0.0.2") for file in there.files), there.counts
+    )
+    with pytest.raises(LabelwiseError, match="cannot be read"):
+        list(read_shard(gone, 0))
+
+
+def test_archives_that_are_not_streamed_are_read_with_their_splits_and_classes(
+    tmp_path: Path, files: list[Path], write_shards: Callable[..., Path]
+) -> None:
+    root = write_shards(tmp_path / "set" / "train", "tar", files[:30], 2).parent
+    write_shards(root / "test", "tar", files[30:], 2)
+    images = open_images(root)
+    assert Counter(images.splits) == {"train": 30, "test": 20}
+    assert sorted(map(str, images.labels)) == sorted(file.parent.name for file in files)
+    assert sorted(images.locate(row) for row in range(COUNT)) == sorted(file.read_bytes() for file in files)
+    streamed = open_images(root, stream=True)
+    assert (len(streamed.names), streamed.notes) == (30, ["not read: 2 shards of test"])
+
+
+def test_an_archive_may_hold_images_of_any_kind_and_other_files(tmp_path: Path, photo: Photo) -> None:
+    for name in ("a/1.jpg", "a/2.png", "b/3.webp", "._4.jpg"):
+        photo(tmp_path / "loose" / name)
+    (tmp_path / "loose" / "notes.json").write_text("{}")
+    (tmp_path / "set").mkdir()
+    with tarfile.open(tmp_path / "set" / "all.tar", "w") as archive:
+        archive.add(tmp_path / "loose", ".")
+    found, _ = open_shards(tmp_path / "set")
+    assert sorted(record.name for record in read_shard(found, 0)) == [f"all.tar/./{name}" for name in ("a/1.jpg", "a/2.png", "b/3.webp")]  # fmt: skip
+
+
+def test_classes_that_datasets_numbers_are_named(tmp_path: Path) -> None:
+    table = datasets.Dataset.from_dict(
+        {"img": [{"bytes": b"x", "path": None}] * 3, "fine_label": [1, 0, -1]},
+        datasets.Features({"img": datasets.Image(), "fine_label": datasets.ClassLabel(names=["cat", "dog"])}),
+    )
+    (tmp_path / "set").mkdir()
+    table.to_parquet(tmp_path / "set" / "0.parquet")
+    found, _ = open_shards(tmp_path / "set")
+    assert [record.label for record in read_shard(found, 0)] == ["dog", "cat", None]
+
+
+@pytest.mark.parametrize(
+    ("names", "words"),
+    [
+        ((), "no shards found; looked for .parquet and .tar"),
+        (("a.tar", "b.parquet"), "holds .parquet and .tar shards"),
+        (("test/a.tar", "val/b.tar"), "only shards of test and val; nothing to train on"),
+        (("a.tar",), "a.tar: damaged"),
+        (("a.parquet",), "a.parquet: damaged"),
+    ],
+)
+def test_what_cannot_be_a_stream_is_refused_by_name(
+    tmp_path: Path, names: tuple[str, ...], words: str
+) -> None:
+    for name in names:
+        (tmp_path / "set" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "set" / name).write_bytes(b"nothing of the kind")
+    (tmp_path / "set").mkdir(exist_ok=True)
+    with pytest.raises(DataError, match=words):
+        open_shards(tmp_path / "set")
+
+
+def test_a_table_without_images_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "set").mkdir()
+    pa.parquet.write_table(pa.table({"text": ["x"]}), tmp_path / "set" / "0.parquet")
+    with pytest.raises(DataError, match="no image column; looked for image, img, jpg, png, found text"):
+        open_shards(tmp_path / "set")
+
+
+def test_a_row_without_an_image_costs_itself(tmp_path: Path, files: list[Path]) -> None:
+    rows = [{"bytes": file.read_bytes(), "path": None} for file in files[:20]]
+    rows[3] = {"bytes": None, "path": "/etc/passwd"}  # never opened
+    (tmp_path / "set").mkdir()
+    pa.parquet.write_table(pa.table({"image": rows}), tmp_path / "set" / "0.parquet")
+    found, _ = open_shards(tmp_path / "set")
+    assert [record.name for record in read_shard(found, 0) if not record.image] == ["0.parquet/3"]
+
+
+@pytest.mark.parametrize(
+    ("typed", "address"),
+    [
+        ("hf://user/name", "hf://datasets/user/name"),
+        ("hf://datasets/user/name", "hf://datasets/user/name"),
+        ("s3://bucket/folder/", "s3://bucket/folder"),
+        ("https://host:8080/a/b", "https://host:8080/a/b"),
+        ("photos", None),
+        ("/a/b", None),
+        ("C:/photos", None),
+    ],
+)
+def test_an_address_survives_being_a_path(typed: str, address: str | None) -> None:
+    assert address_of(Path(typed)) == address
+
+
+def test_an_address_that_nothing_here_reads_is_told() -> None:
+    with pytest.raises(UsageError, match="cannot be read"):
+        open_shards(Path("nonsense://bucket"))
+    with pytest.raises(UsageError, match="is read as a stream only; add --stream"):
+        open_images(Path("s3://bucket/folder"))
+
+
+# --- batches
+
+
+def made_of(counts: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> Shards:
+    """Shards whose images are their numbers."""
+
+    def read(shards: Shards, number: int, start: int = 0) -> Iterator[int]:
+        first = sum(counts[:number])
+        yield from range(first + start, first + counts[number])
+
+    monkeypatch.setattr("labelwise.images.streaming.read_shard", read)
+    return Shards("tar", tuple(f"{number}.tar" for number in range(len(counts))), counts)
+
+
+@pytest.mark.parametrize("block", [1, 7, 20, 1000])
+def test_a_lane_gives_every_image_once_in_each_pass(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    shards = made_of((5, 100, 9, 100, 6), monkeypatch)  # those of the other lane never come
+    lane, own = Lane(shards, 0, 2, block, 1, 0), {*range(5), *range(105, 114), *range(214, 220)}
+    taken = [int(record) for record in lane.take(60)]
+    assert Counter(taken) == dict.fromkeys(own, 3) if 20 % block == 0 or block > 20 else set(taken) == own
+    passes = [taken[:20], taken[20:40], taken[40:]]
+    assert passes[0] != passes[1] != passes[2]
+    if block > 1:
+        assert taken[:5] != sorted(taken[:5])
+
+
+@pytest.mark.parametrize("block", [1, 7, 20])
+def test_a_lane_begins_anywhere_as_if_it_had_come_there(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    shards = made_of((5, 9, 6), monkeypatch)
+    whole = Lane(shards, 0, 1, block, 1, 0).take(100)
+    for start in range(70):
+        assert Lane(shards, 0, 1, block, 1, start).take(30) == whole[start : start + 30]
+
+
+def stream(shards: Shards, *, own: range = range(4), step: int = 0, locked: frozenset[int] = frozenset(), part: int = 16) -> Stream:  # fmt: skip
+    return Stream(
+        shards, lanes=4, own=own, batch_size=16, part_size=part, buffer=20, seed=3, side=12, intensity_range=None,
+        shortest=512, locked=locked, step=step,
+    )  # fmt: skip
+
+
+def batches(opened: Stream, steps: range) -> list[Batch]:
+    with opened:
+        found = [opened.draw(step, 60) for step in steps]
+    assert None not in found
+    return [batch for batch in found if batch is not None]
+
+
+def test_a_stream_that_begins_at_a_step_brings_what_it_would_have_brought(shards: Path) -> None:
+    found, _ = open_shards(shards)
+    whole = batches(stream(found), range(9))
+    late = batches(stream(found, step=5), range(5, 9))
+    for one, other in zip(whole[5:], late, strict=True):
+        assert torch.equal(one.pixels, other.pixels)
+        assert (one.keys == other.keys).all()
+        assert (one.places == other.places).all()
+
+
+@pytest.mark.parametrize("part", [16, 8])
+def test_ranks_that_read_their_lanes_have_the_batch_of_one(shards: Path, part: int) -> None:
+    found, _ = open_shards(shards)
+    (whole,) = batches(stream(found, part=part), range(1))
+    parts = np.arange(16).reshape(-1, 2, part // 2)  # as Ranks.share deals them
+    for rank in range(2):
+        (half,) = batches(stream(found, own=range(2 * rank, 2 * rank + 2), part=part), range(1))
+        members = parts[:, rank].reshape(-1)
+        assert len(half.pixels) == 8
+        assert (half.keys[members] == whole.keys[members]).all()
+        for own, all_of_it in zip(half.squares(members, torch.device("cpu")), whole.squares(members, torch.device("cpu")), strict=True):  # fmt: skip
+            assert (np.asarray(own) == np.asarray(all_of_it)).all()
+
+
+def test_what_cannot_be_read_or_is_locked_is_replaced_and_named(
+    tmp_path: Path, files: list[Path], write_shards: Callable[..., Path]
+) -> None:
+    files[5].write_bytes(b"no image")
+    found, _ = open_shards(write_shards(tmp_path / "shards", "tar", files, 4))
+    locked = content_key(np.asarray(decode_image(files[20].read_bytes())[0]))
+    gone = np.array(decode_image(files[20].read_bytes())[0].resize((12, 12), Image.Resampling.BICUBIC))
+    opened = stream(found, locked=frozenset({locked}))
+    seen = torch.cat([batch.pixels for batch in batches(opened, range(8))])
+    assert len(seen) == 8 * 16
+    assert not (seen == torch.from_numpy(gone)).all(dim=(1, 2, 3)).any()
+    assert {name for name, _ in opened.left_out} == {"shard-000.tar/00000005.png"}
+    assert opened.left_out[0][1] == "not an image we can read"
+    assert all(
+        len(set(batch.keys.tolist())) == 16 for batch in batches(stream(found), range(4))
+    )  # draws differ
+
+
+def test_a_stream_of_rubbish_ends_with_a_reason(tmp_path: Path, files: list[Path], write_shards: Callable[..., Path]) -> None:  # fmt: skip
+    for file in files:
+        file.write_bytes(b"no image")
+    found, _ = open_shards(write_shards(tmp_path / "shards", "tar", files, 4))
+    with (
+        pytest.raises(DataError, match=r"none of 13 images can be used, e\.g\. not an image we can read"),
+        stream(found) as opened,
+    ):
+        opened.draw(0, 60)
+
+
+def test_test_images_alone_are_no_stream(shards: Path) -> None:
+    found, _ = open_shards(shards)
+    with (
+        pytest.raises(DataError, match="none of 13 images can be used: they are test images"),
+        stream(found, locked=frozenset(keys_of(found))) as opened,
+    ):
+        opened.draw(0, 60)
+
+
+def test_a_batch_of_locked_images_takes_others_of_their_lane(shards: Path, files: list[Path]) -> None:
+    found, _ = open_shards(shards)
+    first = {
+        content_key(np.asarray(decode_image(file.read_bytes())[0])) for file in files[:9]
+    }  # of 13 in lane 0
+    opened = stream(found, locked=frozenset(first), own=range(1))
+    seen = {tuple(image.flatten().tolist()) for batch in batches(opened, range(20)) for image in batch.pixels}
+    assert len(seen) == 4
+
+
+def test_a_slow_stream_keeps_nobody_waiting(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found, _ = open_shards(shards)
+    free = threading.Event()
+
+    def wait(*_: object) -> Iterator[None]:
+        free.wait(30)
+        yield from ()
+
+    monkeypatch.setattr("labelwise.images.streaming.read_shard", wait)
+    with stream(found) as opened:
+        assert opened.draw(0, 0.01) is None
+        assert opened.draw(0, 0.01) is None
+    free.set()
+
+
+@pytest.mark.parametrize(
+    ("files", "part", "ranks", "lanes"),
+    [(8, 256, 1, 8), (100, 256, 1, 16), (3, 256, 1, 2), (1, 256, 1, 1), (100, 32, 1, 2), (100, 30, 1, 1), (100, 4096, 64, 64), (8, 256, 4, 8), (4, 8, 4, 4)],
+)  # fmt: skip
+def test_lanes_share_batch_and_ranks_evenly(files: int, part: int, ranks: int, lanes: int) -> None:
+    assert choose_lanes(Shards("tar", ("x",) * files, (1,) * files), part, ranks) == lanes
+
+
+def test_fewer_shards_than_ranks_are_refused() -> None:
+    with pytest.raises(UsageError, match="3 shards cannot be dealt to 4 devices or processes"):
+        choose_lanes(Shards("tar", ("x",) * 3, (1,) * 3), 256, 4)
