@@ -3,6 +3,7 @@
 Names are imported on first use, so that `import labelwise` does not wait for torch.
 """
 
+import os
 from importlib import import_module
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
@@ -30,6 +31,9 @@ _HOMES = {
     "study": "labelwise.studies.studying",
 }
 
+os.environ.setdefault(
+    "HF_HUB_DISABLE_TELEMETRY", "1"
+)  # read when `datasets` or timm is imported; nobody is told who runs us
 __version__ = version("labelwise")
 __all__ = [
     "FinetuneSettings",

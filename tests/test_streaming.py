@@ -2,6 +2,10 @@
 
 import functools
 import http.server
+import json
+import os
+import subprocess
+import sys
 import tarfile
 import threading
 from collections import Counter
@@ -244,6 +248,98 @@ def test_an_address_that_nothing_here_reads_is_told() -> None:
         open_shards(Path("nonsense://bucket"))
     with pytest.raises(UsageError, match="is read as a stream only; add --stream"):
         open_images(Path("s3://bucket/folder"))
+
+
+class _Hub(_Ranges):
+    """The data set `u/n` of a hub, as far as `datasets` asks for it."""
+
+    def do_GET(self) -> None:
+        path, _, query = self.path.partition("?")
+        root = Path(self.directory)
+        listed = path.partition("/api/datasets/u/n/tree/")[2].partition("/")[2]
+        if "/tree/" in path:
+            below = sorted(
+                (root / listed).rglob("*") if "recursive=true" in query else (root / listed).iterdir()
+            )
+            self.answer([self.entry(file, root) for file in below])
+        elif path in ("/api/datasets/u/n", f"/api/datasets/u/n/revision/{'a' * 40}"):
+            names = [file.relative_to(root).as_posix() for file in root.rglob("*.*")]
+            siblings = [{"rfilename": name} for name in names]
+            self.answer({"id": "u/n", "sha": "a" * 40, "private": False, "gated": False, "tags": [], "siblings": siblings, "downloads": 0, "likes": 0})  # fmt: skip
+        elif "/resolve/" in path and (root / path.split("/", 6)[6]).is_file():
+            self.path = "/" + path.split("/", 6)[6]
+            super().do_GET()
+        else:
+            self.server.others.append(path)  # type: ignore[attr-defined]
+            self.send_error(404)
+
+    def do_HEAD(self) -> None:
+        found = Path(self.directory, *self.path.split("/")[6:])
+        self.send_response(200 if found.is_file() else 404)
+        if not found.is_file():
+            self.send_header("X-Error-Code", "EntryNotFound")
+        self.send_header("Content-Length", str(found.stat().st_size if found.is_file() else 0))
+        self.end_headers()
+
+    def entry(self, file: Path, root: Path) -> dict[str, object]:
+        name = {"path": file.relative_to(root).as_posix(), "oid": "0" * 40}
+        return (
+            {"type": "directory", **name}
+            if file.is_dir()
+            else {"type": "file", "size": file.stat().st_size, **name}
+        )
+
+    def answer(self, content: object) -> None:
+        text = json.dumps(content).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(text)))
+        self.end_headers()
+        self.wfile.write(text)
+
+    def end_headers(self) -> None:
+        self.send_header("X-Repo-Commit", "a" * 40)
+        self.send_header("ETag", '"1"')
+        super().end_headers()
+
+
+@pytest.mark.slow
+def test_a_set_of_the_hub_is_streamed_or_copied_with_its_splits(
+    tmp_path: Path, files: list[Path], write_shards: Callable[..., Path]
+) -> None:
+    for split, part in (("train", files[:30]), ("test", files[30:])):
+        folder = write_shards(tmp_path / split, "parquet", part, 2)
+        for number, file in enumerate(sorted(folder.iterdir())):
+            (tmp_path / "hub" / "data").mkdir(parents=True, exist_ok=True)
+            file.rename(tmp_path / "hub" / "data" / f"{split}-{number:05d}-of-00002.parquet")
+    program = """
+from collections import Counter
+from pathlib import Path
+from labelwise.images.source import open_images
+streamed, copied = open_images(Path("hf://u/n"), stream=True), open_images(Path("hf://u/n"))
+print(len(streamed.names), streamed.shards.counts, streamed.notes)
+print(len(copied.names), sorted(Counter(copied.splits).items()), sorted(Counter(copied.labels)))
+"""
+    with http.server.ThreadingHTTPServer(
+        ("127.0.0.1", 0), functools.partial(_Hub, directory=tmp_path / "hub")
+    ) as server:
+        server.others = []  # type: ignore[attr-defined]
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        own = {
+            "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}",
+            "HF_HOME": str(tmp_path / "home"),
+            "HF_DATASETS_CACHE": "",
+        }
+        environment = {name: value for name, value in {**os.environ, **own}.items() if value}
+        done = subprocess.run(
+            [sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=120
+        )
+        server.shutdown()
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == [
+        "30 (15, 15) ['not read: 2 shards of test']",
+        "50 [('test', 20), ('train', 30)] ['a', 'b', 'c']",
+    ]
+    assert not any("agent" in path or "telemetry" in path for path in server.others)  # type: ignore[attr-defined]
 
 
 # --- batches
