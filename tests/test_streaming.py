@@ -298,7 +298,7 @@ class _Hub(_Ranges):
 
     def end_headers(self) -> None:
         self.send_header("X-Repo-Commit", "a" * 40)
-        self.send_header("ETag", '"1"')
+        self.send_header("ETag", f'"{Path(self.path).name}"')
         super().end_headers()
 
 
