@@ -216,6 +216,30 @@ def predict(
 
 
 @app.command()
+def export(
+    run: Run = Path("runs/latest"),
+    form: Annotated[
+        str, typer.Option("--format", help="timm, onnx (pip install 'labelwise[onnx]') or safetensors")
+    ] = "timm",
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", help="folder to write; default <run name>-<format>", show_default=False),
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Write the classifier of a run, or its encoder, for other programs, with an example that uses it."""
+    from labelwise.rundir import open_run
+    from labelwise.stages.exporting import export as run_export
+    from labelwise.stages.exporting import show
+
+    if form not in ("timm", "onnx", "safetensors"):
+        raise UsageError(f"--format {form}: choose timm, onnx or safetensors.")
+    found = open_run(run)
+    document = run_export(found, form, out or Path(f"{found.path.resolve().name}-{form}"))
+    terminal.emit_json(document) if json else show(document)
+
+
+@app.command()
 def status(
     folder: Annotated[Path, typer.Argument(help="run folder, or folder of runs")] = Path("runs"),
     max_age: Annotated[

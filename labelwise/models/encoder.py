@@ -71,13 +71,10 @@ def create_encoder(spec: EncoderSpec, *, pretrained: bool = False) -> Encoder:
         DataError: timm's weights cannot be loaded (no network, or none exist).
     """
     check_backbone(spec.backbone)
-    arguments = {**_size_arguments(spec), **spec.backbone_args}
+    arguments = timm_arguments(spec)
     try:
         backbone = timm.create_model(spec.backbone, pretrained=pretrained, num_classes=0, **arguments)
-        if spec.stem == "small":
-            _make_stem_small(backbone)
-        elif spec.stem == "half":
-            backbone.maxpool = nn.Identity()
+        change_stem(backbone, spec.stem)
         return Encoder(backbone, _feature_width(backbone, spec.image_size))
     except Exception as error:  # networks raise whatever their arguments make of them, the hub's library too
         if is_out_of_memory(error):
@@ -89,6 +86,19 @@ def create_encoder(spec: EncoderSpec, *, pretrained: bool = False) -> Encoder:
         raise UsageError(
             f"backbone '{spec.backbone}' with {arguments}: timm refuses this: {type(error).__name__}: {error}"
         ) from None
+
+
+def timm_arguments(spec: EncoderSpec) -> dict[str, Any]:
+    """Arguments that timm builds the backbone with, before its stem is changed."""
+    return {**_size_arguments(spec), **spec.backbone_args}
+
+
+def change_stem(backbone: nn.Module, stem: str) -> None:
+    """Put the stem of a spec into a model that timm has built."""
+    if stem == "small":
+        _make_stem_small(backbone)
+    elif stem == "half":
+        backbone.maxpool = nn.Identity()
 
 
 def synchronize_batch_norm(module: nn.Module) -> None:
@@ -234,6 +244,14 @@ def _feature_width(backbone: nn.Module, image_size: int) -> int:
     width = backbone(torch.zeros(1, 3, image_size, image_size)).shape[1]
     backbone.train()
     return int(width)
+
+
+def licence_of_weights(backbone: str) -> str:
+    """Licence of timm's weights of a backbone, as timm states it, and where they come from."""
+    config = timm.get_pretrained_cfg(backbone)
+    licence = getattr(config, "license", None) or "licence not stated by timm"
+    place = getattr(config, "hf_hub_id", None) or getattr(config, "url", None)
+    return f"{licence} ({place})" if place else str(licence)
 
 
 def pretrained_spec(backbone: str, image_size: int | None = None) -> EncoderSpec:

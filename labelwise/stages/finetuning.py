@@ -14,12 +14,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from labelwise import seeding
+from labelwise import rundir, seeding
+from labelwise.errors import CheckpointError
 from labelwise.images.cache import ImageCache
 from labelwise.learning.optimization import Diverged, create_optimizer, set_rate, update, warmup_cosine
 from labelwise.learning.precision import Precision, arrange_images
 from labelwise.measures.linear import Probe
+from labelwise.models.encoder import EncoderSpec, create_encoder
 from labelwise.models.features import extract_features
+from labelwise.models.heads import keep_first_layer
+from labelwise.models.weights import load_module, read_metadata
+from labelwise.rundir import RunDirectory
 from labelwise.views.draws import Policy
 from labelwise.views.pipeline import Normalization, Views, make_views
 
@@ -72,6 +77,24 @@ class Classifier(nn.Module):
         weight, bias = probe.folded()
         self.linear.weight.copy_(torch.from_numpy(weight))
         self.linear.bias.copy_(torch.from_numpy(bias))
+
+
+def load_classifier(run: RunDirectory) -> tuple[Classifier, EncoderSpec, list[str]]:
+    """Build the classifier that a run kept, in evaluation mode, with its classes in the order of its outputs.
+
+    Raises:
+        CheckpointError: It is missing or damaged.
+    """
+    facts = rundir.read_derived(run.classifier_json)
+    if facts is None or not run.classifier.exists():
+        raise CheckpointError(
+            f"{run.path}: has no classifier yet; `labelwise finetune --run {run.path}` trains one on your labels."
+        )
+    spec, classes = EncoderSpec.from_metadata(facts["encoder"]), list(facts["classes"])
+    network, width = keep_first_layer(create_encoder(spec), run.head, read_metadata(run.head))
+    classifier = Classifier(network, width, len(classes))
+    load_module(run.classifier, classifier)
+    return classifier.eval(), spec, classes
 
 
 def train_classifier(

@@ -9,19 +9,16 @@ import numpy as np
 import numpy.typing as npt
 
 from labelwise import rundir, terminal
-from labelwise.errors import CheckpointError, DataError, LabelwiseError, UsageError
+from labelwise.errors import DataError, LabelwiseError, UsageError
 from labelwise.images.cache import read_evaluations
 from labelwise.images.source import ImageSet, open_files, open_images
 from labelwise.interruption import stop_between_steps
 from labelwise.learning.optimization import Diverged
 from labelwise.learning.precision import choose_device
-from labelwise.models.encoder import EncoderSpec, create_encoder
 from labelwise.models.features import extract_features
-from labelwise.models.heads import keep_first_layer
-from labelwise.models.weights import load_module, read_metadata
 from labelwise.predictions import open_table
 from labelwise.rundir import RunDirectory
-from labelwise.stages.finetuning import Classifier, chances_of
+from labelwise.stages.finetuning import chances_of, load_classifier
 from labelwise.stages.reporting import kept_classifier
 
 COLUMNS = ("file", "label", "confidence", "second_label", "second_confidence")
@@ -127,24 +124,6 @@ def show(document: dict[str, Any]) -> None:
             f"with {expected['labels']:,} labels{more}"
         )
     terminal.emit(f"written   {document['out']}")
-
-
-def load_classifier(run: RunDirectory) -> tuple[Classifier, EncoderSpec, list[str]]:
-    """Build the classifier that a run kept, in evaluation mode, with its classes in the order of its outputs.
-
-    Raises:
-        CheckpointError: It is missing or damaged.
-    """
-    facts = rundir.read_derived(run.classifier_json)
-    if facts is None or not run.classifier.exists():
-        raise CheckpointError(
-            f"{run.path}: has no classifier yet; `labelwise finetune --run {run.path}` trains one on your labels."
-        )
-    spec, classes = EncoderSpec.from_metadata(facts["encoder"]), list(facts["classes"])
-    network, width = keep_first_layer(create_encoder(spec), run.head, read_metadata(run.head))
-    classifier = Classifier(network, width, len(classes))
-    load_module(run.classifier, classifier)
-    return classifier.eval(), spec, classes
 
 
 def _expected(results: list[dict[str, Any]], trained_on: int) -> dict[str, Any]:
