@@ -174,6 +174,7 @@ def open_run(path: Path) -> RunDirectory:
 
     Raises:
         UsageError: No run is there.
+        CheckpointError: There is a folder where a file belongs that a command would replace.
     """
     path = as_listed(path)
     if not path.exists():
@@ -182,6 +183,17 @@ def open_run(path: Path) -> RunDirectory:
     run = RunDirectory(path.resolve())
     if not run.config.exists():
         raise UsageError(f"{path}: not a run folder (no config.toml in it); name one with --run DIR.")
+    replaced = (
+        run.classifier,
+        run.classifier_json,
+        run.results,
+        run.predictions,
+        run.label_check,
+        run.lookalikes,
+    )
+    for file in (*replaced, run.report_html, run.report_md, run.report_json, run.model_card):
+        if file.is_dir():
+            raise CheckpointError(f"{file}: a folder, where a file belongs; move it away.")
     return run
 
 

@@ -236,6 +236,18 @@ def test_opening_another_folder_or_a_file_says_that_it_is_no_run(tmp_path: Path)
             rundir.open_run(path)
 
 
+@pytest.mark.parametrize(
+    "name", ["classifier.json", "finetune/label_check.json", "finetune/lookalikes.json", "model-card.md"]
+)
+def test_a_folder_where_a_file_is_replaced_in_the_end_is_refused_at_the_start(
+    tmp_path: Path, name: str
+) -> None:
+    run = _make_run(tmp_path / "run")
+    (run.path / name).mkdir(parents=True)
+    with pytest.raises(CheckpointError, match=rf"{name}: a folder, where a file belongs; move it away\."):
+        rundir.open_run(run.path)
+
+
 @pytest.mark.parametrize("out", ["photos", "photos/run", "photos/a/../run", "link/run"])
 def test_an_output_folder_among_the_images_is_refused(tmp_path: Path, out: str) -> None:
     (tmp_path / "photos" / "a").mkdir(parents=True)
