@@ -379,6 +379,29 @@ def test_a_cache_among_the_images_is_refused(
     assert cache_root() == root.parent / "home" / "labelwise", "an empty name is none"
 
 
+@pytest.mark.parametrize("option", ["test", "labels"])
+def test_a_cache_among_test_or_labeled_images_elsewhere_is_refused(
+    root: Path, photo: Photo, monkeypatch: pytest.MonkeyPatch, option: str
+) -> None:
+    photo(root / "test:" / "a.png")  # not all that begins so lies elsewhere
+    elsewhere = root.with_name("elsewhere")
+    photo(elsewhere / "cat" / "a.png")
+    images = open_images(root, **{option: elsewhere})
+    monkeypatch.setenv("LABELWISE_CACHE", str(elsewhere / "cache"))
+    with pytest.raises(DataError, match=f"would lie inside the image folder {elsewhere}, which is never"):
+        build_cache(images, side=8, evaluation_size=8)
+    assert [path.name for path in elsewhere.iterdir()] == ["cat"]
+
+
+def test_a_row_without_an_image_beside_a_test_folder_is_left_out(tmp_path: Path, photo: Photo) -> None:
+    picture = photo(tmp_path / "exam/a.png", 5)
+    features = datasets.Features({"img": datasets.Image()})
+    datasets.Dataset.from_dict({"img": [picture, None]}, features=features).save_to_disk(tmp_path / "set")
+    images = open_images(tmp_path / "set", test=tmp_path / "exam")
+    cache = build_cache(images, side=8, evaluation_size=8)
+    assert [each["file"] for each in cache.quarantined] == ["row/1"]
+
+
 def test_large_squares_are_measured_a_few_at_a_time(
     root: Path, photo: Photo, monkeypatch: pytest.MonkeyPatch
 ) -> None:
