@@ -1380,6 +1380,31 @@ def test_a_report_that_finds_the_disk_full_stays_as_it_was(
     assert [file.read_bytes() for file in files] == before
 
 
+@pytest.mark.parametrize("moved", [1, 2, 3])
+def test_what_a_report_killed_between_its_files_leaves_is_found_and_mended_by_the_next(
+    copy: RunDirectory, monkeypatch: pytest.MonkeyPatch, moved: int
+) -> None:
+    files = (copy.report_json, copy.report_md, copy.report_html, copy.model_card)
+    for file in files:
+        file.write_text("an earlier one")
+    replace, calls = os.replace, iter(range(4))
+
+    def killed(source: Path, target: Path) -> None:
+        if next(calls) == moved:
+            raise KeyboardInterrupt
+        replace(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", killed)
+        with pytest.raises(KeyboardInterrupt):
+            report(copy)
+    assert [file.read_text() != "an earlier one" for file in files] == [number < moved for number in range(4)]
+    with pytest.raises(CheckpointError, match=r"is not what report\.json and the run's files say"):
+        verify(copy)
+    report(copy)
+    verify(copy)
+
+
 def test_a_report_is_not_replaced_by_one_of_fewer_results_that_got_lost(
     copy: RunDirectory, capsys: pytest.CaptureFixture[str]
 ) -> None:
