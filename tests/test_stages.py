@@ -23,6 +23,7 @@ from safetensors.torch import load_file
 from labelwise import environment, rundir
 from labelwise.config import METHODS, FinetuneSettings, PretrainSettings, read_run_config
 from labelwise.errors import CheckpointError, DataError, Interrupted, LabelwiseError, UsageError
+from labelwise.images.cache import list_caches
 from labelwise.images.splits import hash_names
 from labelwise.learning.optimization import Diverged
 from labelwise.models.weights import load_encoder, save_encoder
@@ -1174,7 +1175,9 @@ def test_a_run_from_before_a_setting_existed_goes_on(digits: Path, tmp_path: Pat
         pretrain(settings.model_copy(update={"holdout_seed": 3}))
 
 
-def test_bad_images_are_left_out_and_the_run_goes_on(digits: Path, tmp_path: Path) -> None:
+def test_bad_images_are_left_out_and_the_run_goes_on(
+    digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     images = tmp_path / "images"
     shutil.copytree(digits, images)
     (images / "3" / "empty.png").write_bytes(b"")
@@ -1182,6 +1185,10 @@ def test_bad_images_are_left_out_and_the_run_goes_on(digits: Path, tmp_path: Pat
     run = pretrain(PretrainSettings(images=images, out=tmp_path / "run", **{**SMALL, "epochs": 1}))
     reasons = {entry["file"]: entry["reason"] for entry in rundir.read_json(run.data)["quarantined"]}
     assert reasons == {"3/empty.png": "empty file", "3/page.jpg": "not an image (HTML or XML)"}
+    [(folder, _, _)] = list_caches()
+    words = " ".join(capsys.readouterr().err.split())
+    assert "2 unreadable images left out, e.g. 3/empty.png: empty file (all in data.json)." in words
+    assert f"delete {folder}: then a new run reads them again." in words
     assert {entry["file"] for entry in scan(images)["quarantined"]} == set(reasons)
 
 
