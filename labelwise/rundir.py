@@ -37,6 +37,7 @@ from labelwise.forms import check_form
 
 DEFAULT_RUNS = Path("runs")
 LATEST = DEFAULT_RUNS / "latest"
+_LARGEST = 2.0**64  # content keys are smaller
 _DOOMED = ".labelwise-deleting-"
 _MADE_AGAIN = {"report.json": "report", "study.json": "study"}  # by which command
 _BEFORE_STEP_0 = {"splits", "data.json", "config.toml", "owner.json"}  # what a run killed early may have left
@@ -346,10 +347,22 @@ def _read_bytes(path: Path) -> bytes:
 def _parse(path: Path, text: bytes) -> Any:
     """Read what a file of a run, or a line of it, holds; ValueError where that is nothing such a file could hold."""
     try:
-        value = json.loads(text.decode(), parse_constant=_refuse)
+        value = json.loads(
+            text.decode(),
+            parse_constant=_refuse,
+            parse_float=partial(_number, float),
+            parse_int=partial(_number, int),
+        )
     except RecursionError:
         raise ValueError("nested too deep") from None
     check_form(path.name, value)
+    return value
+
+
+def _number(kind: Callable[[str], float], word: str) -> float:
+    value = kind(word)
+    if not abs(value) < _LARGEST:
+        raise ValueError(f"{word[:20]} is larger than any number of ours")
     return value
 
 

@@ -108,6 +108,11 @@ def test_a_damaged_file_says_what_to_do(tmp_path: Path, content: bytes) -> None:
         ('{"order": 5, "sha256": {}}', "order: input should be a valid list"),
         ('{"order": [NaN], "sha256": {}}', "NaN is no number"),
         ("1" * 5000, "digits"),
+        ('{"order": [1e999], "sha256": {}}', "1e999 is larger than any number of ours"),
+        (
+            f'{{"order": [-{10**30}], "sha256": {{}}}}',
+            "-1000000000000000000 is larger than any number of ours",
+        ),
     ],
 )
 def test_a_file_of_another_form_is_damaged(tmp_path: Path, content: str, words: str) -> None:

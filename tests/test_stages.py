@@ -1333,6 +1333,11 @@ def test_accuracies_of_classes_that_were_changed_everywhere_are_found(copy: RunD
     report(copy)
     with pytest.raises(CheckpointError, match="draw 0: per_class is not what its predictions say"):
         verify(copy)
+    del rows[0]["per_class"], rows[0]["macro_accuracy"]
+    rundir.rewrite_jsonl(copy.results, rows)
+    report(copy)
+    with pytest.raises(CheckpointError, match="draw 0: macro_accuracy is None, its predictions say 0"):
+        verify(copy)
 
 
 @pytest.mark.parametrize(

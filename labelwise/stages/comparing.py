@@ -332,7 +332,7 @@ def _finished(bench: Bench, alternatives: dict[str, Alternative]) -> set[Job]:
     kept = [
         row
         for row in rows
-        if row["method"] not in alternatives or row["weights"] == alternatives[row["method"]].source
+        if row["method"] not in alternatives or row.get("weights") == alternatives[row["method"]].source
     ]
     if len(kept) < len(rows):
         other = ", ".join(sorted({row["method"] for row in rows if row not in kept}))
