@@ -479,6 +479,9 @@ def _keep_classifier(bench: Bench) -> None:
     except Diverged as error:
         terminal.warn(f"no classifier is kept, as its training diverges: {error}.")
         return
+    bench.run.classifier_json.unlink(
+        missing_ok=True
+    )  # its classes are not those of the weights that come now
     save_module(bench.run.classifier, classifier, bench.spec.to_metadata())
     facts = {
         "classes": bench.classes,

@@ -18,7 +18,7 @@ from labelwise.learning.precision import choose_device
 from labelwise.models.encoder import EncoderSpec, create_encoder
 from labelwise.models.features import extract_features
 from labelwise.models.heads import keep_first_layer
-from labelwise.models.weights import load_module, read_metadata
+from labelwise.models.weights import load_module, read_metadata, read_spec
 from labelwise.predictions import open_table
 from labelwise.rundir import RunDirectory
 from labelwise.stages.finetuning import Classifier, chances_of
@@ -140,7 +140,7 @@ def load_classifier(run: RunDirectory) -> tuple[Classifier, EncoderSpec, list[st
         raise CheckpointError(
             f"{run.path}: has no classifier yet; `labelwise finetune --run {run.path}` trains one on your labels."
         )
-    spec, classes = EncoderSpec.from_metadata(facts["encoder"]), list(facts["classes"])
+    spec, classes = read_spec(run.classifier), list(facts["classes"])
     network, width = keep_first_layer(create_encoder(spec), run.head, read_metadata(run.head))
     classifier = Classifier(network, width, len(classes))
     load_module(run.classifier, classifier)
