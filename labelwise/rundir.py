@@ -211,9 +211,19 @@ def point_latest(run: RunDirectory) -> None:
 
 
 def delete(path: Path) -> None:
-    """Delete a folder: first its name, so that whatever a kill leaves of it is no run any more."""
+    """Delete a folder: first its name, so that whatever a kill leaves of it is no run any more.
+
+    Raises:
+        ResourceError: It cannot be; it is as it was.
+    """
     doomed = Path(tempfile.mkdtemp(prefix=_DOOMED, dir=path.parent))
-    path.rename(doomed)
+    try:
+        path.rename(doomed)
+    except OSError as error:
+        doomed.rmdir()
+        raise ResourceError(
+            f"{path}: cannot be deleted ({error.strerror}); if it is a disk of its own, delete what is in it."
+        ) from None
     with suppress(FileNotFoundError):  # another command finishes it
         shutil.rmtree(doomed)
 

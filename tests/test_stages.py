@@ -22,7 +22,14 @@ from safetensors.torch import load_file
 
 from labelwise import environment, rundir
 from labelwise.config import METHODS, FinetuneSettings, PretrainSettings, read_run_config
-from labelwise.errors import CheckpointError, DataError, Interrupted, LabelwiseError, UsageError
+from labelwise.errors import (
+    CheckpointError,
+    DataError,
+    Interrupted,
+    LabelwiseError,
+    ResourceError,
+    UsageError,
+)
 from labelwise.images.cache import list_caches
 from labelwise.images.splits import hash_names
 from labelwise.learning.optimization import Diverged
@@ -832,6 +839,24 @@ def test_a_removal_that_is_killed_leaves_no_run_and_is_finished_by_the_next(
     assert len(list(tmp_path.iterdir())) == 2
     remove_run(tmp_path / "two")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_run_that_cannot_be_deleted_stays_whole_and_the_latest(
+    finished: RunDirectory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    run = RunDirectory(Path(shutil.copytree(finished.path, tmp_path / "runs" / "one")))
+    rundir.point_latest(run)
+    before = files_of(run.path)
+
+    def busy(*paths: object) -> None:
+        raise OSError(errno.EBUSY, "Device or resource busy")  # of a folder that a disk is mounted at
+
+    monkeypatch.setattr(Path, "rename", busy)
+    with pytest.raises(ResourceError, match=r"one: cannot be deleted \(Device or resource busy\); if it is"):
+        remove_run(run.path)
+    assert files_of(run.path) == before
+    assert sorted(os.listdir("runs")) == ["latest", "one"]
 
 
 def test_encoders_are_not_compared_without_a_test_set(digits: Path, tmp_path: Path) -> None:
