@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 
 from labelwise import rundir
 from labelwise.cli import app
-from labelwise.config import FinetuneSettings
+from labelwise.config import FinetuneSettings, read_run_config, to_toml
 from labelwise.errors import CheckpointError, DataError, LabelwiseError, UsageError
 from labelwise.images.cache import build_cache
 from labelwise.images.source import open_images
@@ -117,6 +117,18 @@ def test_nothing_readable_writes_nothing(run: RunDirectory, tmp_path: Path) -> N
     with pytest.raises(DataError, match=r"none of the 1 images can be read, e\.g\. a\.png"):
         predict(run, [tmp_path / "new"], tmp_path / "out.csv")
     assert {entry.name for entry in tmp_path.iterdir()} == {"new"}
+
+
+def test_a_table_is_not_written_among_test_images_that_came_later(
+    run: RunDirectory, digits: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "exam").mkdir()
+    copy = RunDirectory(Path(shutil.copytree(run.path, tmp_path / "copy")))
+    pretraining = read_run_config(copy.config)
+    known = to_toml({"pretrain": pretraining, "finetune": {"test": str(tmp_path / "exam")}})
+    rundir.write_text(copy.config, known)
+    with pytest.raises(UsageError, match="lies inside the image folder"):
+        predict(copy, [digits], tmp_path / "exam" / "out.csv")
 
 
 @pytest.mark.parametrize(

@@ -859,6 +859,20 @@ def test_a_run_that_cannot_be_deleted_stays_whole_and_the_latest(
     assert sorted(os.listdir("runs")) == ["latest", "one"]
 
 
+@pytest.mark.parametrize("option", ["test", "labels"])
+def test_a_run_among_images_that_came_later_is_refused_before_anything_is_written(
+    finished: RunDirectory, digits: Path, tmp_path: Path, option: str
+) -> None:
+    exam = Path(shutil.copytree(digits, tmp_path / "exam"))
+    run = RunDirectory(Path(shutil.copytree(finished.path, exam / "run")))
+    before = {file: (exam / file).read_bytes() for file in files_of(exam)}
+    with pytest.raises(
+        DataError, match=rf"run: lies inside the image folder {exam}, which is never written to"
+    ):
+        finetune(FinetuneSettings(run=run.path, **{option: exam}, **FEW))
+    assert {file: (exam / file).read_bytes() for file in files_of(exam)} == before
+
+
 def test_encoders_are_not_compared_without_a_test_set(digits: Path, tmp_path: Path) -> None:
     run = pretrain(PretrainSettings(images=digits, out=tmp_path / "run", **{**SMALL, "holdout": 0}))
     with pytest.raises(UsageError, match="has no test set, so encoders cannot be compared"):
