@@ -366,6 +366,18 @@ def test_a_cache_whose_files_do_not_fit_together_is_made_again(
         np.testing.assert_array_equal(one, other)
 
 
+def test_a_cache_that_is_deleted_while_it_is_built_is_said(root: Path, photo: Photo, cache: Path) -> None:
+    for seed in range(3):
+        photo(root / f"{seed}.png", seed)
+
+    def delete(count: int) -> None:
+        shutil.rmtree(cache, ignore_errors=True)
+
+    with pytest.raises(ResourceError, match="this image cache was deleted while it was built; run the same"):
+        build_cache(open_images(root), side=8, evaluation_size=8, progress=delete)
+    assert build(root).readable.all()
+
+
 def test_a_cache_among_the_images_is_refused(
     root: Path, photo: Photo, monkeypatch: pytest.MonkeyPatch
 ) -> None:

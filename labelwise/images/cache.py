@@ -111,7 +111,7 @@ def build_cache(
 
     Raises:
         DataError: No image can be read, or the cache would lie among them.
-        ResourceError: The disk is full, or the cache cannot be written.
+        ResourceError: The disk is full, or the cache cannot be written, or somebody deletes it.
     """
     for place in _folders(images):
         if cache_root().resolve().is_relative_to(place.resolve()):
@@ -132,8 +132,13 @@ def build_cache(
             if folder.exists():  # another process finished it while this one waited
                 shutil.rmtree(fresh)
             else:
-                _fill(fresh, images, side, evaluation_size, progress)
-                fresh.rename(folder)
+                try:
+                    _fill(fresh, images, side, evaluation_size, progress)
+                    fresh.rename(folder)
+                except FileNotFoundError:  # of images is told by name
+                    raise ResourceError(
+                        f"{fresh}: this image cache was deleted while it was built; run the same command again."
+                    ) from None
                 return _open_cache(folder, forms)
     try:
         cache = _open_cache(folder, forms)
