@@ -1,5 +1,6 @@
 """environment.json: where, with what and by which commands a run was made."""
 
+import math
 import os
 import platform
 import shlex
@@ -14,6 +15,7 @@ from labelwise import rundir
 from labelwise.rundir import RunDirectory
 
 _PACKAGES = ("torch", "torchvision", "timm", "datasets", "scikit-learn", "numpy", "pillow")
+_CGROUPS = Path("/sys/fs/cgroup")
 
 
 def start(run: RunDirectory, **facts: Any) -> None:
@@ -66,6 +68,42 @@ def command_line() -> str:
 def processors() -> int:
     """Processors that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def free_memory() -> float:
+    """Bytes of memory that this machine, or this container, has left; infinite where the system does not say."""
+    meminfo = Path("/proc/meminfo")
+    if not meminfo.exists():
+        return math.inf
+    words = meminfo.read_text(encoding="ascii").split()
+    there = 1024.0 * int(words[words.index("MemAvailable:") + 1])
+    return min(there, container_limit() - _container_use())
+
+
+def container_limit() -> float:
+    """Bytes that a container may use in all; infinite outside one."""
+    for name in ("memory.max", "memory/memory.limit_in_bytes"):  # version 2 and 1 of cgroups
+        try:
+            return float((_CGROUPS / name).read_text(encoding="ascii"))
+        except (OSError, ValueError):  # another version, or "max"
+            continue
+    return math.inf
+
+
+def _container_use() -> float:
+    """Bytes of its limit that a container cannot get back; pages of files can be dropped at any time."""
+    for use, statistics in (
+        ("memory.current", "memory.stat"),
+        ("memory/memory.usage_in_bytes", "memory/memory.stat"),
+    ):
+        try:
+            used = float((_CGROUPS / use).read_text(encoding="ascii"))
+            words = (_CGROUPS / statistics).read_text(encoding="ascii").split()
+        except (OSError, ValueError):
+            continue
+        pages = dict(zip(words[::2], words[1::2], strict=False))
+        return used - float(pages.get("inactive_file", 0)) - float(pages.get("active_file", 0))
+    return 0.0
 
 
 def now() -> str:

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Json, ValidationError
 
 
 class _Form(BaseModel):
@@ -167,12 +167,12 @@ class _LabelCheck(_Derived):
 
 
 class _Encoder(_Form):
-    backbone: str
-    backbone_args: str
-    stem: str
-    image_size: str
-    mean: str
-    std: str
+    backbone: Json[str]
+    backbone_args: Json[dict[str, Any]]
+    stem: Json[str]
+    image_size: Json[int]
+    mean: Json[list[float]]
+    std: Json[list[float]]
 
 
 class _Classifier(_Derived):

@@ -37,6 +37,7 @@ from labelwise.forms import check_form
 
 DEFAULT_RUNS = Path("runs")
 LATEST = DEFAULT_RUNS / "latest"
+_LARGEST = 2.0**64  # content keys are smaller
 _DOOMED = ".labelwise-deleting-"
 _MADE_AGAIN = {"report.json": "report", "study.json": "study"}  # by which command
 _BEFORE_STEP_0 = {"splits", "data.json", "config.toml", "owner.json"}  # what a run killed early may have left
@@ -174,6 +175,7 @@ def open_run(path: Path) -> RunDirectory:
 
     Raises:
         UsageError: No run is there.
+        CheckpointError: There is a folder where a file belongs that a command would replace.
     """
     path = as_listed(path)
     if not path.exists():
@@ -182,6 +184,17 @@ def open_run(path: Path) -> RunDirectory:
     run = RunDirectory(path.resolve())
     if not run.config.exists():
         raise UsageError(f"{path}: not a run folder (no config.toml in it); name one with --run DIR.")
+    replaced = (
+        run.classifier,
+        run.classifier_json,
+        run.results,
+        run.predictions,
+        run.label_check,
+        run.lookalikes,
+    )
+    for file in (*replaced, run.report_html, run.report_md, run.report_json, run.model_card):
+        if file.is_dir():
+            raise CheckpointError(f"{file}: a folder, where a file belongs; move it away.")
     return run
 
 
@@ -198,9 +211,19 @@ def point_latest(run: RunDirectory) -> None:
 
 
 def delete(path: Path) -> None:
-    """Delete a folder: first its name, so that whatever a kill leaves of it is no run any more."""
+    """Delete a folder: first its name, so that whatever a kill leaves of it is no run any more.
+
+    Raises:
+        ResourceError: It cannot be; it is as it was.
+    """
     doomed = Path(tempfile.mkdtemp(prefix=_DOOMED, dir=path.parent))
-    path.rename(doomed)
+    try:
+        path.rename(doomed)
+    except OSError as error:
+        doomed.rmdir()
+        raise ResourceError(
+            f"{path}: cannot be deleted ({error.strerror}); if it is a disk of its own, delete what is in it."
+        ) from None
     with suppress(FileNotFoundError):  # another command finishes it
         shutil.rmtree(doomed)
 
@@ -334,10 +357,22 @@ def _read_bytes(path: Path) -> bytes:
 def _parse(path: Path, text: bytes) -> Any:
     """Read what a file of a run, or a line of it, holds; ValueError where that is nothing such a file could hold."""
     try:
-        value = json.loads(text.decode(), parse_constant=_refuse)
+        value = json.loads(
+            text.decode(),
+            parse_constant=_refuse,
+            parse_float=partial(_number, float),
+            parse_int=partial(_number, int),
+        )
     except RecursionError:
         raise ValueError("nested too deep") from None
     check_form(path.name, value)
+    return value
+
+
+def _number(kind: Callable[[str], float], word: str) -> float:
+    value = kind(word)
+    if not abs(value) < _LARGEST:
+        raise ValueError(f"{word[:20]} is larger than any number of ours")
     return value
 
 

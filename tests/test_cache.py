@@ -366,6 +366,18 @@ def test_a_cache_whose_files_do_not_fit_together_is_made_again(
         np.testing.assert_array_equal(one, other)
 
 
+def test_a_cache_that_is_deleted_while_it_is_built_is_said(root: Path, photo: Photo, cache: Path) -> None:
+    for seed in range(3):
+        photo(root / f"{seed}.png", seed)
+
+    def delete(count: int) -> None:
+        shutil.rmtree(cache, ignore_errors=True)
+
+    with pytest.raises(ResourceError, match="this image cache was deleted while it was built; run the same"):
+        build_cache(open_images(root), side=8, evaluation_size=8, progress=delete)
+    assert build(root).readable.all()
+
+
 def test_a_cache_among_the_images_is_refused(
     root: Path, photo: Photo, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -377,6 +389,29 @@ def test_a_cache_among_the_images_is_refused(
     monkeypatch.setenv("LABELWISE_CACHE", "")
     monkeypatch.setenv("XDG_CACHE_HOME", str(root.parent / "home"))
     assert cache_root() == root.parent / "home" / "labelwise", "an empty name is none"
+
+
+@pytest.mark.parametrize("option", ["test", "labels"])
+def test_a_cache_among_test_or_labeled_images_elsewhere_is_refused(
+    root: Path, photo: Photo, monkeypatch: pytest.MonkeyPatch, option: str
+) -> None:
+    photo(root / "test:" / "a.png")  # not all that begins so lies elsewhere
+    elsewhere = root.with_name("elsewhere")
+    photo(elsewhere / "cat" / "a.png")
+    images = open_images(root, **{option: elsewhere})
+    monkeypatch.setenv("LABELWISE_CACHE", str(elsewhere / "cache"))
+    with pytest.raises(DataError, match=f"would lie inside the image folder {elsewhere}, which is never"):
+        build_cache(images, side=8, evaluation_size=8)
+    assert [path.name for path in elsewhere.iterdir()] == ["cat"]
+
+
+def test_a_row_without_an_image_beside_a_test_folder_is_left_out(tmp_path: Path, photo: Photo) -> None:
+    picture = photo(tmp_path / "exam/a.png", 5)
+    features = datasets.Features({"img": datasets.Image()})
+    datasets.Dataset.from_dict({"img": [picture, None]}, features=features).save_to_disk(tmp_path / "set")
+    images = open_images(tmp_path / "set", test=tmp_path / "exam")
+    cache = build_cache(images, side=8, evaluation_size=8)
+    assert [each["file"] for each in cache.quarantined] == ["row/1"]
 
 
 def test_large_squares_are_measured_a_few_at_a_time(

@@ -213,6 +213,20 @@ def test_the_same_step_damaged_twice_is_set_aside_twice(tmp_path: Path) -> None:
         save_checkpoint(tmp_path, Position(2, 0, 2), modules, optimizer)
 
 
+def test_of_damaged_checkpoints_the_newest_is_kept_once_a_whole_one_is_saved(tmp_path: Path) -> None:
+    modules, optimizer = _train_and_save(tmp_path, "sgd", 2)
+    for checkpoint in tmp_path.iterdir():
+        _flip_a_byte(checkpoint)
+    with pytest.raises(CheckpointError, match="no checkpoint in it is whole"):
+        load_checkpoint(tmp_path, modules, optimizer)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "damaged-step-00000001",
+        "damaged-step-00000002",
+    ]
+    save_checkpoint(tmp_path, Position(1, 0, 1), modules, optimizer)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["damaged-step-00000002", "step-00000001"]
+
+
 def test_a_half_written_checkpoint_is_never_read(tmp_path: Path) -> None:
     modules, optimizer = _train_and_save(tmp_path, "sgd", 1)
     (tmp_path / f".step-00000002-{os.getpid()}").mkdir()

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from labelwise.learning import memory
-from labelwise.learning.memory import available_memory, container_limit
+from labelwise import environment
+from labelwise.environment import container_limit
+from labelwise.learning.memory import available_memory
 
 SCRIPT = """
 import resource, sys
@@ -50,7 +51,7 @@ def test_kept_memory_is_not_mapped_again() -> None:
 def test_pages_of_files_do_not_count_as_memory_a_container_has_used(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: str, use: str, statistics: str
 ) -> None:
-    monkeypatch.setattr(memory, "_CGROUPS", tmp_path)
+    monkeypatch.setattr(environment, "_CGROUPS", tmp_path)
     assert container_limit() == float("inf")
     (tmp_path / "memory").mkdir()
     (tmp_path / limit).write_text("1000000\n", encoding="ascii")

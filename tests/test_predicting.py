@@ -22,12 +22,13 @@ from safetensors.torch import load_file, save_file
 
 from labelwise import rundir
 from labelwise.cli import app
-from labelwise.config import FinetuneSettings
+from labelwise.config import FinetuneSettings, read_run_config, to_toml
 from labelwise.errors import CheckpointError, DataError, LabelwiseError, UsageError
 from labelwise.images.cache import build_cache
 from labelwise.images.source import open_images
-from labelwise.models.weights import read_metadata
+from labelwise.models.weights import read_metadata, save_module
 from labelwise.rundir import RunDirectory
+from labelwise.stages import comparing
 from labelwise.stages.finetuning import predict as probabilities_of
 from labelwise.stages.predicting import load_classifier, predict, show
 from labelwise.stages.repeating import finetune
@@ -118,6 +119,18 @@ def test_nothing_readable_writes_nothing(run: RunDirectory, tmp_path: Path) -> N
     assert {entry.name for entry in tmp_path.iterdir()} == {"new"}
 
 
+def test_a_table_is_not_written_among_test_images_that_came_later(
+    run: RunDirectory, digits: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "exam").mkdir()
+    copy = RunDirectory(Path(shutil.copytree(run.path, tmp_path / "copy")))
+    pretraining = read_run_config(copy.config)
+    known = to_toml({"pretrain": pretraining, "finetune": {"test": str(tmp_path / "exam")}})
+    rundir.write_text(copy.config, known)
+    with pytest.raises(UsageError, match="lies inside the image folder"):
+        predict(copy, [digits], tmp_path / "exam" / "out.csv")
+
+
 @pytest.mark.parametrize(
     ("target", "words"),
     [
@@ -166,10 +179,38 @@ def test_a_run_without_a_classifier_says_what_makes_one(
         predict(pretrained, [digits], tmp_path / "out.csv")
 
 
+def test_what_the_classifier_needs_of_its_images_is_read_where_damage_is_noticed(
+    run: RunDirectory, digits: Path, tmp_path: Path
+) -> None:
+    copy = RunDirectory(Path(shutil.copytree(run.path, tmp_path / "copy")))
+    facts = rundir.read_json(copy.classifier_json)
+    rundir.write_json(copy.classifier_json, {**facts, "encoder": {**facts["encoder"], "mean": "[0, 0, 0]"}})
+    assert load_classifier(copy)[1] == load_classifier(run)[1]
+    rundir.write_json(copy.classifier_json, {**facts, "encoder": {**facts["encoder"], "mean": "[0, 0"}})
+    with pytest.raises(CheckpointError, match="has no classifier yet"):
+        predict(copy, [digits], tmp_path / "out.csv")
+
+
+def test_new_weights_are_never_read_with_the_classes_of_the_ones_before(
+    run: RunDirectory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copy = RunDirectory(Path(shutil.copytree(run.path, tmp_path / "copy")))
+
+    def save_and_be_killed(*arguments: Any) -> None:
+        save_module(*arguments)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(comparing, "save_module", save_and_be_killed)
+    with pytest.raises(KeyboardInterrupt):
+        finetune(FinetuneSettings(run=copy.path, methods=("simclr",), label_counts=("all",), steps=1, seed=1))
+    with pytest.raises(CheckpointError, match="has no classifier yet"):
+        load_classifier(copy)
+
+
 def test_a_damaged_classifier_is_named(run: RunDirectory, digits: Path, tmp_path: Path) -> None:
     copy = RunDirectory(Path(shutil.copytree(run.path, tmp_path / "copy")))
     copy.classifier.write_bytes(copy.classifier.read_bytes()[:1000])
-    with pytest.raises(CheckpointError, match=r"classifier\.safetensors: cannot be loaded"):
+    with pytest.raises(CheckpointError, match=r"classifier\.safetensors: damaged"):
         predict(copy, [digits], tmp_path / "out.csv")
 
 

@@ -1,6 +1,7 @@
 """Real child processes that really crash, hang and run out of memory: one file pays, and all others are read."""
 
 import errno
+import math
 import os
 import signal
 import subprocess
@@ -122,6 +123,16 @@ def test_children_are_used_again_and_are_not_many() -> None:
     pids = {answer[0][2] for _ in range(3) for answer in ask([b"x"] * 100)}
     assert len(pids) <= (os.cpu_count() or 1)
     assert os.getpid() not in pids
+
+
+@pytest.mark.usefixtures("misbehaving")
+@pytest.mark.parametrize(("free", "most"), [(0.0, 1), (2.9 * 2**30, 2), (math.inf, 5)])
+def test_there_are_no_more_children_than_memory_for_them(
+    monkeypatch: pytest.MonkeyPatch, free: float, most: int
+) -> None:
+    monkeypatch.setattr(readers, "processors", lambda: 5)
+    monkeypatch.setattr(readers, "free_memory", lambda: free)
+    assert len({answer[0][2] for answer in ask([b"x"] * 200)}) == most
 
 
 @pytest.mark.usefixtures("misbehaving")

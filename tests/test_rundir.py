@@ -108,6 +108,11 @@ def test_a_damaged_file_says_what_to_do(tmp_path: Path, content: bytes) -> None:
         ('{"order": 5, "sha256": {}}', "order: input should be a valid list"),
         ('{"order": [NaN], "sha256": {}}', "NaN is no number"),
         ("1" * 5000, "digits"),
+        ('{"order": [1e999], "sha256": {}}', "1e999 is larger than any number of ours"),
+        (
+            f'{{"order": [-{10**30}], "sha256": {{}}}}',
+            "-1000000000000000000 is larger than any number of ours",
+        ),
     ],
 )
 def test_a_file_of_another_form_is_damaged(tmp_path: Path, content: str, words: str) -> None:
@@ -234,6 +239,18 @@ def test_opening_another_folder_or_a_file_says_that_it_is_no_run(tmp_path: Path)
             UsageError, match=r"not a run folder \(no config\.toml in it\); name one with --run"
         ):
             rundir.open_run(path)
+
+
+@pytest.mark.parametrize(
+    "name", ["classifier.json", "finetune/label_check.json", "finetune/lookalikes.json", "model-card.md"]
+)
+def test_a_folder_where_a_file_is_replaced_in_the_end_is_refused_at_the_start(
+    tmp_path: Path, name: str
+) -> None:
+    run = _make_run(tmp_path / "run")
+    (run.path / name).mkdir(parents=True)
+    with pytest.raises(CheckpointError, match=rf"{name}: a folder, where a file belongs; move it away\."):
+        rundir.open_run(run.path)
 
 
 @pytest.mark.parametrize("out", ["photos", "photos/run", "photos/a/../run", "link/run"])

@@ -22,7 +22,15 @@ from safetensors.torch import load_file
 
 from labelwise import environment, rundir
 from labelwise.config import METHODS, FinetuneSettings, PretrainSettings, read_run_config
-from labelwise.errors import CheckpointError, DataError, Interrupted, LabelwiseError, UsageError
+from labelwise.errors import (
+    CheckpointError,
+    DataError,
+    Interrupted,
+    LabelwiseError,
+    ResourceError,
+    UsageError,
+)
+from labelwise.images.cache import list_caches
 from labelwise.images.splits import hash_names
 from labelwise.learning.optimization import Diverged
 from labelwise.models.weights import load_encoder, save_encoder
@@ -833,6 +841,38 @@ def test_a_removal_that_is_killed_leaves_no_run_and_is_finished_by_the_next(
     assert not list(tmp_path.iterdir())
 
 
+def test_a_run_that_cannot_be_deleted_stays_whole_and_the_latest(
+    finished: RunDirectory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    run = RunDirectory(Path(shutil.copytree(finished.path, tmp_path / "runs" / "one")))
+    rundir.point_latest(run)
+    before = files_of(run.path)
+
+    def busy(*paths: object) -> None:
+        raise OSError(errno.EBUSY, "Device or resource busy")  # of a folder that a disk is mounted at
+
+    monkeypatch.setattr(Path, "rename", busy)
+    with pytest.raises(ResourceError, match=r"one: cannot be deleted \(Device or resource busy\); if it is"):
+        remove_run(run.path)
+    assert files_of(run.path) == before
+    assert sorted(os.listdir("runs")) == ["latest", "one"]
+
+
+@pytest.mark.parametrize("option", ["test", "labels"])
+def test_a_run_among_images_that_came_later_is_refused_before_anything_is_written(
+    finished: RunDirectory, digits: Path, tmp_path: Path, option: str
+) -> None:
+    exam = Path(shutil.copytree(digits, tmp_path / "exam"))
+    run = RunDirectory(Path(shutil.copytree(finished.path, exam / "run")))
+    before = {file: (exam / file).read_bytes() for file in files_of(exam)}
+    with pytest.raises(
+        DataError, match=rf"run: lies inside the image folder {exam}, which is never written to"
+    ):
+        finetune(FinetuneSettings(run=run.path, **{option: exam}, **FEW))
+    assert {file: (exam / file).read_bytes() for file in files_of(exam)} == before
+
+
 def test_encoders_are_not_compared_without_a_test_set(digits: Path, tmp_path: Path) -> None:
     run = pretrain(PretrainSettings(images=digits, out=tmp_path / "run", **{**SMALL, "holdout": 0}))
     with pytest.raises(UsageError, match="has no test set, so encoders cannot be compared"):
@@ -1174,7 +1214,9 @@ def test_a_run_from_before_a_setting_existed_goes_on(digits: Path, tmp_path: Pat
         pretrain(settings.model_copy(update={"holdout_seed": 3}))
 
 
-def test_bad_images_are_left_out_and_the_run_goes_on(digits: Path, tmp_path: Path) -> None:
+def test_bad_images_are_left_out_and_the_run_goes_on(
+    digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     images = tmp_path / "images"
     shutil.copytree(digits, images)
     (images / "3" / "empty.png").write_bytes(b"")
@@ -1182,6 +1224,10 @@ def test_bad_images_are_left_out_and_the_run_goes_on(digits: Path, tmp_path: Pat
     run = pretrain(PretrainSettings(images=images, out=tmp_path / "run", **{**SMALL, "epochs": 1}))
     reasons = {entry["file"]: entry["reason"] for entry in rundir.read_json(run.data)["quarantined"]}
     assert reasons == {"3/empty.png": "empty file", "3/page.jpg": "not an image (HTML or XML)"}
+    [(folder, _, _)] = list_caches()
+    words = " ".join(capsys.readouterr().err.split())
+    assert "2 unreadable images left out, e.g. 3/empty.png: empty file (all in data.json)." in words
+    assert f"delete {folder}: then a new run reads them again." in words
     assert {entry["file"] for entry in scan(images)["quarantined"]} == set(reasons)
 
 
@@ -1326,6 +1372,11 @@ def test_accuracies_of_classes_that_were_changed_everywhere_are_found(copy: RunD
     report(copy)
     with pytest.raises(CheckpointError, match="draw 0: per_class is not what its predictions say"):
         verify(copy)
+    del rows[0]["per_class"], rows[0]["macro_accuracy"]
+    rundir.rewrite_jsonl(copy.results, rows)
+    report(copy)
+    with pytest.raises(CheckpointError, match="draw 0: macro_accuracy is None, its predictions say 0"):
+        verify(copy)
 
 
 @pytest.mark.parametrize(
@@ -1378,6 +1429,31 @@ def test_a_report_that_finds_the_disk_full_stays_as_it_was(
     with pytest.raises(OSError, match="No space left on device"):
         report(copy, label_cost=3.0)
     assert [file.read_bytes() for file in files] == before
+
+
+@pytest.mark.parametrize("moved", [1, 2, 3])
+def test_what_a_report_killed_between_its_files_leaves_is_found_and_mended_by_the_next(
+    copy: RunDirectory, monkeypatch: pytest.MonkeyPatch, moved: int
+) -> None:
+    files = (copy.report_json, copy.report_md, copy.report_html, copy.model_card)
+    for file in files:
+        file.write_text("an earlier one")
+    replace, calls = os.replace, iter(range(4))
+
+    def killed(source: Path, target: Path) -> None:
+        if next(calls) == moved:
+            raise KeyboardInterrupt
+        replace(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", killed)
+        with pytest.raises(KeyboardInterrupt):
+            report(copy)
+    assert [file.read_text() != "an earlier one" for file in files] == [number < moved for number in range(4)]
+    with pytest.raises(CheckpointError, match=r"is not what report\.json and the run's files say"):
+        verify(copy)
+    report(copy)
+    verify(copy)
 
 
 def test_a_report_is_not_replaced_by_one_of_fewer_results_that_got_lost(

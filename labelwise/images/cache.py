@@ -29,6 +29,7 @@ from labelwise import terminal
 from labelwise.errors import DataError, ResourceError
 from labelwise.images import decoding
 from labelwise.images.decoding import Pixels, Range, UnreadableImage
+from labelwise.images.labels import OUTSIDE
 from labelwise.images.readers import Readers
 from labelwise.images.source import ImageSet
 from labelwise.rundir import cache_root, flush, write_json
@@ -110,13 +111,14 @@ def build_cache(
 
     Raises:
         DataError: No image can be read, or the cache would lie among them.
-        ResourceError: The disk is full, or the cache cannot be written.
+        ResourceError: The disk is full, or the cache cannot be written, or somebody deletes it.
     """
-    if cache_root().resolve().is_relative_to(images.root.resolve()):
-        raise DataError(
-            f"{cache_root()}: the image cache would lie inside the image folder {images.root}, which is never written to; "
-            "name another place in LABELWISE_CACHE."
-        )
+    for place in _folders(images):
+        if cache_root().resolve().is_relative_to(place.resolve()):
+            raise DataError(
+                f"{cache_root()}: the image cache would lie inside the image folder {place}, which is never written to; "
+                "name another place in LABELWISE_CACHE."
+            )
     folder = cache_root() / _fingerprint(images, side, evaluation_size)
     forms = _forms(len(images.names), side, evaluation_size)
     if not folder.exists():
@@ -130,8 +132,13 @@ def build_cache(
             if folder.exists():  # another process finished it while this one waited
                 shutil.rmtree(fresh)
             else:
-                _fill(fresh, images, side, evaluation_size, progress)
-                fresh.rename(folder)
+                try:
+                    _fill(fresh, images, side, evaluation_size, progress)
+                    fresh.rename(folder)
+                except FileNotFoundError:  # of images is told by name
+                    raise ResourceError(
+                        f"{fresh}: this image cache was deleted while it was built; run the same command again."
+                    ) from None
                 return _open_cache(folder, forms)
     try:
         cache = _open_cache(folder, forms)
@@ -427,6 +434,21 @@ def _open_cache(folder: Path, forms: dict[str, Form]) -> ImageCache:
     )
 
 
+def _folders(images: ImageSet) -> list[Path]:
+    """The image folder, and those outside it that test or labeled images came from."""
+    found = {images.root}
+    for row, name in enumerate(images.names):
+        if name.startswith(OUTSIDE) and (path := _path_of(images, row)):
+            found.add(Path(path.removesuffix(name.partition(":")[2])))
+    return sorted(found)
+
+
+def _path_of(images: ImageSet, row: int) -> str | None:
+    """Where one image's file lies; None where a table holds its bytes, or nothing."""
+    image: dict[str, str | None] = images.table[row]["image"] or {}
+    return image.get("path")
+
+
 def _fingerprint(images: ImageSet, side: int, evaluation_size: int) -> str:
     """Hash of what the files are and what is made of them."""
     digest = hashlib.sha256(
@@ -434,7 +456,7 @@ def _fingerprint(images: ImageSet, side: int, evaluation_size: int) -> str:
     )
     digest.update(str(images.root.resolve()).encode("utf-8", "surrogateescape"))
     for row, name in enumerate(images.names):
-        path = None if images.layout == "dataset" else images.table[row]["image"]["path"]
+        path = None if images.layout == "dataset" else _path_of(images, row)
         stat = os.stat(path) if path and os.path.exists(path) else None
         digest.update(f"\0{name}\0{stat.st_size if stat else 0}\0{stat.st_mtime_ns if stat else 0}".encode())
     return digest.hexdigest()[:24]

@@ -31,7 +31,7 @@ from typing import Any, NoReturn, Self
 
 import numpy as np
 
-from labelwise.environment import processors
+from labelwise.environment import free_memory, processors
 from labelwise.images import decoding
 from labelwise.images.decoding import Pixels, Range, UnreadableImage
 
@@ -46,6 +46,9 @@ _SECONDS = 60.0  # for one file; the largest that are let in take two
 _SLACK_SECONDS = 30.0  # that a child may take beyond that before it is given up; it may have to start
 _IDLE_SECONDS = 10.0  # so long a child waits for the next job, which saves starting one (0.3 s)
 _MEMORY = 4 * 2**30  # bytes of address space beyond what a child starts with; the largest images take 2 GiB
+_TAKES = (
+    2**30
+)  # bytes of memory that must be there for each; one image of 64 megapixels takes 0.8 GiB (measured 2026-11-26)
 _NO_MEMORY = 77  # exit code of a child
 _TOO_LARGE = "too large for the memory"
 _idle: list["_Child"] = []  # alive, and nobody's
@@ -53,7 +56,7 @@ _lock = threading.Lock()
 
 
 class Readers:
-    """Children that all do one job, as many as there are processors for this process.
+    """Children that all do one job, as many as there are processors for this process and memory for them.
 
     Args:
         job: Name of one of the jobs below.
@@ -63,7 +66,8 @@ class Readers:
     def __init__(self, job: str, **arguments: Any) -> None:
         self._request = {"job": job, "arguments": arguments}
         self._at_work: set[_Child] = set()
-        self._threads = ThreadPoolExecutor(processors())
+        self._count = int(max(1, min(processors(), free_memory() / _TAKES)))
+        self._threads = ThreadPoolExecutor(self._count)
         self._is_closed = False
 
     def __enter__(self) -> Self:
@@ -123,7 +127,7 @@ class Readers:
         finally:
             with _lock:
                 self._at_work.discard(child)
-                is_kept = answers is not None and len(_idle) < processors() and not self._is_closed
+                is_kept = answers is not None and len(_idle) < self._count and not self._is_closed
                 if is_kept:
                     _idle.append(child)
             if not is_kept:

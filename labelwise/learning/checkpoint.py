@@ -27,6 +27,7 @@ KEPT = 2
 _TENSORS_PER_WEIGHT = 3  # itself, and the two averages that AdamW keeps; other optimizers keep one
 _VERSION = 1
 _FILES = {"state.safetensors", "state.json"}
+_ASIDE = "damaged-"
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ class Position:
 def save_checkpoint(
     folder: Path, position: Position, modules: dict[str, nn.Module], optimizer: torch.optim.Optimizer
 ) -> None:
-    """Write the resume state of a run, read it back, then delete all but the newest two.
+    """Write the resume state of a run, read it back, then delete all but the newest two, and the newest damaged one.
 
     Raises:
         OSError: It could not be written; earlier ones are as they were.
@@ -69,7 +70,7 @@ def save_checkpoint(
         raise CheckpointError(
             f"{aside}: is not what was written, the disk may be failing; earlier ones are kept."
         )
-    for old in _checkpoints(folder)[:-KEPT]:
+    for old in [*_checkpoints(folder)[:-KEPT], *sorted(folder.glob(f"{_ASIDE}*"))[:-1]]:
         shutil.rmtree(old)
 
 
@@ -171,7 +172,7 @@ def _forget(file: Path) -> None:
 
 
 def _set_aside(checkpoint: Path) -> Path:
-    aside = checkpoint.with_name(f"damaged-{checkpoint.name}")
+    aside = checkpoint.with_name(f"{_ASIDE}{checkpoint.name}")
     shutil.rmtree(aside, ignore_errors=True)
     return checkpoint.rename(aside)
 

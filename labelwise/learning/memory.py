@@ -1,16 +1,15 @@
 """How the process holds on to memory, which on a CPU decides a good part of a training step's time."""
 
 import ctypes
-import math
 import sys
-from pathlib import Path
 
 import torch
+
+from labelwise.environment import free_memory
 
 _TRIM_THRESHOLD, _TOP_PAD, _MMAP_THRESHOLD, _MMAP_MAX = -1, -2, -3, -4  # malloc.h of glibc
 _LARGEST = 2**31 - 1  # mallopt takes an int
 TRAINING_SHARE = 0.5  # of what is free goes to training
-_CGROUPS = Path("/sys/fs/cgroup")
 
 
 def keep_freed_memory() -> None:
@@ -36,35 +35,4 @@ def available_memory(device: torch.device) -> float:
     """Bytes a step may still use on a device; infinite where the system does not say."""
     if device.type == "cuda":
         return float(torch.cuda.mem_get_info(device)[0])
-    meminfo = Path("/proc/meminfo")
-    if not meminfo.exists():
-        return math.inf
-    words = meminfo.read_text(encoding="ascii").split()
-    there = 1024.0 * int(words[words.index("MemAvailable:") + 1])
-    return min(there, container_limit() - _container_use())
-
-
-def container_limit() -> float:
-    """Bytes that a container may use in all; infinite outside one."""
-    for name in ("memory.max", "memory/memory.limit_in_bytes"):  # version 2 and 1 of cgroups
-        try:
-            return float((_CGROUPS / name).read_text(encoding="ascii"))
-        except (OSError, ValueError):  # another version, or "max"
-            continue
-    return math.inf
-
-
-def _container_use() -> float:
-    """Bytes of its limit that a container cannot get back; pages of files can be dropped at any time."""
-    for use, statistics in (
-        ("memory.current", "memory.stat"),
-        ("memory/memory.usage_in_bytes", "memory/memory.stat"),
-    ):
-        try:
-            used = float((_CGROUPS / use).read_text(encoding="ascii"))
-            words = (_CGROUPS / statistics).read_text(encoding="ascii").split()
-        except (OSError, ValueError):
-            continue
-        pages = dict(zip(words[::2], words[1::2], strict=False))
-        return used - float(pages.get("inactive_file", 0)) - float(pages.get("active_file", 0))
-    return 0.0
+    return free_memory()

@@ -33,16 +33,24 @@ def load_encoder(path: str | Path) -> tuple[Encoder, EncoderSpec]:
     """
     file = Path(path)
     file = file / "encoder.safetensors" if file.is_dir() else file
-    metadata = read_metadata(file)
-    try:
-        spec = EncoderSpec.from_metadata(metadata)
-    except (KeyError, ValueError, TypeError, RecursionError):
-        raise CheckpointError(
-            f"{file}: not an encoder of Labelwise (its header names no backbone)."
-        ) from None
+    spec = read_spec(file)
     encoder = create_encoder(spec)
     load_module(file, encoder.backbone)
     return encoder.eval(), spec
+
+
+def read_spec(path: Path) -> EncoderSpec:
+    """Read from the header of a file of weights which encoder it is of.
+
+    Raises:
+        CheckpointError: The file is missing, damaged or not ours.
+    """
+    try:
+        return EncoderSpec.from_metadata(read_metadata(path))
+    except (KeyError, ValueError, TypeError, RecursionError):
+        raise CheckpointError(
+            f"{path}: not an encoder of Labelwise (its header names no backbone)."
+        ) from None
 
 
 def load_backbone(path: Path, encoder: Encoder) -> None:

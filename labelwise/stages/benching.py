@@ -121,7 +121,11 @@ def _count_folds(root: str, labels: Rows, groups: Rows, classes: list[str]) -> i
 
 
 def remember_sources(run: RunDirectory, settings: FinetuneSettings) -> FinetuneSettings:
-    """Take labels and test images that the last comparison of this run was given, where none are given now."""
+    """Take labels and test images that the last comparison of this run was given, where none are given now.
+
+    Raises:
+        DataError: The run lies among them, where nothing is ever written to.
+    """
     before = read_run_config(run.config, FinetuneSettings)
     known: dict[str, Any] = {}
     for name in ("labels", "labels_root", "test"):
@@ -131,6 +135,11 @@ def remember_sources(run: RunDirectory, settings: FinetuneSettings) -> FinetuneS
         elif name in before:
             known[name] = Path(before[name])
             terminal.say(f"{name:<10} {before[name]}, as in the last comparison")
+    for name in ("labels", "test"):
+        if name in known and known[name].is_dir() and run.path.is_relative_to(known[name].resolve()):
+            raise DataError(
+                f"{run.path}: lies inside the image folder {known[name]}, which is never written to; move the run elsewhere, or give another --{name}."
+            )
     column = before.get("group_column")
     if column and settings.group_column is None:
         if settings.labels is None or str(settings.labels.absolute()) == before.get("labels"):

@@ -332,7 +332,7 @@ def _finished(bench: Bench, alternatives: dict[str, Alternative]) -> set[Job]:
     kept = [
         row
         for row in rows
-        if row["method"] not in alternatives or row["weights"] == alternatives[row["method"]].source
+        if row["method"] not in alternatives or row.get("weights") == alternatives[row["method"]].source
     ]
     if len(kept) < len(rows):
         other = ", ".join(sorted({row["method"] for row in rows if row not in kept}))
@@ -479,6 +479,9 @@ def _keep_classifier(bench: Bench) -> None:
     except Diverged as error:
         terminal.warn(f"no classifier is kept, as its training diverges: {error}.")
         return
+    bench.run.classifier_json.unlink(
+        missing_ok=True
+    )  # its classes are not those of the weights that come now
     save_module(bench.run.classifier, classifier, bench.spec.to_metadata())
     facts = {
         "classes": bench.classes,

@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
+from labelwise.environment import container_limit
 from labelwise.images.cache import list_caches
-from labelwise.learning.memory import container_limit
 from labelwise.learning.precision import has_fast_bf16
 from labelwise.rundir import DEFAULT_RUNS, cache_root
 

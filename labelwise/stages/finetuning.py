@@ -23,7 +23,7 @@ from labelwise.measures.linear import Probe
 from labelwise.models.encoder import EncoderSpec, create_encoder
 from labelwise.models.features import extract_features
 from labelwise.models.heads import keep_first_layer
-from labelwise.models.weights import load_module, read_metadata
+from labelwise.models.weights import load_module, read_metadata, read_spec
 from labelwise.rundir import RunDirectory
 from labelwise.views.draws import Policy
 from labelwise.views.pipeline import Normalization, Views, make_views
@@ -90,7 +90,7 @@ def load_classifier(run: RunDirectory) -> tuple[Classifier, EncoderSpec, list[st
         raise CheckpointError(
             f"{run.path}: has no classifier yet; `labelwise finetune --run {run.path}` trains one on your labels."
         )
-    spec, classes = EncoderSpec.from_metadata(facts["encoder"]), list(facts["classes"])
+    spec, classes = read_spec(run.classifier), list(facts["classes"])
     network, width = keep_first_layer(create_encoder(spec), run.head, read_metadata(run.head))
     classifier = Classifier(network, width, len(classes))
     load_module(run.classifier, classifier)

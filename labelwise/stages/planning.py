@@ -529,7 +529,8 @@ def announce(
     if pool.cache.quarantined:
         first = pool.cache.quarantined[0]
         terminal.warn(
-            f"{len(pool.cache.quarantined)} unreadable images left out, e.g. {first['file']}: {first['reason']} (all in data.json)"
+            f"{len(pool.cache.quarantined)} unreadable images left out, e.g. {first['file']}: {first['reason']} (all in data.json). "
+            f"Where the disk, the network or rights were to blame, mend that and delete {pool.cache.folder}: then a new run reads them again."
         )
     tied = ", ".join(f"{count:,} {what}" for what, count in groups.counts.items() if count)
     if tied:

@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from labelwise import rundir, terminal
+from labelwise.config import FinetuneSettings, read_run_config
 from labelwise.errors import DataError, LabelwiseError, UsageError
 from labelwise.images.cache import read_evaluations
 from labelwise.images.source import ImageSet, open_files, open_images
@@ -48,7 +49,11 @@ def predict(
         UsageError: The table cannot be written there.
     """
     data = rundir.read_json(run.data)
-    sources = [data["sources"][name] for name in ("images", "labels", "test")]
+    compared = read_run_config(run.config, FinetuneSettings)
+    sources = [
+        data["sources"]["images"],
+        *(each.get(name) for each in (data["sources"], compared) for name in ("labels", "test")),
+    ]
     _check_target(out, [*images, *(Path(source) for source in sources if source)])
     classifier, spec, classes = load_classifier(run)
     results = rundir.read_jsonl(run.results)

@@ -163,9 +163,9 @@ def remove_run(path: Path) -> None:
     link = run.path.parent / rundir.LATEST.name
     was_latest = link.is_symlink() and link.resolve() == run.path
     with hold(run):
-        if was_latest:
-            link.unlink()
         rundir.delete(run.path)
+    if was_latest:
+        link.unlink()
     folders = {each.parent for each in run.path.parent.glob("[!.]*/encoder.safetensors")}
     names = {folder.name for folder in folders}
     left = [RunDirectory(each) for each in folders if each.name.rpartition("-seed-")[0] not in names]

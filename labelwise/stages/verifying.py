@@ -158,13 +158,13 @@ def _check_results(
             "n_test": len(right),
         }
         problems += [
-            f"{_name(row)}: {key} is {row[key]}, its predictions say {value:.6g}"
+            f"{_name(row)}: {key} is {row.get(key)}, its predictions say {value:.6g}"
             for key, value in found.items()
-            if not _is_same(float(value), row[key], _TOLERANCE)
+            if not _is_same(float(value), row.get(key), _TOLERANCE)
         ]
         truth = scores.test.truth_of(row["draw"])
         of_each = {scores.classes[each]: float(right[truth == each].mean()) for each in np.unique(truth)}
-        if not _is_same(of_each, row["per_class"], _TOLERANCE):
+        if not _is_same(of_each, row.get("per_class"), _TOLERANCE):
             problems.append(f"{_name(row)}: per_class is not what its predictions say")
     return problems + [
         f"{method}, {labels} labels, draw {draw}: has predictions and no result"
