@@ -33,7 +33,7 @@ def pixels(path):  # uint8 (1, {size}, {size}, 3)
     width, height = (max({short}, round(side * scale)) for side in image.size)
     image = image.resize((width, height), Image.Resampling.BICUBIC) if (width, height) != image.size else image
     left, top = (width - {size}) // 2, (height - {size}) // 2
-    return np.asarray(image.crop((left, top, left + {size}, top + {size})))[None]
+    return np.array(image.crop((left, top, left + {size}, top + {size})))[None]
 """
 _TIMM = """import timm
 import torch
