@@ -516,7 +516,7 @@ class StudySettings(Settings):
     )
     pairs: Annotated[tuple[Augmentation, ...], AfterValidator(_in_the_papers_order)] | None = Field(
         None,
-        description="augmentations: pairs of these only, e.g. crop,color; default all seven",
+        description="augmentations: pairs of these and nothing else, e.g. crop,color; default all seven",
         json_schema_extra={"panel": "Training"},
     )
     temperature: bool = Field(

@@ -24,8 +24,8 @@ PARTS: dict[str, dict[str, Any]] = {  # what may be left out, and the settings t
 
 
 def plan(study: StudySettings, usual: PretrainSettings, width: int) -> list[Trial]:
-    """Trials of one seed, the most telling first."""
-    parts = [Trial(("without", name), PARTS[name]) for name in _used(usual)]
+    """Trials of one seed, the most telling first; where some pairs are asked for, those alone."""
+    parts = [Trial(FULL), *(Trial(("without", name), PARTS[name]) for name in _used(usual))]
     pairs = [
         Trial(
             ("pair", first, second),
@@ -34,7 +34,7 @@ def plan(study: StudySettings, usual: PretrainSettings, width: int) -> list[Tria
         for first in study.pairs or ALONE
         for second in study.pairs or ALONE
     ]
-    return [Trial(FULL), *parts, *sorted(pairs, key=_rank)]
+    return [*([] if study.pairs else parts), *sorted(pairs, key=_rank)]
 
 
 def _used(usual: PretrainSettings) -> list[str]:
@@ -71,7 +71,7 @@ def describe(outcomes: Outcomes, material: Material, study: StudySettings) -> Fi
         name: compare(
             outcomes, f"all augmentations against all but {name}", (FULL, "h"), (("without", name), "h")
         )
-        for name in _used(material.settings)
+        for name in ([] if study.pairs else _used(material.settings))
     }
     left_out = Table(
         "Linear accuracy of the whole pipeline, and without one part",
@@ -88,8 +88,9 @@ def describe(outcomes: Outcomes, material: Material, study: StudySettings) -> Fi
         "better (Sec. 3.1)",
     )
     comparisons = [*([stands_out] if {"crop", "color"} <= set(alone) else []), *worth.values()]
-    advice, recipe = _advise(worth)
-    return Findings([left_out, pairs], comparisons, advice, recipe)
+    if study.pairs:
+        return Findings([pairs], comparisons, "No advice from pairs alone: leave --pairs out.", {})
+    return Findings([left_out, pairs], comparisons, *_advise(worth))
 
 
 def _advise(worth: dict[str, Comparison]) -> tuple[str, dict[str, Any]]:
