@@ -19,6 +19,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
@@ -220,6 +221,8 @@ def channel_statistics(
     for start in range(0, len(rows), together):
         values = squares[rows[start : start + together]].reshape(-1, 3) / 255.0
         total, squared, pixels = total + values.sum(0), squared + (values**2).sum(0), pixels + len(values)
+        if isinstance(squares, np.memmap):
+            _forget_pages(squares)
     means = total / pixels
     mean, std = means.tolist(), np.sqrt(np.maximum(squared / pixels - means**2, 1e-4)).tolist()
     return (mean[0], mean[1], mean[2]), (std[0], std[1], std[2])
@@ -433,11 +436,19 @@ def _fingerprint(images: ImageSet, side: int, evaluation_size: int) -> str:
         f"{_VERSION} {decoding.HAS_HEIF} {side} {evaluation_size} {images.table._fingerprint if images.layout.startswith('dataset') else ''}".encode()
     )
     digest.update(str(images.root.resolve()).encode("utf-8", "surrogateescape"))
-    for row, name in enumerate(images.names):
-        path = None if images.layout == "dataset" else images.table[row]["image"]["path"]
+    for name, path in zip(images.names, _paths(images), strict=True):
         stat = os.stat(path) if path and os.path.exists(path) else None
         digest.update(f"\0{name}\0{stat.st_size if stat else 0}\0{stat.st_mtime_ns if stat else 0}".encode())
     return digest.hexdigest()[:24]
+
+
+def _paths(images: ImageSet) -> Iterator[str | None]:
+    """Where each file lies; None where a table holds the images."""
+    if images.layout == "dataset":
+        yield from repeat(None, len(images.names))
+    else:
+        for some in images.table.iter(_CHUNK):
+            yield from (image["path"] for image in some["image"])
 
 
 def _written(fresh: Path) -> int:
