@@ -506,11 +506,11 @@ def _test_lock(
     locked = rundir.read_json(earlier) if earlier.exists() else None
     share, seed = settings.holdout, settings.holdout_seed
     lock = lock_test(images, cache.keys, cache.readable, share, seed, groups=groups.of, locked=locked)
-    label_of = dict(zip(images.names, images.labels, strict=True))
+    test = set(lock["names"])
     if (
         lock["method"] == OWN_TEST_SPLIT
         and any(images.labels)
-        and not any(label_of[name] for name in lock["names"])
+        and not any(label for name, label in zip(images.names, images.labels, strict=True) if name in test)
     ):
         terminal.warn(
             "none of your test images has a label, so nothing can be compared on them before you label some or give --test FOLDER."
@@ -608,9 +608,7 @@ def _write_start(
 
 def pool_hash(images: ImageSet, pool: Pool) -> str:
     """Hash of names and content of the images that are trained on."""
-    return hash_names(
-        [f"{images.names[row]} {key}" for row, key in zip(pool.rows, pool.keys.tolist(), strict=True)]
-    )
+    return hash_names(f"{images.names[row]} {key}" for row, key in zip(pool.rows, pool.keys, strict=True))
 
 
 def _rewind_metrics(run: RunDirectory, at: Position) -> list[float]:
