@@ -134,12 +134,11 @@ def _find_locked(
 def pool_indices(images: ImageSet, readable: npt.NDArray[np.bool_], lock: dict[str, Any]) -> Rows:
     """Rows that may be trained on: readable, not a test image, not of the group of one, (P,)."""
     forbidden = {*lock["names"], *lock["excluded_duplicates"], *lock["excluded_groups"]}
-    kept = [
-        row
-        for row, name in enumerate(images.names)
-        if readable[row] and name not in forbidden and images.splits[row] != "test"
+    is_free = [
+        name not in forbidden and split != "test"
+        for name, split in zip(images.names, images.splits, strict=True)
     ]
-    return np.array(kept, dtype=np.int64)
+    return np.flatnonzero(readable & np.array(is_free, bool))
 
 
 def draw_labels(names: list[str], labels: list[str], draw: int, seed: int) -> list[int]:
@@ -201,13 +200,13 @@ def _hold_out(
     if share == 0:
         return [], "none held out"
     labels = [str(label) for label in images.labels]
-    rows = [row for row, label in enumerate(images.labels) if readable[row] and label is not None]
+    rows = np.flatnonzero(readable & np.array([label is not None for label in images.labels], bool))
     if len({labels[row] for row in rows}) > 1:
         most = min(MOST_HELD_OUT_LABELED, round(share * len(rows)))
         words = f"{share:.0%} of the labeled images held out, by class"
     else:
         labels = [""] * len(labels)
-        rows = np.flatnonzero(readable).tolist()
+        rows = np.flatnonzero(readable)
         most = min(MOST_HELD_OUT_UNLABELED, round(share * len(rows)))
         words = f"{share:.0%} held out at random, to be labeled later"
     chosen: list[int] = []
@@ -243,10 +242,10 @@ def _hold_out(
 
 
 def _groups_by_class(
-    names: list[str], groups: Rows, rows: list[int], labels: list[str]
+    names: list[str], groups: Rows, rows: Rows, labels: list[str]
 ) -> tuple[dict[str, list[int]], Callable[[int], list[int]]]:
     """Groups of the labeled rows by the label most of their images have, in an order that file systems do not change; and what gives the rows of one."""
-    ordered = np.array(sorted(rows, key=names.__getitem__), np.int64)
+    ordered = np.array(sorted(rows.tolist(), key=names.__getitem__), np.int64)
     _, first, group, sizes = np.unique(
         groups[ordered], return_index=True, return_inverse=True, return_counts=True
     )

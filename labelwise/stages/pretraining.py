@@ -143,7 +143,6 @@ def _pretrain(settings: PretrainSettings, ranks: Ranks) -> RunDirectory:
                 _finish(run, time.monotonic() - started)
             terminal.say(f"{run.path}: is pretrained already, {run.encoder}")
         return run
-    keep_freed_memory()
     device = device_of(ranks, choose_device(settings.device))
     if settings.deterministic:
         compute_deterministically()
@@ -159,6 +158,7 @@ def _pretrain(settings: PretrainSettings, ranks: Ranks) -> RunDirectory:
         cache = build_cache(images, side=side, evaluation_size=size, progress=bar.advance)
     groups, lock = ranks.tell(lambda: _separate_test(run, settings, images, cache))
     pool = keep_on_device(make_pool(images, cache, lock, settings), device)
+    keep_freed_memory()
     if ranks.count > 1:
         _check_pool(settings, ranks, pool_hash(images, pool))
     spec, plan = ranks.tell(lambda: _decide(run, settings, images, pool, plan, size, side, device, ranks))
