@@ -6,12 +6,18 @@ Finds the files, builds the cache and makes two 32 px views of every image, each
 after a warm-up on 64 images. Cost of the first figure: seconds per image; the bar, 1 / 1.15, lets the large set
 cost 15 % more. Cost of the second: bytes of memory that the system cannot take back (anonymous and shared; pages of
 the cache file are not counted), at the peak, above what the small set took; the limit is 200 MB.
+
+    python benchmarks/growth.py CIFAR --files 1000000
+
+Seconds and peak memory (VmHWM, all pages counted, children apart) of `labelwise scan`, and of `labelwise pretrain` until its first step is done.
 """
 
 import argparse
 import functools
 import json
+import os
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -40,7 +46,13 @@ def main() -> None:
     options = parser(__doc__)
     options.add_argument("images", type=Path)
     options.add_argument("--count", type=int, help=argparse.SUPPRESS)
+    options.add_argument(
+        "--files", type=int, help="time and memory of the commands' start on so many files instead"
+    )
     given = options.parse_args()
+    if given.files:
+        start_commands(given.images, given.files)
+        return
     if given.count:
         print(json.dumps(measure(given.images, given.count)))
         return
@@ -122,6 +134,35 @@ def held_bytes() -> float:
     """Memory that belongs to this process alone."""
     lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
     return sum(1024.0 * int(line.split()[1]) for line in lines if line.startswith(("RssAnon:", "RssShmem:")))
+
+
+def start_commands(source: Path, count: int) -> None:
+    """Print what `scan`, and `pretrain` to its first step, take on so many files, nothing cached."""
+    pretrain = [
+        "--backbone", "resnet18", "--image-size", "16", "--batch-size", "32", "--epochs", "1", "--precision", "fp32", "--device", "cpu",
+    ]  # fmt: skip
+    with tempfile.TemporaryDirectory() as place:
+        folder = link(sorted(source.rglob("*.jpg")), Path(place) / "images", count)
+        run, environment = Path(place) / "run", {**os.environ, "LABELWISE_CACHE": f"{place}/cache"}
+        for words in (["scan", folder], ["pretrain", folder, "--out", run, *pretrain]):
+            start, peak = time.perf_counter(), 0.0
+            command = subprocess.Popen(
+                [sys.executable, "-m", "labelwise", *map(str, words)],
+                env=environment,
+                stdout=subprocess.DEVNULL,
+            )
+            status, metrics = Path(f"/proc/{command.pid}/status"), run / "metrics.jsonl"
+            while command.poll() is None and not metrics.exists():
+                lines = status.read_text(encoding="ascii").splitlines()
+                peak = max(
+                    [peak, *(1024.0 * int(line.split()[1]) for line in lines if line.startswith("VmHWM:"))]
+                )
+                time.sleep(0.05)
+            seconds = time.perf_counter() - start
+            if command.poll() is None:
+                command.send_signal(signal.SIGINT)
+            command.wait()
+            print(f"{words[0]}, {count:,} files: {seconds:.0f} s, {peak / 1e6:,.0f} MB")
 
 
 def in_a_process(source: Path, count: int) -> dict[str, float]:

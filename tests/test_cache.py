@@ -516,6 +516,20 @@ def test_mean_and_spread_are_those_of_the_chosen_squares(root: Path, photo: Phot
     assert std == pytest.approx(values.std(0))
 
 
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is told by /proc")
+def test_measuring_squares_keeps_none_of_them_in_memory(tmp_path: Path) -> None:
+    def mapped() -> int:
+        lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith("RssFile:"))
+
+    squares = np.lib.format.open_memmap(tmp_path / "squares.npy", "w+", np.uint8, (1000, 64, 64, 3))  # 12 MB
+    squares.flush()
+    squares = np.load(tmp_path / "squares.npy", mmap_mode="r")
+    before = mapped()
+    channel_statistics(squares, np.arange(1000))
+    assert mapped() - before < 8_000
+
+
 def test_images_of_one_colour_have_a_spread_to_divide_by(root: Path) -> None:
     root.mkdir()
     Image.new("RGB", (8, 8), (51, 102, 255)).save(root / "a.png")

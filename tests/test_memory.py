@@ -29,6 +29,22 @@ for _ in range(10):
 print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
 
+FREED_BEFORE = """
+from pathlib import Path
+import numpy as np
+from labelwise.learning.memory import keep_freed_memory
+
+def resident():
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+
+held = [np.ones(2**16, dtype=np.uint8) for _ in range(1024)]
+last = np.ones(2**16, dtype=np.uint8)  # above them in memory, so that nothing ends with them
+del held
+before = resident()
+keep_freed_memory()
+print(before - resident())
+"""
+
 
 def faults(how: str) -> int:
     ran = subprocess.run([sys.executable, "-c", SCRIPT, how], capture_output=True, text=True, check=True)
@@ -38,6 +54,12 @@ def faults(how: str) -> int:
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only glibc is asked to keep memory")
 def test_kept_memory_is_not_mapped_again() -> None:
     assert faults("keep") * 10 < faults("leave")
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only glibc is asked to keep memory")
+def test_what_was_freed_before_goes_back() -> None:
+    ran = subprocess.run([sys.executable, "-c", FREED_BEFORE], capture_output=True, text=True, check=True)
+    assert int(ran.stdout) > 50e6
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="containers run Linux")

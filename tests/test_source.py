@@ -2,6 +2,7 @@
 
 import os
 import random
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from PIL import Image
 
 from labelwise.errors import DataError
 from labelwise.images.decoding import decode_image
-from labelwise.images.source import ImageSet, open_images
+from labelwise.images.source import ImageSet, open_files, open_images
 
 Photo = Callable[..., Image.Image]
 
@@ -474,3 +475,17 @@ def test_a_stray_folder_or_file_beside_the_split_does_not_turn_it_into_classes(
         "preview.png": (None, None),
     }
     assert "2 images lie beside the split folders, without a label" in images.notes
+
+
+def test_whole_paths_of_all_files_are_never_held_at_once(tmp_path: Path) -> None:
+    file = tmp_path / "a.png"
+    file.touch()
+    files = [file] * 20_000
+    tracemalloc.start()
+    try:
+        images = open_files(files)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert images.locate(19_999) == str(file)
+    assert peak < 200 * len(files)  # names alone are half of it

@@ -3,7 +3,9 @@
 import hashlib
 import json
 import random
+import tracemalloc
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ import numpy.typing as npt
 import pytest
 
 from labelwise.errors import DataError, UsageError
+from labelwise.images.duplicates import exact_duplicates
 from labelwise.images.source import ImageSet
 from labelwise.images.splits import draw_labels, hash_names, lock_test, pool_indices
 
@@ -395,3 +398,32 @@ def test_every_image_of_a_class_is_drawn_first_equally_often() -> None:
 def test_the_hash_of_names_is_sha256_of_their_json() -> None:
     assert hash_names(["a", "b/ü.png"]) == hashlib.sha256(b'["a", "b/\\u00fc.png"]').hexdigest()
     assert len({hash_names(names) for names in (["a", "b"], ["b", "a"], ["ab"], ["a, b"], ['a", "b'])}) == 5
+
+
+def test_a_lock_is_made_and_found_again_in_little_memory() -> None:
+    images = classes(cat=5_000, dog=5_000)
+    keys, readable = different(images)
+    groups = np.arange(10_000)
+    locked = lock_test(images, keys, readable, None, 0, groups=groups)
+
+    def bytes_an_image(work: Callable[[], object]) -> float:
+        tracemalloc.start()
+        try:
+            work()
+            return tracemalloc.get_traced_memory()[1] / len(images.names)
+        finally:
+            tracemalloc.stop()
+
+    assert bytes_an_image(lambda: lock_test(images, keys, readable, None, 0, groups=groups)) < 190
+    assert bytes_an_image(lambda: lock_test(images, keys, readable, None, 0, locked=locked)) < 130
+    assert bytes_an_image(lambda: exact_duplicates(images.names, keys)) < 100
+    assert bytes_an_image(lambda: hash_names(name for name in images.names)) < 10
+
+
+def test_a_lock_is_found_again_among_many_copies() -> None:
+    names = [f"{number:05d}.png" for number in range(6_000)]
+    keys = np.arange(6_000, dtype=np.uint64) % 3 + 1
+    test: list[str | None] = ["test" if number < 1_000 else None for number in range(6_000)]
+    images, readable = listed(names, splits=test), np.ones(6_000, bool)
+    locked = lock_test(images, keys, readable, None, 0)
+    assert lock_test(images, keys, readable, None, 0, locked=locked) == locked

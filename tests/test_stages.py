@@ -1824,3 +1824,21 @@ def test_a_label_check_of_an_earlier_version_is_made_again(
     assert report(copy)["label_check"] is None
     finetune(FinetuneSettings(run=copy.path, **FEW))
     assert copy.label_check.read_bytes() == finished.label_check.read_bytes()
+
+
+def test_more_gpus_than_there_are_are_refused_before_the_run_is_opened(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(UsageError, match="--devices 2: this machine has 1 of kind cuda"):
+        comparing.compare(FinetuneSettings(run=tmp_path / "none", device="cuda", devices="2"))
+
+
+@pytest.mark.parametrize(
+    ("costs", "devices", "steps"), [([10] * 6, 1, 60), ([10] * 6, 2, 30), ([100, 10], 2, 100), ([5], 8, 5)]
+)
+def test_the_time_announced_is_that_of_the_busiest_device(
+    costs: list[int], devices: int, steps: float
+) -> None:
+    assert comparing.steps_in_a_row(costs, devices) == steps

@@ -19,6 +19,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
@@ -227,6 +228,8 @@ def channel_statistics(
     for start in range(0, len(rows), together):
         values = squares[rows[start : start + together]].reshape(-1, 3) / 255.0
         total, squared, pixels = total + values.sum(0), squared + (values**2).sum(0), pixels + len(values)
+        if isinstance(squares, np.memmap):
+            _forget_pages(squares)
     means = total / pixels
     mean, std = means.tolist(), np.sqrt(np.maximum(squared / pixels - means**2, 1e-4)).tolist()
     return (mean[0], mean[1], mean[2]), (std[0], std[1], std[2])
@@ -437,16 +440,11 @@ def _open_cache(folder: Path, forms: dict[str, Form]) -> ImageCache:
 def _folders(images: ImageSet) -> list[Path]:
     """The image folder, and those outside it that test or labeled images came from."""
     found = {images.root}
-    for row, name in enumerate(images.names):
-        if name.startswith(OUTSIDE) and (path := _path_of(images, row)):
-            found.add(Path(path.removesuffix(name.partition(":")[2])))
+    if any(name.startswith(OUTSIDE) for name in images.names):
+        for name, path in zip(images.names, _paths(images), strict=True):
+            if path and name.startswith(OUTSIDE):
+                found.add(Path(path.removesuffix(name.partition(":")[2])))
     return sorted(found)
-
-
-def _path_of(images: ImageSet, row: int) -> str | None:
-    """Where one image's file lies; None where a table holds its bytes, or nothing."""
-    image: dict[str, str | None] = images.table[row]["image"] or {}
-    return image.get("path")
 
 
 def _fingerprint(images: ImageSet, side: int, evaluation_size: int) -> str:
@@ -455,11 +453,19 @@ def _fingerprint(images: ImageSet, side: int, evaluation_size: int) -> str:
         f"{_VERSION} {decoding.HAS_HEIF} {side} {evaluation_size} {images.table._fingerprint if images.layout.startswith('dataset') else ''}".encode()
     )
     digest.update(str(images.root.resolve()).encode("utf-8", "surrogateescape"))
-    for row, name in enumerate(images.names):
-        path = None if images.layout == "dataset" else _path_of(images, row)
+    for name, path in zip(images.names, _paths(images), strict=True):
         stat = os.stat(path) if path and os.path.exists(path) else None
         digest.update(f"\0{name}\0{stat.st_size if stat else 0}\0{stat.st_mtime_ns if stat else 0}".encode())
     return digest.hexdigest()[:24]
+
+
+def _paths(images: ImageSet) -> Iterator[str | None]:
+    """Where each file lies; None where a table holds the images."""
+    if images.layout == "dataset":
+        yield from repeat(None, len(images.names))
+    else:
+        for some in images.table.iter(_CHUNK):
+            yield from ((image or {}).get("path") for image in some["image"])
 
 
 def _written(fresh: Path) -> int:

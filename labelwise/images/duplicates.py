@@ -19,21 +19,30 @@ def exact_duplicates(names: list[str], keys: Keys) -> list[list[str]]:
         names: (N,).
         keys: Content keys; 0 for images that could not be read, (N,).
     """
+    _, place, counts = np.unique(keys, return_inverse=True, return_counts=True)
+    has_copy = (keys != 0) & (counts[place] > 1)
     groups: dict[int, list[str]] = defaultdict(list)
-    for name, key in zip(names, keys.tolist(), strict=True):
-        if key:
-            groups[key].append(name)
-    return [group for group in groups.values() if len(group) > 1]
+    for name, key, is_one in zip(names, keys, has_copy, strict=True):
+        if is_one:
+            groups[int(key)].append(name)
+    return list(groups.values())
 
 
 def unique_keys(keys: Keys) -> Keys:
     """Make the keys of copies differ, so that two copies in one batch never share a random draw."""
-    seen: dict[int, int] = defaultdict(int)
+    before = count_before(keys)
+    copies = before > 0
     result = keys.copy()
-    for place, key in enumerate(keys.tolist()):
-        if seen[key]:
-            result[place] = seeding.combine(key, seen[key])
-        seen[key] += 1
+    result[copies] = seeding.combine(keys[copies], before[copies].astype(np.uint64))
+    return result
+
+
+def count_before(values: npt.NDArray[np.int64] | Keys) -> npt.NDArray[np.int64]:
+    """How many equal values stand before each, (N,)."""
+    order = np.argsort(values, kind="stable")
+    _, first, counts = np.unique(values[order], return_index=True, return_counts=True)
+    result = np.empty(len(values), np.int64)
+    result[order] = np.arange(len(values)) - np.repeat(first, counts)
     return result
 
 

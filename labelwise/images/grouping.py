@@ -1,10 +1,8 @@
 """Images that may not be torn apart: one on the test side and one on the training side would be a leak."""
 
 import errno
-from collections import defaultdict
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 from zipfile import BadZipFile
 
@@ -65,26 +63,26 @@ def group_images(
     bursts, standing = _bursts(cache.shots, readable)
     if standing:
         notes.append(f"{standing:,} images carry the same time of shooting as many others; it is not used")
+    numbers: dict[str | None, int] = {None: -1}
+    number = np.array([numbers.setdefault(group, len(numbers)) for group in images.groups], np.int64)
+    in_group = np.flatnonzero(number >= 0)
     ties = {
-        "exact copies": _chain((row, int(cache.keys[row])) for row in readable.tolist()),
+        "exact copies": _chain(readable, cache.keys[readable]),
         "near-copies": near.pairs,
         "shots of one burst": bursts,
-        "tied by the group column": _chain(
-            (row, group) for row, group in enumerate(images.groups) if group is not None
-        ),
+        "tied by the group column": _chain(in_group, number[in_group]),
     }
     of = connect(len(images.names), np.concatenate(list(ties.values())))
     counts = {name: len(np.unique(pairs)) for name, pairs in ties.items()}
     return Groups(of, near, counts, notes)
 
 
-def _chain(members: Iterable[tuple[int, Hashable]]) -> Rows:
+def _chain(rows: Rows, values: npt.NDArray[np.generic]) -> Rows:
     """Tie each row to the one before it with the same value, (P, 2)."""
-    by_value: dict[Hashable, list[int]] = defaultdict(list)
-    for row, value in members:
-        by_value[value].append(row)
-    pairs = [pair for rows in by_value.values() for pair in pairwise(rows)]
-    return np.array(pairs, dtype=np.int64).reshape(-1, 2)
+    order = np.argsort(values, kind="stable")
+    rows, values = rows[order], values[order]
+    same = np.flatnonzero(values[:-1] == values[1:])
+    return np.stack([rows[same], rows[same + 1]], axis=1)
 
 
 def _bursts(shots: Rows, readable: Rows) -> tuple[Rows, int]:

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 from scipy.fft import dct
 
-from labelwise.images.duplicates import connect
+from labelwise.images.duplicates import connect, count_before
 
 Pixels = npt.NDArray[np.uint8]
 Floats = npt.NDArray[np.float32]
@@ -146,7 +146,7 @@ def _compare(rows: Rows, gray: Pixels, candidates: Rows, squares: Pixels, sides:
     group, passes = np.arange(len(gray)), 0
     pairs, agreements = [np.empty((0, 2), np.int64)], [np.empty(0, np.float32)]
     while len(candidates):
-        chosen = (_rank(candidates[:, 0]) < _NEAREST) | (_rank(candidates[:, 1]) < _NEAREST)
+        chosen = (count_before(candidates[:, 0]) < _NEAREST) | (count_before(candidates[:, 1]) < _NEAREST)
         nearest, tied = candidates[chosen], len(pairs)
         for start in range(0, len(nearest), _CHUNK):
             chunk = nearest[start : start + _CHUNK]
@@ -206,15 +206,6 @@ def _look_closer(
 def _at_once(squares: Pixels) -> int:
     """How many squares to turn gray at once, so that memory stays bounded."""
     return max(1, _DESCRIBED_BYTES // int(16 * squares.shape[1] ** 2))
-
-
-def _rank(values: Rows) -> Rows:
-    """How many equal values stand before each, (P,)."""
-    order = np.argsort(values, kind="stable")
-    _, first, counts = np.unique(values[order], return_index=True, return_counts=True)
-    rank = np.empty(len(values), np.int64)
-    rank[order] = np.arange(len(values)) - np.repeat(first, counts)
-    return rank
 
 
 def _describe(squares: Pixels, rows: Rows) -> tuple[Pixels, Floats]:

@@ -19,6 +19,7 @@ from labelwise.images.shards import Shards, address_of, load_archives, load_tabl
 from labelwise.rundir import is_utf8
 
 _IGNORED_FOLDERS = ("__MACOSX",)
+_TOGETHER = 10_000  # files put into a table at once
 _IMAGE_COLUMNS = ("image", "img", "jpg", "png")
 _LABEL_COLUMNS = ("label", "labels", "class", "fine_label")
 
@@ -146,7 +147,7 @@ def open_files(files: list[Path]) -> ImageSet:
             raise DataError(f"{file}: its name is not UTF-8; rename it.")
     names = [str(file) for file in files]
     none: list[str | None] = [None] * len(names)
-    return ImageSet(Path(), names, none, none, "files", {}, [], _table(names))
+    return ImageSet(Path(), names, none, none, "files", {}, [], _table(names, Path()))
 
 
 def _open_sample(root: Path) -> ImageSet:
@@ -189,7 +190,7 @@ def _open_folder(root: Path, group_column: str | None = None) -> ImageSet:
             f"found {found or 'nothing'}." + "".join(f" {note}." for note in notes)
         )
     labels, splits, layout, layout_notes = _read_layout(names)
-    table = _table([os.path.join(root, name) for name in names])
+    table = _table(names, root)
     return ImageSet(root, names, labels, splits, layout, ignored, notes + layout_notes, table)
 
 
@@ -203,8 +204,14 @@ def _parquet_splits(root: Path, files: list[str]) -> dict[str, list[str]]:
     return splits
 
 
-def _table(paths: list[str]) -> datasets.Dataset:
-    return datasets.Dataset.from_dict({"image": paths}).cast_column("image", datasets.Image(decode=False))
+def _table(names: list[str], root: Path) -> datasets.Dataset:
+    """Table of files, made some at a time: whole paths of a million, as Python holds them, are 150 MB."""
+    pieces = []
+    for start in range(0, max(1, len(names)), _TOGETHER):
+        paths = [os.path.join(root, name) for name in names[start : start + _TOGETHER]]
+        piece = datasets.Dataset.from_dict({"image": paths})
+        pieces.append(piece.cast_column("image", datasets.Image(decode=False)))
+    return datasets.concatenate_datasets(pieces)
 
 
 def _walk(root: Path) -> tuple[list[str], dict[str, int], list[str]]:

@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
@@ -63,25 +64,18 @@ def lock_test(
                 "together holds too many; hold out more, or 0 for none."
             )
     rows = sorted(rows, key=images.names.__getitem__)
-    test_keys = {int(keys[row]) for row in rows} | (set(locked["keys"]) if locked else set())
-    test_groups = {int(groups[row]) for row in rows}
-    chosen = set(rows)
-    others = [row for row in np.flatnonzero(readable).tolist() if row not in chosen]
-    duplicates = [images.names[row] for row in others if int(keys[row]) in test_keys]
-    earlier: set[str | int] = set()  # tied by groups that are not known any more, it may be
-    if locked is not None:
-        earlier = {*locked.get("excluded_groups", ()), *locked.get("excluded_groups_keys", ())}
-    tied = [
-        row
-        for row in others
-        if int(keys[row]) not in test_keys
-        and (
-            row in changed
-            or int(groups[row]) in test_groups
-            or images.names[row] in earlier
-            or int(keys[row]) in earlier
-        )
-    ]
+    is_other = readable.copy()
+    is_other[rows] = False
+    is_copy = np.isin(keys, keys[rows])
+    is_tied = np.isin(groups, groups[rows])
+    is_tied[list(changed)] = True
+    if locked is not None:  # groups may have tied images that are not known any more
+        earlier = set(locked.get("excluded_groups", ()))
+        is_copy |= np.isin(keys, np.array(locked["keys"], np.uint64))
+        is_tied |= np.isin(keys, np.array(locked.get("excluded_groups_keys", ()), np.uint64))
+        is_tied |= np.array([name in earlier for name in images.names], bool)
+    duplicates = [images.names[row] for row in np.flatnonzero(is_other & is_copy)]
+    tied = np.flatnonzero(is_other & is_tied & ~is_copy).tolist()
     tied.sort(key=images.names.__getitem__)
     names = [images.names[row] for row in rows]
     return {
@@ -108,16 +102,18 @@ def _find_locked(
     Raises:
         DataError: An image is gone, or none has its pixels any more.
     """
-    by_name = {name: row for row, name in enumerate(images.names)}
+    wanted = set(locked["names"])
+    by_name = {name: row for row, name in enumerate(images.names) if name in wanted}
     by_key: dict[int, list[int]] = defaultdict(list)
-    for row, key in enumerate(keys.tolist()):
-        by_key[key].append(row)
-    rows, changed, gone = [], [], []
+    for row in np.flatnonzero(np.isin(keys, np.array(locked["keys"], np.uint64))).tolist():
+        by_key[int(keys[row])].append(row)
+    rows: dict[int, None] = {}  # in order
+    changed, gone = [], []
     for name, key in zip(locked["names"], locked["keys"], strict=True):
         same_name, same_pixels = by_name.get(name), by_key.get(key, [])
         if same_pixels:
             free = [row for row in same_pixels if row not in rows]
-            rows += [same_name] if same_name in free else free[:1]
+            rows |= dict.fromkeys([same_name] if same_name in free else free[:1])
         elif same_name is not None:
             changed.append(same_name)
         else:
@@ -132,18 +128,17 @@ def _find_locked(
             "was trained on what lies there now cannot be told (files written anew do that, and another version of the decoder). Put them "
             "back, pretrain again, or give --test FOLDER."
         )
-    return rows, set(changed) - set(rows)
+    return list(rows), set(changed) - set(rows)
 
 
 def pool_indices(images: ImageSet, readable: npt.NDArray[np.bool_], lock: dict[str, Any]) -> Rows:
     """Rows that may be trained on: readable, not a test image, not of the group of one, (P,)."""
     forbidden = {*lock["names"], *lock["excluded_duplicates"], *lock["excluded_groups"]}
-    kept = [
-        row
-        for row, name in enumerate(images.names)
-        if readable[row] and name not in forbidden and images.splits[row] != "test"
+    is_free = [
+        name not in forbidden and split != "test"
+        for name, split in zip(images.names, images.splits, strict=True)
     ]
-    return np.array(kept, dtype=np.int64)
+    return np.flatnonzero(readable & np.array(is_free, bool))
 
 
 def draw_labels(names: list[str], labels: list[str], draw: int, seed: int) -> list[int]:
@@ -177,9 +172,14 @@ def draw_labels(names: list[str], labels: list[str], draw: int, seed: int) -> li
     return [int(shuffled[place][taken]) for _, place, taken in turns]
 
 
-def hash_names(names: list[str]) -> str:
-    """SHA-256 of a list of names, in the order given."""
-    return hashlib.sha256(json.dumps(names).encode()).hexdigest()
+def hash_names(names: Iterable[str]) -> str:
+    """SHA-256 of a list of names as JSON, in the order given; a million need not be held at once."""
+    digest, between = hashlib.sha256(b"["), b""
+    for name in names:
+        digest.update(between + json.dumps(name).encode())
+        between = b", "
+    digest.update(b"]")
+    return digest.hexdigest()
 
 
 def _quotas(sizes: dict[str, int], most: int) -> dict[str, int]:
@@ -199,40 +199,41 @@ def _hold_out(
 ) -> tuple[list[int], str]:
     if share == 0:
         return [], "none held out"
-    rows = [row for row in range(len(images.names)) if readable[row] and images.labels[row] is not None]
-    labels = {row: str(images.labels[row]) for row in rows}
-    if len(set(labels.values())) > 1:
+    labels = [str(label) for label in images.labels]
+    rows = np.flatnonzero(readable & np.array([label is not None for label in images.labels], bool))
+    if len({labels[row] for row in rows}) > 1:
         most = min(MOST_HELD_OUT_LABELED, round(share * len(rows)))
         words = f"{share:.0%} of the labeled images held out, by class"
     else:
-        rows = [row for row in range(len(images.names)) if readable[row]]
-        labels = dict.fromkeys(rows, "")
+        labels = [""] * len(labels)
+        rows = np.flatnonzero(readable)
         most = min(MOST_HELD_OUT_UNLABELED, round(share * len(rows)))
         words = f"{share:.0%} held out at random, to be labeled later"
     chosen: list[int] = []
-    quotas = asked = _quotas(Counter(labels.values()), most)
-    by_class = _groups_by_class(images.names, groups, labels)
+    left = Counter(labels[row] for row in rows)
+    quotas = asked = _quotas(left, most)
+    by_class, members = _groups_by_class(images.names, groups, rows, labels)
     for label, class_groups in sorted(by_class.items()):
         for place in seeding.generator(seed, "holdout", label).permutation(len(class_groups)):
             if quotas[label] <= 0:
                 break
-            sizes = Counter(labels[row] for row in class_groups[place])
+            found = members(class_groups[place])
+            sizes = Counter(labels[row] for row in found)
             if all(size <= quotas[each] for each, size in sizes.items()):
-                chosen += class_groups[place]
+                chosen += found
                 quotas = {each: quota - sizes[each] for each, quota in quotas.items()}
-    left = Counter(labels.values())
     left.subtract(labels[row] for row in chosen)
     for label, class_groups in sorted(by_class.items()):
         if asked[label] and label not in {
             labels[row] for row in chosen
         }:  # all are larger than what was asked for
-            for rows in sorted(class_groups, key=len):
-                sizes = Counter(labels[row] for row in rows)
+            for found in sorted(map(members, class_groups), key=len):
+                sizes = Counter(labels[row] for row in found)
                 if all(size < left[each] for each, size in sizes.items()):
-                    chosen += rows
+                    chosen += found
                     left.subtract(sizes)
                     break
-    without = sorted({label for label in labels.values() if asked[label]} - {labels[row] for row in chosen})
+    without = sorted({label for label in asked if asked[label]} - {labels[row] for row in chosen})
     if chosen and not most / 2 <= len(chosen) <= 2 * most:
         words += f"; {len(chosen):,} images, because groups stay whole"
     if chosen and without:
@@ -240,13 +241,22 @@ def _hold_out(
     return sorted(chosen), words
 
 
-def _groups_by_class(names: list[str], groups: Rows, labels: dict[int, str]) -> dict[str, list[list[int]]]:
-    """Groups of the labeled rows by the label most of their images have, in an order that file systems do not change."""
-    members: dict[int, list[int]] = defaultdict(list)
-    for row in sorted(labels, key=names.__getitem__):
-        members[int(groups[row])].append(row)
-    by_class: dict[str, list[list[int]]] = defaultdict(list)
-    for rows in members.values():
-        sizes = Counter(labels[row] for row in rows)
-        by_class[min(sizes, key=lambda label: (-sizes[label], label))].append(rows)
-    return by_class
+def _groups_by_class(
+    names: list[str], groups: Rows, rows: Rows, labels: list[str]
+) -> tuple[dict[str, list[int]], Callable[[int], list[int]]]:
+    """Groups of the labeled rows by the label most of their images have, in an order that file systems do not change; and what gives the rows of one."""
+    ordered = np.array(sorted(rows.tolist(), key=names.__getitem__), np.int64)
+    _, first, group, sizes = np.unique(
+        groups[ordered], return_index=True, return_inverse=True, return_counts=True
+    )
+    together, ends = ordered[np.argsort(group, kind="stable")], np.cumsum(sizes)
+
+    def members(group: int) -> list[int]:
+        found: list[int] = together[ends[group] - sizes[group] : ends[group]].tolist()
+        return found
+
+    by_class: dict[str, list[int]] = defaultdict(list)
+    for number in np.argsort(first).tolist():
+        counts = Counter(labels[row] for row in members(number))
+        by_class[min(counts, key=lambda label: (-counts[label], label))].append(number)
+    return by_class, members

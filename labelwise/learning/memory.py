@@ -13,7 +13,7 @@ TRAINING_SHARE = 0.5  # of what is free goes to training
 
 
 def keep_freed_memory() -> None:
-    """Let glibc keep what is freed, instead of giving every large tensor back to the system.
+    """Let glibc keep what is freed from now on, instead of giving every large tensor back to the system.
 
     A training step frees and asks for the same large blocks again and again; each time the system must
     map and clear the pages anew. Kept, a step of a narrow ResNet at 96 px took 405 ms instead of 710
@@ -22,9 +22,11 @@ def keep_freed_memory() -> None:
     """
     if not sys.platform.startswith("linux"):
         return
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    library = ctypes.CDLL(None)
+    mallopt = getattr(library, "mallopt", None)
     if mallopt is None:  # musl
         return
+    library.malloc_trim(0)  # what was freed before: 60 MB after a million files were listed
     mallopt(_MMAP_THRESHOLD, _LARGEST)
     mallopt(_MMAP_MAX, 0)  # older versions of glibc refuse a threshold above 32 MiB
     mallopt(_TRIM_THRESHOLD, _LARGEST)

@@ -64,11 +64,12 @@ def compare(settings: FinetuneSettings) -> RunDirectory:
         Interrupted: A signal came; every finished classifier is kept.
     """
     started = time.monotonic()
+    devices = count_devices(settings.devices, settings.device)
     run = rundir.open_run(settings.run)
     terminal.say(f"run        {run.path}")
     with hold(run):
         try:
-            diverged = _compare(run, remember_sources(run, settings))
+            diverged = _compare(run, remember_sources(run, settings), devices)
         except Interrupted:
             environment.finish(run, time.monotonic() - started)
             raise
@@ -81,7 +82,7 @@ def compare(settings: FinetuneSettings) -> RunDirectory:
     return run
 
 
-def _compare(run: RunDirectory, settings: FinetuneSettings) -> list[str]:
+def _compare(run: RunDirectory, settings: FinetuneSettings, devices: int) -> list[str]:
     """Train whatever is not there yet, probes first, then draw by draw, and keep each result once it is done.
 
     Returns:
@@ -108,11 +109,12 @@ def _compare(run: RunDirectory, settings: FinetuneSettings) -> list[str]:
     )
     costs = {job: steps_of(job[0], bench, bench.labeled[orders[job[2]][: job[1]]]) for job in jobs}
 
-    waiting_steps = sum(costs[job] for job in jobs if job not in finished and is_trained(job[0], bench))
+    waiting_steps = [costs[job] for job in jobs if job not in finished and is_trained(job[0], bench)]
     if waiting_steps:
+        steps = steps_in_a_row(waiting_steps, 1 if bench.device.type == "cpu" else devices)
         if "simclr" in settings.methods and not bench.run.classifier.exists():
-            waiting_steps += steps_of("simclr", bench, bench.labeled)  # the classifier that is kept
-        _say_how_long(waiting_steps * time_a_step(bench), settings)
+            steps += steps_of("simclr", bench, bench.labeled)  # the classifier that is kept
+        _say_how_long(steps * time_a_step(bench), settings)
 
     def train(job: Job) -> tuple[Floats, dict[str, Any]] | None:
         """Train one classifier, unless the time for it is over."""
@@ -144,7 +146,6 @@ def _compare(run: RunDirectory, settings: FinetuneSettings) -> list[str]:
 
     diverged: dict[Job, str] = {}
     already, late = sum(costs[job] for job in done), 0
-    devices = count_devices(settings.devices, bench.device.type)
     with (
         Dealer(bench, settings, alternatives, devices)
         if devices > 1 and waiting_steps
@@ -456,6 +457,11 @@ def _announce(bench: Bench, counts: Sequence[int], jobs: int, done: int) -> None
         terminal.say(f"           fewer than {FEWEST_DRAWS} draws: nothing will be claimed (--draws 5)")
     if done:
         terminal.say(f"going on   {done} of {jobs} classifiers are there already")
+
+
+def steps_in_a_row(costs: Sequence[int], devices: int) -> float:
+    """Steps that the busiest of so many devices takes at least; processes on one CPU share it, so that they count as one."""
+    return max(*costs, sum(costs) / devices)
 
 
 def _say_how_long(seconds: float, settings: FinetuneSettings) -> None:

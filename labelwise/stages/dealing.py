@@ -170,4 +170,4 @@ def _set_up(work: _Work) -> Bench:
 def _contents(bench: Bench) -> str:
     """Hash of what rows mean: names, pixels and labels."""
     each = zip(bench.names, bench.cache.keys.tolist(), bench.labels.tolist(), strict=True)
-    return hash_names([f"{name} {key} {label}" for name, key, label in each])
+    return hash_names(f"{name} {key} {label}" for name, key, label in each)

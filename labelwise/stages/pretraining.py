@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 import re
 import shutil
 import signal
@@ -146,7 +147,6 @@ def _pretrain(settings: PretrainSettings, ranks: Ranks) -> RunDirectory:
                 _finish(run, time.monotonic() - started)
             terminal.say(f"{run.path}: is pretrained already, {run.encoder}")
         return run
-    keep_freed_memory()
     device = device_of(ranks, choose_device(settings.device))
     if settings.deterministic:
         compute_deterministically()
@@ -162,6 +162,7 @@ def _pretrain(settings: PretrainSettings, ranks: Ranks) -> RunDirectory:
         cache = build_cache(images, side=side, evaluation_size=size, progress=bar.advance)
     groups, lock = ranks.tell(lambda: _separate_test(run, settings, images, cache))
     pool = keep_on_device(make_pool(images, cache, lock, settings), device)
+    keep_freed_memory()
     if ranks.count > 1:
         _check_pool(settings, ranks, pool_hash(images, pool))
     spec, plan = ranks.tell(lambda: _decide(run, settings, images, pool, plan, size, side, device, ranks))
@@ -525,11 +526,11 @@ def _test_lock(
     locked = rundir.read_json(earlier) if earlier.exists() else None
     share, seed = settings.holdout, settings.holdout_seed
     lock = lock_test(images, cache.keys, cache.readable, share, seed, groups=groups.of, locked=locked)
-    label_of = dict(zip(images.names, images.labels, strict=True))
+    test = set(lock["names"])
     if (
         lock["method"] == OWN_TEST_SPLIT
         and any(images.labels)
-        and not any(label_of[name] for name in lock["names"])
+        and not any(label for name, label in zip(images.names, images.labels, strict=True) if name in test)
     ):
         terminal.warn(
             "none of your test images has a label, so nothing can be compared on them before you label some or give --test FOLDER."
@@ -627,8 +628,8 @@ def _write_start(
 
 def pool_hash(images: ImageSet, pool: Pool) -> str:
     """Hash of names and content of the images that are trained on."""
-    names = [f"{images.names[row]} {key}" for row, key in zip(pool.rows, pool.keys.tolist(), strict=True)]
-    return hash_names([*names, *([repr(pool.shards)] if pool.shards else [])])
+    names = (f"{images.names[row]} {key}" for row, key in zip(pool.rows, pool.keys, strict=True))
+    return hash_names(itertools.chain(names, [repr(pool.shards)] if pool.shards else []))
 
 
 def _rewind_metrics(run: RunDirectory, at: Position) -> list[float]:

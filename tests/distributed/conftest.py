@@ -1,4 +1,4 @@
-"""Groups of real processes that talk over gloo, at loopback addresses."""
+"""Groups of real processes that talk over gloo, at loopback addresses; and what tests measured."""
 
 import functools
 import os
@@ -14,12 +14,26 @@ import torch
 
 Outcome = dict[str, Any]
 HERE = Path(__file__).parent
+_measured: list[str] = []
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if HERE in item.path.parents:
             item.add_marker(pytest.mark.distributed)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    if _measured:
+        terminalreporter.section("what was measured")
+        for line in _measured:
+            terminalreporter.write_line(line)
+
+
+@pytest.fixture
+def tell() -> Callable[[str], None]:
+    """Keep a line to be shown at the end."""
+    return _measured.append
 
 
 @pytest.fixture

@@ -70,13 +70,14 @@ def results_of(run: Path) -> dict[tuple[str, int, int], tuple[float, str]]:
 
 
 def children_of(process: int) -> list[int]:
+    """Those that train; `ps` cuts lines at COLUMNS, where that is set, so that a long path to Python hides what they are."""
     found = subprocess.run(
         ["ps", "-ww", "-o", "pid=,args=", "--ppid", str(process)], capture_output=True, text=True
     )
     return [int(line.split()[0]) for line in found.stdout.splitlines() if "spawn_main" in line]
 
 
-def wait_until(condition: Callable[[], object], seconds: float = 90) -> None:
+def wait_until(condition: Callable[[], object], seconds: float = 200) -> None:
     deadline = time.monotonic() + seconds
     while not condition() and time.monotonic() < deadline:
         time.sleep(0.02)
@@ -120,10 +121,10 @@ def test_what_is_finished_is_kept_and_the_same_command_goes_on(pretrained: Path,
 
     wait_until(lambda: len(trained()) >= 2)
     children = children_of(command.pid)
-    assert len(children) >= 2
+    assert len(children) == 2, command.poll()
     if how == "Ctrl-C":
         os.killpg(command.pid, signal.SIGINT)
-        assert command.wait(30) == 130
+        assert command.wait(100) == 130
     elif how == "the command is killed":
         command.kill()
     else:
