@@ -207,8 +207,9 @@ def test_any_rank_killed_at_random_moments(
         assert distance < 1e-5, f"seed {seed}, trial {trial}"
 
 
-def go_on_as_one_and_back(place: Workplace, run: Path, *more: object) -> None:
-    for devices, until in ((2, 8), (1, 20)):
+def go_on(place: Workplace, run: Path, *more: object, between: int = 1) -> None:
+    """Train as two ranks, then as so many, then as two again."""
+    for devices, until in ((2, 8), (between, 20)):
         job = place.start(run, "--devices", devices, *more)
         wait_until(lambda until=until: steps_done(run) >= until, job)
         job.process.send_signal(signal.SIGTERM)
@@ -220,7 +221,7 @@ def go_on_as_one_and_back(place: Workplace, run: Path, *more: object) -> None:
 
 
 def test_two_ranks_go_on_as_one_and_back(place: Workplace, undisturbed: dict[str, np.ndarray]) -> None:
-    go_on_as_one_and_back(place, place.folder / "run")
+    go_on(place, place.folder / "run")
     assert farthest(place.folder / "run", undisturbed) < 1e-5
 
 
@@ -228,7 +229,12 @@ def test_two_ranks_go_on_as_one_and_back(place: Workplace, undisturbed: dict[str
 @pytest.mark.parametrize(
     ("name", "recipe", "devices", "most"),
     [
-        ("batch norm", WITH_BATCH_NORM, 2, 0.5),  # one process parts from them at step 8, not interrupted
+        (
+            "batch norm",
+            WITH_BATCH_NORM,
+            2,
+            1e-6,
+        ),  # in float32 one process parts from two within ten steps: not compared
         ("AdamW", WITH_ADAMW, 1, 2e-4),
         ("--init RUN", RECIPE, 1, 1e-5),
     ],
@@ -236,7 +242,7 @@ def test_two_ranks_go_on_as_one_and_back(place: Workplace, undisturbed: dict[str
 def test_they_do_whatever_they_train(
     place: Workplace, name: str, recipe: str, devices: int, most: float, tell: Callable[[str], None]
 ) -> None:
-    """Compared with so many processes that are not interrupted; by how much was measured on 2026-11-26."""
+    """Two ranks, so many, two again; compared with so many that are not interrupted. The bounds were measured on 2026-11-26."""
     place.recipe = recipe
     alone, run = place.folder / "alone", place.folder / "run"
     more: tuple[object, ...] = ()
@@ -244,9 +250,9 @@ def test_they_do_whatever_they_train(
         place.finish(place.folder / "before", "--seed", 1)
         more = ("--init", place.folder / "before")
     place.finish(alone, "--devices", devices, *more)
-    go_on_as_one_and_back(place, run, *more)
+    go_on(place, run, *more, between=devices)
     distance = farthest(run, load_file(alone / "encoder.safetensors"))
-    tell(f"{name}, 2 ranks, 1, 2 again: farthest weight {distance:.1e}")
+    tell(f"{name}, 2 ranks, {devices}, 2 again: farthest weight {distance:.1e}")
     assert distance < most
 
 
