@@ -52,7 +52,9 @@ def predict(
     """
     data = rundir.read_json(run.data)
     sources = [data["sources"][name] for name in ("images", "labels", "test")]
-    _check_target(out, [*images, *(Path(source) for source in sources if source)])
+    if out.suffix not in (".csv", ".parquet"):
+        raise UsageError(f"--out {out}: name a .csv or a .parquet file.")
+    check_target(out, [*images, *(Path(source) for source in sources if source)])
     classifier, spec, classes = load_classifier(run)
     results = rundir.read_jsonl(run.results)
     kept = kept_classifier(run, results)
@@ -175,10 +177,8 @@ def _columns(
     }
 
 
-def _check_target(out: Path, images: list[Path]) -> None:
+def check_target(out: Path, images: list[Path]) -> None:
     """Refuse to write over anything, or into a folder of images, those of the run included."""
-    if out.suffix not in (".csv", ".parquet"):
-        raise UsageError(f"--out {out}: name a .csv or a .parquet file.")
     if out.exists():
         raise UsageError(f"--out {out}: is there already; remove it, or name another file.")
     if not out.parent.is_dir():

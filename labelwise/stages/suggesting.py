@@ -1,0 +1,253 @@
+"""`labelwise suggest`: which images to label next, from what the encoder of a run finds alike."""
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from labelwise import rundir, terminal
+from labelwise.config import FinetuneSettings
+from labelwise.errors import DataError, UsageError
+from labelwise.images.splits import pool_indices
+from labelwise.learning.precision import choose_device
+from labelwise.measures.label_savings import expected_accuracy
+from labelwise.measures.typicality import Choice, choose_typical
+from labelwise.models.features import extract_features
+from labelwise.models.weights import load_encoder
+from labelwise.ownership import hold
+from labelwise.predictions import open_table
+from labelwise.reports import contact_sheet
+from labelwise.rundir import RunDirectory
+from labelwise.stages.benching import open_separated, remember_sources
+from labelwise.stages.encoders import ENCODER_METHODS
+from labelwise.stages.predicting import check_target
+from labelwise.views.mosaic import encode_thumbnail
+
+COLUMNS = ("rank", "file", "why", "cluster")
+_LISTED = 5
+_PICTURED = 500
+
+
+def suggest(run: RunDirectory, budget: int, out: Path | None = None) -> dict[str, Any]:
+    """Choose images to label next, and write them as a table and as a page of pictures.
+
+    Test images, what belongs with them and what has a label or belongs with what has one are never chosen, nor two that belong
+    together. The first of more are the answer for fewer. Where everything has a label, images are chosen as if nothing had.
+
+    Args:
+        run: Pretrained, compared or not; labels are those of its last comparison, else those of pretraining.
+        budget: How many.
+        out: A .csv file that is not there yet; default `suggestions.csv` in the run. The page lies beside it.
+
+    Returns:
+        `suggestions` (rank, file, why, cluster), `out`, `page`, `labels` (images that have one), `as_if_unlabeled`, `expected` (see
+        `_expect`), and in words `summary`, `notes`, `next`.
+
+    Raises:
+        DataError: No image is left to label.
+        UsageError: Another command is working on the run, or the table cannot be written there.
+    """
+    _check_target(run, out)
+    with hold(run):
+        settings = remember_sources(run, FinetuneSettings.resolve({"run": run.path}))
+        encoder, spec = load_encoder(run.path)
+        images, cache, groups, lock, _ = open_separated(run, settings, spec)
+        pool = pool_indices(images, cache.readable, lock)
+        has_label = np.array([images.labels[row] is not None for row in pool])
+        as_if_unlabeled = bool(has_label.all())
+        labeled = has_label & (not as_if_unlabeled)
+        rows, labeled_rows = _one_of_each_group(pool, groups.of, labeled)
+        if labeled_rows.all():
+            raise DataError(
+                f"{images.root}: no image is left to label: all that are not for testing have a label, or belong with one that has."
+            )
+        terminal.say(f"embedding  {len(rows):,} images")
+        device = choose_device("auto")
+        features = extract_features(
+            encoder.to(device), cache.evaluations, rows, spec.normalization, device
+        ).numpy()
+        terminal.say(f"choosing   {budget:,} of {np.sum(~labeled_rows):,} images without a label")
+        choices = choose_typical(features, labeled_rows, budget)
+
+        label_of = dict(zip(images.names, images.labels, strict=True))
+        document = _describe(
+            run,
+            out or run.suggestions,
+            [
+                {
+                    "rank": rank,
+                    "file": images.names[rows[choice.row]],
+                    "why": _why(choice),
+                    "cluster": choice.cluster,
+                }
+                for rank, choice in enumerate(choices, start=1)
+            ],
+            budget=budget,
+            left=int(np.sum(~labeled_rows)),
+            labels=int(labeled.sum()),
+            as_if_unlabeled=as_if_unlabeled,
+            untested=sum(label_of[name] is None for name in lock["names"]),
+        )
+        thumbnails = [encode_thumbnail(cache.evaluations[rows[choice.row]]) for choice in choices[:_PICTURED]]
+        page = contact_sheet.render(document, thumbnails)
+        rundir.write_together(
+            {
+                Path(document["out"]): partial(_write_table, document["suggestions"]),
+                Path(document["page"]): partial(Path.write_text, data=page, encoding="utf-8"),
+            }
+        )
+    return document
+
+
+def show(document: dict[str, Any]) -> None:
+    """Print what was chosen, and what to do with it."""
+    terminal.emit(document["summary"])
+    for each in document["suggestions"][:_LISTED]:
+        terminal.emit(f"{each['rank']:>8}  {each['file']}: {each['why']}")
+    if len(document["suggestions"]) > _LISTED:
+        terminal.emit(f"          and {len(document['suggestions']) - _LISTED:,} more")
+    for note in document["notes"]:
+        terminal.emit(f"note      {note}")
+    terminal.emit(f"written   {document['out']}")
+    terminal.emit(f"page      {document['page']}")
+    terminal.emit(f"next      {document['next']}")
+
+
+def _check_target(run: RunDirectory, out: Path | None) -> None:
+    """Refuse to write over anything but an earlier table of ours."""
+    if out is None:
+        if run.suggestions.exists() and not _is_ours(run.suggestions):
+            raise UsageError(
+                f"{run.suggestions}: holds more than `labelwise suggest` wrote, labels it may be; move it away, or name another file with --out."
+            )
+        return
+    if out.suffix != ".csv":
+        raise UsageError(f"--out {out}: name a .csv file.")
+    sources = rundir.read_json(run.data)["sources"]
+    inputs = [Path(sources[name]) for name in ("images", "labels", "test") if sources[name]]
+    for file in (out, out.with_suffix(".html")):
+        check_target(file, inputs)
+
+
+def _is_ours(file: Path) -> bool:
+    """Whether a table has our columns, and no labels beside them."""
+    with file.open("rb") as stream:
+        return stream.readline().strip() == ",".join(COLUMNS).encode()
+
+
+def _one_of_each_group(
+    pool: npt.NDArray[np.int64], groups: npt.NDArray[np.int64], labeled: npt.NDArray[np.bool_]
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.bool_]]:
+    """One row of each group of the pool, one with a label where there is one, and which have a label."""
+    order = np.argsort(~labeled, kind="stable")
+    _, first = np.unique(groups[pool[order]], return_index=True)
+    kept = np.sort(order[first])
+    return pool[kept], labeled[kept]
+
+
+def _why(choice: Choice) -> str:
+    if choice.size == 1:
+        return "like no other image"
+    known = (
+        f"{choice.labeled:,} of them labeled or chosen before" if choice.labeled else "none of them labeled"
+    )
+    return f"typical of {choice.size:,} images that are alike, {known}"
+
+
+def _write_table(suggestions: list[dict[str, Any]], fresh: Path) -> None:
+    with open_table(fresh, ".csv", list(COLUMNS), frozenset(COLUMNS)) as table:
+        table.write({name: [str(each[name]) for each in suggestions] for name in COLUMNS})
+
+
+def _describe(
+    run: RunDirectory,
+    out: Path,
+    suggestions: list[dict[str, Any]],
+    *,
+    budget: int,
+    left: int,
+    labels: int,
+    as_if_unlabeled: bool,
+    untested: int,
+) -> dict[str, Any]:
+    """What was chosen and what it means.
+
+    Args:
+        run, out, suggestions, budget: What was asked and found.
+        left: Images that could be chosen.
+        labels, as_if_unlabeled: See `suggest`.
+        untested: Test images without a label.
+    """
+    number = len(suggestions)
+    expected = _expect(run, labels, number)
+    notes = []
+    if as_if_unlabeled:
+        notes.append("every image has a label already: chosen as if none had, for study")
+    if number < budget:
+        notes.append(f"{budget:,} were asked for and no more than {number:,} are left")
+    if untested:
+        notes.append(
+            f"{untested:,} test images have no label; label some of those that {run.test_lock} names too: what is suggested is never tested on"
+        )
+    if expected is not None:
+        notes.append(_expected_in_words(expected))
+    all_labels = f" FILE holds all labels, the {labels:,} earlier ones too." if labels else ""
+    return {
+        "suggestions": suggestions,
+        "out": str(out),
+        "page": str(out.with_suffix(".html")),
+        "labels": labels,
+        "as_if_unlabeled": as_if_unlabeled,
+        "expected": expected,
+        "summary": f"{number:,} of {left:,} images to label next, the first ones matter most",
+        "notes": notes,
+        "next": f"write a CSV with the columns file,label; then labelwise finetune --run {run.path} --labels FILE.{all_labels}",
+    }
+
+
+def _expect(run: RunDirectory, labels: int, more: int) -> dict[str, Any] | None:
+    """What so many more labels bring, if they were drawn at random: read off the curve of the run's last comparison.
+
+    Returns:
+        `method`, `labels`, `more`, accuracy `before` (None where the curve begins later) and `after`, and the `most` labels of the
+        curve; None without a curve that reaches so far down.
+    """
+    results = rundir.read_jsonl(run.results)
+    for method in ENCODER_METHODS:
+        rows = [row for row in results if row["method"] == method]
+        counts = {row["labels"] for row in rows}
+        curve = {
+            count: float(np.mean([row["accuracy"] for row in rows if row["labels"] == count]))
+            for count in counts
+        }
+        after = expected_accuracy(curve, labels + more)
+        if after is not None:
+            before = expected_accuracy(curve, labels)
+            return {
+                "method": method,
+                "labels": labels,
+                "more": more,
+                "before": before,
+                "after": after,
+                "most": max(counts),
+            }
+    return None
+
+
+def _expected_in_words(expected: dict[str, Any]) -> str:
+    total = expected["labels"] + expected["more"]
+    beyond = (
+        f" (drawn on beyond its end at {expected['most']:,}, which is rather too much)"
+        if total > expected["most"]
+        else ""
+    )
+    luck = "labels drawn at random; chosen ones may do better or worse"
+    if expected["before"] is None:
+        return f"the curve of the last comparison has {expected['after']:.1%} right with {total:,} labels{beyond}: {luck}"
+    points = 100 * (expected["after"] - expected["before"])
+    return (
+        f"{expected['more']:,} more labels: about {points:+.1f} points, {expected['after']:.1%} instead of {expected['before']:.1%}, "
+        f"read off the curve of the last comparison{beyond}: {luck}"
+    )
