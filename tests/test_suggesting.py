@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +16,7 @@ from labelwise.config import PretrainSettings, to_toml
 from labelwise.errors import DataError, UsageError
 from labelwise.rundir import RunDirectory
 from labelwise.stages.pretraining import pretrain
-from labelwise.stages.suggesting import show, suggest
+from labelwise.stages.suggesting import ENOUGH, show, suggest
 
 HOSTILE = ("=1+1.png", "-2.png", "@x.png", "<b>&.png", '"q".png')
 
@@ -114,13 +115,25 @@ def test_no_image_is_suggested_that_has_a_label_or_is_a_copy_of_one(run: RunDire
     assert len(files_of(document)) == len(free) - len(known)
 
 
-@pytest.mark.parametrize("labels", [0, 15])
+@pytest.mark.parametrize("labels", [0, 15, 2 * ENOUGH])
 def test_the_first_of_more_are_the_answer_for_fewer(run: RunDirectory, labels: int) -> None:
     if labels:
         give_labels(run, files_of(suggest(run, labels)))
     most = suggest(run, 50)["suggestions"]
     assert suggest(run, 20)["suggestions"] == most[:20]
     assert [each["rank"] for each in most] == list(range(1, 51))
+
+
+def test_with_labels_enough_what_a_classifier_doubts_comes_first(run: RunDirectory) -> None:
+    names = files_of(suggest(run, 2 * ENOUGH))
+    give_labels(run, names[1:])
+    assert all(each["why"].startswith(("typical of", "like no")) for each in suggest(run, 30)["suggestions"])
+    give_labels(run, names)
+    suggestions = suggest(run, 30)["suggestions"]
+    shares = [[int(share) for share in re.findall(r"\((\d+)%\)", each["why"])] for each in suggestions]
+    assert all(first + second in (99, 100, 101) for first, second in shares)
+    assert shares == sorted(shares)
+    assert {row["cluster"] for row in rows_of(run.suggestions)} == {""}
 
 
 def test_labels_written_beside_the_suggestions_count_the_next_time(run: RunDirectory, tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import pytest
 from sklearn.cluster import KMeans
 
 from labelwise.measures import typicality
-from labelwise.measures.typicality import choose_typical
+from labelwise.measures.typicality import choose_doubtful, choose_typical
 
 Floats = npt.NDArray[np.float32]
 
@@ -105,3 +105,18 @@ def test_tiles_and_samples_change_nothing_that_matters(monkeypatch: pytest.Monke
     choices = choose_typical(features, np.zeros(len(unit), bool), 30)
     assert len({choice.row for choice in choices}) == 30
     assert choices == choose_typical(features, np.zeros(len(unit), bool), 30)
+
+
+@pytest.mark.parametrize("classes", [2, 5])
+def test_what_is_doubted_most_comes_first(classes: int) -> None:
+    rng = np.random.default_rng(0)
+    chances = rng.dirichlet(np.ones(classes), 60).astype(np.float32)
+    labeled = np.arange(60) % 4 == 0
+    margins = []
+    for row, shares in enumerate(chances.tolist()):
+        best = max(range(classes), key=shares.__getitem__)
+        second = max(share for place, share in enumerate(shares) if place != best)
+        margins += [] if labeled[row] else [(shares[best] - second, row)]
+    expected = [row for _, row in sorted(margins)]
+    assert choose_doubtful(chances, labeled, 100).tolist() == expected
+    assert choose_doubtful(chances, labeled, 7).tolist() == expected[:7]

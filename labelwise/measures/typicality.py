@@ -1,4 +1,4 @@
-"""Which images to label next: typical ones, of clusters that hold no label yet (TypiClust)."""
+"""Which images to label next: with few labels typical ones of clusters that hold none (TypiClust), with many those a classifier doubts."""
 
 import itertools
 import warnings
@@ -85,6 +85,21 @@ def choose_typical(
             held[cluster] += 1
         clusters_before += len(ranked)
     return chosen
+
+
+def choose_doubtful(chances: npt.NDArray[np.float32], labeled: npt.NDArray[np.bool_], budget: int) -> Indices:
+    """Choose the images whose two most probable classes are closest to each other, the closest first.
+
+    Args:
+        chances: Of each class, (N, C), two classes or more.
+        labeled: What has a label already, (N,).
+        budget: How many to choose; fewer where fewer are left.
+
+    Source: Scheffer et al. 2001 (IDA), the margin.
+    """
+    best = np.sort(chances, axis=1)
+    order = np.argsort(best[:, -1] - best[:, -2], kind="stable")
+    return order[~labeled[order]][:budget]
 
 
 def typicality(unit: Floats) -> npt.NDArray[np.float64]:

@@ -1,4 +1,4 @@
-"""`labelwise suggest`: which images to label next, from what the encoder of a run finds alike."""
+"""`labelwise suggest`: which images to label next, from the features of a run's own encoder."""
 
 from functools import partial
 from pathlib import Path
@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from labelwise import rundir, terminal
 from labelwise.config import FinetuneSettings
@@ -13,7 +14,8 @@ from labelwise.errors import DataError, UsageError
 from labelwise.images.splits import pool_indices
 from labelwise.learning.precision import choose_device
 from labelwise.measures.label_savings import expected_accuracy
-from labelwise.measures.typicality import Choice, choose_typical
+from labelwise.measures.linear import fit_probe
+from labelwise.measures.typicality import Choice, choose_doubtful, choose_typical
 from labelwise.models.features import extract_features
 from labelwise.models.weights import load_encoder
 from labelwise.ownership import hold
@@ -22,10 +24,12 @@ from labelwise.reports import contact_sheet
 from labelwise.rundir import RunDirectory
 from labelwise.stages.benching import open_separated, remember_sources
 from labelwise.stages.encoders import ENCODER_METHODS
+from labelwise.stages.methods import PROBE_STRENGTHS, is_unbalanced
 from labelwise.stages.predicting import check_target
 from labelwise.views.mosaic import encode_thumbnail
 
 COLUMNS = ("rank", "file", "why", "cluster")
+ENOUGH = 20  # labels a class, from which on a classifier's doubt is worth more; measured 2026-11-26, recipes/LOG.md
 _LISTED = 5
 _PICTURED = 500
 
@@ -69,20 +73,18 @@ def suggest(run: RunDirectory, budget: int, out: Path | None = None) -> dict[str
             encoder.to(device), cache.evaluations, rows, spec.normalization, device
         ).numpy()
         terminal.say(f"choosing   {budget:,} of {np.sum(~labeled_rows):,} images without a label")
-        choices = choose_typical(features, labeled_rows, budget)
+        known = [
+            images.labels[row] if has else None for row, has in zip(rows.tolist(), labeled_rows, strict=True)
+        ]
+        suggestions = _choose(features, known, budget)
 
         label_of = dict(zip(images.names, images.labels, strict=True))
         document = _describe(
             run,
             out or run.suggestions,
             [
-                {
-                    "rank": rank,
-                    "file": images.names[rows[choice.row]],
-                    "why": _why(choice),
-                    "cluster": choice.cluster,
-                }
-                for rank, choice in enumerate(choices, start=1)
+                {"rank": rank, "file": images.names[rows[place]], "why": why, "cluster": cluster}
+                for rank, (place, why, cluster) in enumerate(suggestions, start=1)
             ],
             budget=budget,
             left=int(np.sum(~labeled_rows)),
@@ -90,7 +92,9 @@ def suggest(run: RunDirectory, budget: int, out: Path | None = None) -> dict[str
             as_if_unlabeled=as_if_unlabeled,
             untested=sum(label_of[name] is None for name in lock["names"]),
         )
-        thumbnails = [encode_thumbnail(cache.evaluations[rows[choice.row]]) for choice in choices[:_PICTURED]]
+        thumbnails = [
+            encode_thumbnail(cache.evaluations[rows[place]]) for place, *_ in suggestions[:_PICTURED]
+        ]
         page = contact_sheet.render(document, thumbnails)
         rundir.write_together(
             {
@@ -147,7 +151,36 @@ def _one_of_each_group(
     return pool[kept], labeled[kept]
 
 
-def _why(choice: Choice) -> str:
+def _choose(
+    features: npt.NDArray[np.float32], labels: list[str | None], budget: int
+) -> list[tuple[int, str, int | None]]:
+    """Place, reason and cluster of each choice: typical images while labels are few, then those that a linear probe doubts.
+
+    Args:
+        features: (N, F).
+        labels: Of each image, (N,).
+        budget: How many.
+    """
+    labeled = np.array([label is not None for label in labels])
+    classes = sorted({label for label in labels if label is not None})
+    if len(classes) < 2 or labeled.sum() < ENOUGH * len(classes):
+        typical = choose_typical(features, labeled, budget)
+        return [(choice.row, _why_typical(choice), choice.cluster) for choice in typical]
+    known = np.array([classes.index(label) for label in labels if label is not None])
+    probe = fit_probe(
+        features[labeled],
+        known,
+        len(classes),
+        PROBE_STRENGTHS[0],
+        balanced=is_unbalanced(known, len(classes)),
+        reference=features,
+    )
+    chances = torch.softmax(torch.from_numpy(probe.logits(features)), dim=1).numpy()
+    doubtful = choose_doubtful(chances, labeled, budget).tolist()
+    return [(place, _why_doubtful(chances[place], classes), None) for place in doubtful]
+
+
+def _why_typical(choice: Choice) -> str:
     if choice.size == 1:
         return "like no other image"
     known = (
@@ -156,9 +189,19 @@ def _why(choice: Choice) -> str:
     return f"typical of {choice.size:,} images that are alike, {known}"
 
 
+def _why_doubtful(chances: npt.NDArray[np.float32], classes: list[str]) -> str:
+    first, second = np.argsort(-chances, kind="stable")[:2]
+    return f"{classes[first]} ({chances[first]:.0%}) or {classes[second]} ({chances[second]:.0%})?"
+
+
 def _write_table(suggestions: list[dict[str, Any]], fresh: Path) -> None:
     with open_table(fresh, ".csv", list(COLUMNS), frozenset(COLUMNS)) as table:
-        table.write({name: [str(each[name]) for each in suggestions] for name in COLUMNS})
+        table.write(
+            {
+                name: ["" if each[name] is None else str(each[name]) for each in suggestions]
+                for name in COLUMNS
+            }
+        )
 
 
 def _describe(
