@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from labelwise import rundir
@@ -15,6 +16,7 @@ from labelwise.cli import app
 from labelwise.config import PretrainSettings, to_toml
 from labelwise.errors import DataError, UsageError
 from labelwise.rundir import RunDirectory
+from labelwise.stages import suggesting
 from labelwise.stages.pretraining import pretrain
 from labelwise.stages.suggesting import ENOUGH, show, suggest
 
@@ -115,7 +117,7 @@ def test_no_image_is_suggested_that_has_a_label_or_is_a_copy_of_one(run: RunDire
     assert len(files_of(document)) == len(free) - len(known)
 
 
-@pytest.mark.parametrize("labels", [0, 15, 2 * ENOUGH])
+@pytest.mark.parametrize("labels", [0, 15])
 def test_the_first_of_more_are_the_answer_for_fewer(run: RunDirectory, labels: int) -> None:
     if labels:
         give_labels(run, files_of(suggest(run, labels)))
@@ -124,16 +126,32 @@ def test_the_first_of_more_are_the_answer_for_fewer(run: RunDirectory, labels: i
     assert [each["rank"] for each in most] == list(range(1, 51))
 
 
-def test_with_labels_enough_what_a_classifier_doubts_comes_first(run: RunDirectory) -> None:
+def test_what_a_classifier_doubts_comes_first_once_it_knows_enough(
+    run: RunDirectory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(suggesting, "SURE", 0.0)
     names = files_of(suggest(run, 2 * ENOUGH))
     give_labels(run, names[1:])
     assert all(each["why"].startswith(("typical of", "like no")) for each in suggest(run, 30)["suggestions"])
     give_labels(run, names)
     suggestions = suggest(run, 30)["suggestions"]
+    assert suggest(run, 10)["suggestions"] == suggestions[:10]
     shares = [[int(share) for share in re.findall(r"\((\d+)%\)", each["why"])] for each in suggestions]
     assert all(first + second in (99, 100, 101) for first, second in shares)
     assert shares == sorted(shares)
     assert {row["cluster"] for row in rows_of(run.suggestions)} == {""}
+
+
+@pytest.mark.parametrize(("wrong", "doubts"), [(0, True), (2, True), (9, False)])
+def test_a_classifier_that_is_wrong_too_often_is_not_asked(wrong: int, doubts: bool) -> None:
+    rng = np.random.default_rng(0)
+    truth = np.arange(120) % 2
+    features = rng.normal(size=(120, 8)).astype(np.float32) + 6 * truth[:, None].astype(np.float32)
+    labels = [str(1 - each) if row < wrong else str(each) for row, each in enumerate(truth)]
+    known = [label if row < 2 * ENOUGH else None for row, label in enumerate(labels)]
+    chosen = suggesting._choose(features, known, 5)
+    assert [why.endswith("?") for _, why, _ in chosen] == [doubts] * 5
+    assert all(place >= 2 * ENOUGH for place, _, _ in chosen)
 
 
 def test_labels_written_beside_the_suggestions_count_the_next_time(run: RunDirectory, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from labelwise.errors import DataError, UsageError
 from labelwise.images.splits import pool_indices
 from labelwise.learning.precision import choose_device
 from labelwise.measures.label_savings import expected_accuracy
-from labelwise.measures.linear import fit_probe
+from labelwise.measures.linear import Probe, fit_probe, stratified_folds
 from labelwise.measures.typicality import Choice, choose_doubtful, choose_typical
 from labelwise.models.features import extract_features
 from labelwise.models.weights import load_encoder
@@ -24,12 +24,14 @@ from labelwise.reports import contact_sheet
 from labelwise.rundir import RunDirectory
 from labelwise.stages.benching import open_separated, remember_sources
 from labelwise.stages.encoders import ENCODER_METHODS
-from labelwise.stages.methods import PROBE_STRENGTHS, is_unbalanced
+from labelwise.stages.methods import FOLDS, PROBE_STRENGTHS, is_unbalanced
 from labelwise.stages.predicting import check_target
 from labelwise.views.mosaic import encode_thumbnail
 
 COLUMNS = ("rank", "file", "why", "cluster")
-ENOUGH = 20  # labels a class, from which on a classifier's doubt is worth more; measured 2026-11-26, recipes/LOG.md
+# From so many labels a class, and right in so many, a classifier's doubt says more than clusters do. Measured 2026-11-26, recipes/LOG.md.
+ENOUGH = 20
+SURE = 0.9
 _LISTED = 5
 _PICTURED = 500
 
@@ -154,7 +156,7 @@ def _one_of_each_group(
 def _choose(
     features: npt.NDArray[np.float32], labels: list[str | None], budget: int
 ) -> list[tuple[int, str, int | None]]:
-    """Place, reason and cluster of each choice: typical images while labels are few, then those that a linear probe doubts.
+    """Place, reason and cluster of each choice: typical images, or those that a linear probe doubts where it knows enough.
 
     Args:
         features: (N, F).
@@ -163,21 +165,42 @@ def _choose(
     """
     labeled = np.array([label is not None for label in labels])
     classes = sorted({label for label in labels if label is not None})
-    if len(classes) < 2 or labeled.sum() < ENOUGH * len(classes):
+    known = np.array([classes.index(label) for label in labels if label is not None], dtype=np.int64)
+    probe = _probe_that_knows(features, np.flatnonzero(labeled), known, len(classes))
+    if probe is None:
         typical = choose_typical(features, labeled, budget)
         return [(choice.row, _why_typical(choice), choice.cluster) for choice in typical]
-    known = np.array([classes.index(label) for label in labels if label is not None])
-    probe = fit_probe(
-        features[labeled],
-        known,
-        len(classes),
-        PROBE_STRENGTHS[0],
-        balanced=is_unbalanced(known, len(classes)),
-        reference=features,
-    )
     chances = torch.softmax(torch.from_numpy(probe.logits(features)), dim=1).numpy()
     doubtful = choose_doubtful(chances, labeled, budget).tolist()
     return [(place, _why_doubtful(chances[place], classes), None) for place in doubtful]
+
+
+def _probe_that_knows(
+    features: npt.NDArray[np.float32],
+    rows: npt.NDArray[np.int64],
+    labels: npt.NDArray[np.int64],
+    classes: int,
+) -> Probe | None:
+    """A linear probe on the labels of these rows; None where they are few, or it is wrong on too many that it did not see."""
+    if classes < 2 or len(rows) < ENOUGH * classes or np.bincount(labels).min() < FOLDS:
+        return None
+
+    def fit(some: npt.NDArray[np.int64]) -> Probe:
+        balanced = is_unbalanced(labels[some], classes)
+        return fit_probe(
+            features[rows[some]],
+            labels[some],
+            classes,
+            PROBE_STRENGTHS[0],
+            balanced=balanced,
+            reference=features,
+        )
+
+    right = [
+        fit(train).logits(features[rows[held]]).argmax(axis=1) == labels[held]
+        for train, held in stratified_folds(labels, FOLDS, 0)
+    ]
+    return fit(np.arange(len(rows))) if np.concatenate(right).mean() >= SURE else None
 
 
 def _why_typical(choice: Choice) -> str:
