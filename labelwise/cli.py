@@ -240,6 +240,24 @@ def export(
 
 
 @app.command()
+def suggest(
+    run: Run = Path("runs/latest"),
+    budget: Annotated[int, typer.Option("--budget", min=1, help="how many images")] = 50,
+    out: Annotated[
+        Path | None, typer.Option("--out", help=".csv file to write; default suggestions.csv in the run")
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Say which images to label next: typical ones, each of another kind than those that have a label."""
+    from labelwise.rundir import open_run
+    from labelwise.stages.suggesting import show
+    from labelwise.stages.suggesting import suggest as run_suggest
+
+    document = run_suggest(open_run(run), budget, out)
+    terminal.emit_json(document) if json else show(document)
+
+
+@app.command()
 def status(
     folder: Annotated[Path, typer.Argument(help="run folder, or folder of runs")] = Path("runs"),
     max_age: Annotated[

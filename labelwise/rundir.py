@@ -15,6 +15,7 @@ classifier.safetensors, classifier.json
 finetune/             results.jsonl, predictions.parquet, label_check.json (labels that look wrong, with thumbnails),
                       lookalikes.json (test images that resemble training images, the first ones with thumbnails)
 report.html, report.md, report.json, model-card.md (of the classifier)
+suggestions.csv, suggestions.html   which images to label next
 """
 
 import errno
@@ -132,6 +133,10 @@ class RunDirectory:
     @property
     def model_card(self) -> Path:
         return self.path / "model-card.md"
+
+    @property
+    def suggestions(self) -> Path:
+        return self.path / "suggestions.csv"
 
     @property
     def report_json(self) -> Path:

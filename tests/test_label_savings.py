@@ -10,7 +10,7 @@ from scipy import special
 from scipy.interpolate import PchipInterpolator
 
 from labelwise.measures import label_savings
-from labelwise.measures.label_savings import _read_off, labels_saved
+from labelwise.measures.label_savings import _read_off, expected_accuracy, labels_saved
 from labelwise.reports.text import saved_in_words
 
 COUNTS = (10, 40, 160, 640)
@@ -191,3 +191,28 @@ def test_more_labels_than_the_baseline_was_measured_at_are_not_compared_with_few
     ), "in money that is more than nothing"
     worse = {"labels": 32, "matches": 15.0, "low": 11.0, "high": None, "fewest": 10, "most": 20}
     assert "32 labels with pretraining match 15 without [11, more than 20]" in saved_in_words(worse, None)
+
+
+@pytest.mark.parametrize(
+    ("labels", "accuracy"),
+    [
+        (9, None),
+        (10, 0.2),
+        (20, 0.3),
+        (40, 0.4),
+        (80, 0.5),
+        (160, 0.6),
+        (320, 0.7),
+        (2560, 1.0),
+        (10**6, 1.0),
+    ],
+)
+def test_a_curve_goes_on_as_it_ended_and_never_above_all_right(labels: int, accuracy: float | None) -> None:
+    found = expected_accuracy({160: 0.6, 10: 0.2, 40: 0.4}, labels)
+    assert found == (accuracy if accuracy is None else pytest.approx(accuracy))
+
+
+def test_a_curve_that_falls_promises_nothing_and_one_number_is_no_curve() -> None:
+    assert expected_accuracy({10: 0.2, 40: 0.7, 160: 0.5}, 640) == pytest.approx(0.6)
+    assert expected_accuracy({10: 0.2}, 10) is None
+    assert expected_accuracy({}, 10) is None

@@ -86,6 +86,27 @@ def labels_saved(
     return LabelsSaved(labels, float(matches), low, high, r, counts[0], counts[-1])
 
 
+def expected_accuracy(curve: dict[int, float], labels: int) -> float | None:
+    """Read a curve at a number of labels; beyond its end it goes on as between its last two numbers.
+
+    Made monotone, and straight in the logarithm of the labels. Curves bend down, so what is read beyond the end is rather too much.
+
+    Args:
+        curve: Mean accuracy by number of labels.
+        labels: Where.
+
+    Returns:
+        None before its begin, and where it has one number of labels only.
+    """
+    counts = sorted(curve)
+    if len(counts) < 2 or labels < counts[0]:
+        return None
+    rising = isotonic_regression([curve[count] for count in counts]).x
+    knots = np.log(counts)
+    beyond = max(0.0, math.log(labels) - knots[-1]) * (rising[-1] - rising[-2]) / (knots[-1] - knots[-2])
+    return min(1.0, float(np.interp(math.log(labels), knots, rising) + beyond))
+
+
 def _read_off(counts: Sequence[int], curves: Floats, accuracies: Floats) -> Floats:
     """Fewest labels at which each monotone curve reaches an accuracy; 0 or infinite beyond its ends, (S,).
 

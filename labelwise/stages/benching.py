@@ -19,6 +19,7 @@ from labelwise.images.splits import OWN_TEST_SPLIT, lock_test, pool_indices
 from labelwise.learning.memory import keep_freed_memory
 from labelwise.learning.precision import Precision, choose_device, has_fast_bf16
 from labelwise.measures.linear import one_of_each
+from labelwise.models.encoder import EncoderSpec
 from labelwise.models.weights import load_encoder
 from labelwise.rundir import RunDirectory
 from labelwise.stages.finetuning import Rows
@@ -35,16 +36,7 @@ def set_up_bench(run: RunDirectory, settings: FinetuneSettings) -> Bench:
     """Open images, labels, test lock and encoder of a run."""
     _, spec = load_encoder(run.path)
     data = rundir.read_json(run.data)
-    images = _open_images(data["sources"], settings)
-    with terminal.track("reading images", len(images.names)) as bar:
-        cache = build_cache(
-            images, side=data["cache_side"], evaluation_size=spec.image_size, progress=bar.advance
-        )
-    with terminal.track("comparing images", len(images.names)) as bar:
-        groups = group_images(images, cache, bar.advance)
-    for note in groups.notes:
-        terminal.say(f"note       {note}")
-    lock, test_method = _test_lock(run, settings, images, cache, groups)
+    images, cache, groups, lock, test_method = open_separated(run, settings, spec)
     classes = sorted({label for label in images.labels if label is not None})
     if len(classes) < 2:
         found = f"only class {classes[0]!r} was found" if classes else "no labels were found"
@@ -102,6 +94,27 @@ def set_up_bench(run: RunDirectory, settings: FinetuneSettings) -> Bench:
         spec=spec, policy=policy, precision=_precision(plan, device), device=device,
         unbalanced=is_unbalanced(labels[labeled], len(classes)),
     )  # fmt: skip
+
+
+def open_separated(
+    run: RunDirectory, settings: FinetuneSettings, spec: EncoderSpec
+) -> tuple[ImageSet, ImageCache, Groups, dict[str, Any], str]:
+    """Open the images of a run, decoded and grouped, with the labels given now or then, and the lock that keeps test images apart.
+
+    Returns:
+        Images, cache, groups, lock, and in words where the test images come from.
+    """
+    data = rundir.read_json(run.data)
+    images = _open_images(data["sources"], settings)
+    with terminal.track("reading images", len(images.names)) as bar:
+        cache = build_cache(
+            images, side=data["cache_side"], evaluation_size=spec.image_size, progress=bar.advance
+        )
+    with terminal.track("comparing images", len(images.names)) as bar:
+        groups = group_images(images, cache, bar.advance)
+    for note in groups.notes:
+        terminal.say(f"note       {note}")
+    return images, cache, groups, *_test_lock(run, settings, images, cache, groups)
 
 
 def _count_folds(root: str, labels: Rows, groups: Rows, classes: list[str]) -> int:

@@ -10,7 +10,6 @@ from torch import nn
 
 from labelwise import rundir, terminal
 from labelwise.config import read_run_config
-from labelwise.errors import UsageError
 from labelwise.images.decoding import evaluation_short_side, shortest_for
 from labelwise.models.encoder import EncoderSpec, licence_of_weights
 from labelwise.models.outside import as_timm, write_onnx
@@ -18,6 +17,7 @@ from labelwise.models.weights import load_encoder, save_module
 from labelwise.rundir import RunDirectory
 from labelwise.stages.finetuning import load_classifier
 from labelwise.stages.planning import is_run
+from labelwise.stages.targets import check_folder
 
 _OPEN = """import sys
 
@@ -91,7 +91,8 @@ def export(run: RunDirectory, form: str, out: Path) -> dict[str, Any]:
         CheckpointError: The run is not pretrained, or damaged.
         UsageError: The folder is there, or the backbone does not fit the format.
     """
-    _check_target(out, run)
+    check_folder(out, run)
+    out.parent.mkdir(parents=True, exist_ok=True)
     if run.classifier.exists():
         classifier, spec, classes = load_classifier(run)
         network, linear = classifier.network, classifier.linear
@@ -225,12 +226,3 @@ def _licences(run: RunDirectory) -> list[str]:
         f"First weights: those of a run on {images['pool']:,} other images (`{images['pool_sha256'][:16]}`):",
         *_licences(before),
     ]
-
-
-def _check_target(out: Path, run: RunDirectory) -> None:
-    if out.exists():
-        raise UsageError(f"--out {out}: is there already; remove it, or name another folder.")
-    sources = rundir.read_json(run.data)["sources"]
-    folders = [Path(sources[name]) for name in ("images", "labels", "test") if sources[name]]
-    rundir.check_output_folder(out, *(folder for folder in folders if folder.is_dir()))
-    out.parent.mkdir(parents=True, exist_ok=True)

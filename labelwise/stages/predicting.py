@@ -1,6 +1,5 @@
 """`labelwise predict`: what the kept classifier says of images, one row each, however many there are."""
 
-import os
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -9,8 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from labelwise import rundir, terminal
-from labelwise.config import FinetuneSettings, read_run_config
-from labelwise.errors import DataError, LabelwiseError, UsageError
+from labelwise.errors import DataError, LabelwiseError
 from labelwise.images.cache import read_evaluations
 from labelwise.images.source import ImageSet, open_files, open_images
 from labelwise.interruption import stop_between_steps
@@ -21,6 +19,7 @@ from labelwise.predictions import open_table
 from labelwise.rundir import RunDirectory
 from labelwise.stages.finetuning import chances_of, load_classifier
 from labelwise.stages.reporting import kept_classifier
+from labelwise.stages.targets import check_file
 
 COLUMNS = ("file", "label", "confidence", "second_label", "second_confidence")
 WORDS = frozenset({"file", "label", "second_label"})
@@ -49,12 +48,7 @@ def predict(
         UsageError: The table cannot be written there.
     """
     data = rundir.read_json(run.data)
-    compared = read_run_config(run.config, FinetuneSettings)
-    sources = [
-        data["sources"]["images"],
-        *(each.get(name) for each in (data["sources"], compared) for name in ("labels", "test")),
-    ]
-    _check_target(out, [*images, *(Path(source) for source in sources if source)])
+    check_file(out, (".csv", ".parquet"), run, images)
     classifier, spec, classes = load_classifier(run)
     results = rundir.read_jsonl(run.results)
     kept = kept_classifier(run, results)
@@ -157,20 +151,3 @@ def _columns(
         "second_label": [classes[index] for index in second],
         "second_confidence": chances[place, second].tolist(),
     }
-
-
-def _check_target(out: Path, images: list[Path]) -> None:
-    """Refuse to write over anything, or into a folder of images, those of the run included."""
-    if out.suffix not in (".csv", ".parquet"):
-        raise UsageError(f"--out {out}: name a .csv or a .parquet file.")
-    if out.exists():
-        raise UsageError(f"--out {out}: is there already; remove it, or name another file.")
-    if not out.parent.is_dir():
-        raise UsageError(f"--out {out}: there is no folder {out.parent}.")
-    if not os.access(out.parent, os.W_OK | os.X_OK):
-        raise UsageError(f"--out {out}: {out.parent} cannot be written to.")
-    for folder in images:
-        if folder.is_dir() and out.resolve().is_relative_to(folder.resolve()):
-            raise UsageError(
-                f"--out {out}: lies inside the image folder {folder}, which is never written to."
-            )

@@ -104,6 +104,7 @@ def attacked(
         "report": ("report", "--run", run.path),
         "verify": ("verify", run.path),
         "runs": ("runs", "list", folder),
+        "suggest": ("suggest", "--run", run.path, "--budget", "300"),
         "predict": ("predict", images, "--run", run.path, "--out", folder / "found.csv", "--probabilities"),
     }  # fmt: skip
     for name, words in commands.items():
@@ -124,12 +125,14 @@ def test_nothing_reaches_the_terminal_as_an_escape(
 
 
 def test_the_page_holds_nothing_that_could_run(attacked: tuple[Path, dict[str, Any]]) -> None:
-    page = RunDirectory(attacked[0] / "run").report_html.read_text(encoding="utf-8")
-    tags = Tags()
-    tags.feed(page)
-    assert not tags.bad
-    assert "default-src 'none'" in page
-    assert HOSTILE[0] not in page
+    run = RunDirectory(attacked[0] / "run")
+    for file in (run.report_html, run.suggestions.with_suffix(".html")):
+        page = file.read_text(encoding="utf-8")
+        tags = Tags()
+        tags.feed(page)
+        assert not tags.bad
+        assert "default-src 'none'" in page
+        assert HOSTILE[0] not in page
 
 
 def test_a_browser_runs_nothing_of_it(attacked: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
@@ -151,12 +154,14 @@ def test_a_browser_runs_nothing_of_it(attacked: tuple[Path, dict[str, Any]], tmp
 
 
 def test_no_cell_of_a_table_is_a_formula(attacked: tuple[Path, dict[str, Any]]) -> None:
-    with (attacked[0] / "found.csv").open(encoding="utf-8", newline="") as file:
-        rows = list(csv.reader(file))
+    suggestions = RunDirectory(attacked[0] / "run").suggestions
+    for table in (suggestions, attacked[0] / "found.csv"):
+        with table.open(encoding="utf-8", newline="") as file:
+            rows = list(csv.reader(file))
+        for row in rows:
+            for cell in row:
+                assert not cell.startswith(("=", "+", "-", "@", "\t", "\r")), cell
     assert len(rows) > len(HOSTILE)
-    for row in rows:
-        for cell in row:
-            assert not cell.startswith(("=", "+", "-", "@", "\t", "\r")), cell
     files = {row[0] for row in rows[1:]}
     assert "./=cmd|' -C calc'!A0.png" in files
 
