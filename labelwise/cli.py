@@ -216,6 +216,42 @@ def predict(
 
 
 @app.command()
+def embed(
+    images: Annotated[list[Path], typer.Argument(help="folder of images, or image files")],
+    run: Run = Path("runs/latest"),
+    out: Annotated[Path, typer.Option("--out", help=".parquet or .npz file to write")] = Path(
+        "embeddings.parquet"
+    ),
+    device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda or mps")] = "auto",
+    json: Json = False,
+) -> None:
+    """Write the features that the encoder of a run gives to images."""
+    from labelwise.rundir import open_run
+    from labelwise.stages.embedding import embed as run_embed
+    from labelwise.stages.embedding import show
+
+    document = run_embed(open_run(run), images, out, device)
+    terminal.emit_json(document) if json else show(document)
+
+
+@app.command()
+def neighbours(
+    images: Annotated[list[Path], typer.Argument(help="image files, or a folder")],
+    run: Run = Path("runs/latest"),
+    count: Annotated[int, typer.Option("--count", min=1, help="how many for each")] = 10,
+    device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda or mps")] = "auto",
+    json: Json = False,
+) -> None:
+    """Find the images of a run that are most like others."""
+    from labelwise.rundir import open_run
+    from labelwise.stages.embedding import neighbours as run_neighbours
+    from labelwise.stages.embedding import show_neighbours
+
+    found = run_neighbours(open_run(run), images, count, device)
+    terminal.emit_json(found) if json else show_neighbours(found)
+
+
+@app.command()
 def export(
     run: Run = Path("runs/latest"),
     form: Annotated[

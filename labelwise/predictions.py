@@ -1,7 +1,7 @@
-"""predictions.parquet: every test prediction behind the report; and the tables that `labelwise predict` writes."""
+"""predictions.parquet: every test prediction behind the report; and the tables that `predict` and `embed` write."""
 
 import csv
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
@@ -200,6 +200,49 @@ def open_table(path: Path, suffix: str, names: list[str], words: frozenset[str])
         table.flush()
 
 
+@contextmanager
+def open_embeddings(
+    path: Path, suffix: str
+) -> Iterator[Callable[[list[str], npt.NDArray[np.float32]], None]]:
+    """Give what takes names and their features, (B, F), and writes them to a file.
+
+    Args:
+        path: Where.
+        suffix: ".parquet", written some at a time; or ".npz", held until the end.
+    """
+    if suffix == ".npz":
+        files: list[str] = []
+        features: list[npt.NDArray[np.float32]] = []
+
+        def keep(names: list[str], values: npt.NDArray[np.float32]) -> None:
+            files.extend(names)
+            features.append(values)
+
+        yield keep
+        if features:
+            with path.open("wb") as file:
+                np.savez(file, files=np.array(files), embeddings=np.concatenate(features))
+        return
+    table: _Parquet | None = None
+
+    def write(names: list[str], values: npt.NDArray[np.float32]) -> None:
+        nonlocal table
+        if table is None:
+            schema = pa.schema(
+                [("file", pa.string()), ("embedding", pa.list_(pa.float32(), values.shape[1]))]
+            )
+            table = _Parquet(pq.ParquetWriter(path, schema), schema)
+        table.write({"file": names, "embedding": list(values)})
+
+    try:
+        yield write
+        if table is not None:
+            table.flush()
+    finally:
+        if table is not None:
+            table.close()
+
+
 class _Csv:
     """Rows of a CSV file, one after the other."""
 
@@ -250,3 +293,7 @@ class _Parquet:
         if self._waiting:
             self._writer.write_table(pa.concat_tables(self._waiting))
             self._waiting = []
+
+    def close(self) -> None:
+        """End the file."""
+        self._writer.close()

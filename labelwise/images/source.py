@@ -133,6 +133,15 @@ def _classes_alike(labels: list[str | None]) -> list[str]:
     ]
 
 
+def open_given(images: list[Path]) -> ImageSet:
+    """Take what a command was given: one folder, or files.
+
+    Raises:
+        DataError: As in `open_images` and `open_files`.
+    """
+    return open_images(images[0]) if len(images) == 1 and images[0].is_dir() else open_files(images)
+
+
 def open_files(files: list[Path]) -> ImageSet:
     """Take single files as images, by the names they were given; whether they can be read shows later.
 

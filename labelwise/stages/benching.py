@@ -104,17 +104,25 @@ def open_separated(
     Returns:
         Images, cache, groups, lock, and in words where the test images come from.
     """
+    images, cache = open_decoded(run, settings, spec)
+    with terminal.track("comparing images", len(images.names)) as bar:
+        groups = group_images(images, cache, bar.advance)
+    for note in groups.notes:
+        terminal.say(f"note       {note}")
+    return images, cache, groups, *_test_lock(run, settings, images, cache, groups)
+
+
+def open_decoded(
+    run: RunDirectory, settings: FinetuneSettings, spec: EncoderSpec
+) -> tuple[ImageSet, ImageCache]:
+    """Open the images of a run, with the labels given now or then, and what they were decoded to."""
     data = rundir.read_json(run.data)
     images = _open_images(data["sources"], settings)
     with terminal.track("reading images", len(images.names)) as bar:
         cache = build_cache(
             images, side=data["cache_side"], evaluation_size=spec.image_size, progress=bar.advance
         )
-    with terminal.track("comparing images", len(images.names)) as bar:
-        groups = group_images(images, cache, bar.advance)
-    for note in groups.notes:
-        terminal.say(f"note       {note}")
-    return images, cache, groups, *_test_lock(run, settings, images, cache, groups)
+    return images, cache
 
 
 def _count_folds(root: str, labels: Rows, groups: Rows, classes: list[str]) -> int:

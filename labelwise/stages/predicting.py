@@ -10,7 +10,7 @@ import numpy.typing as npt
 from labelwise import rundir, terminal
 from labelwise.errors import DataError, LabelwiseError
 from labelwise.images.cache import read_evaluations
-from labelwise.images.source import ImageSet, open_files, open_images
+from labelwise.images.source import ImageSet, open_given
 from labelwise.interruption import stop_between_steps
 from labelwise.learning.optimization import Diverged
 from labelwise.learning.precision import choose_device
@@ -58,7 +58,7 @@ def predict(
         )
     place = choose_device(device)
     classifier.to(place)
-    found = open_images(images[0]) if len(images) == 1 and images[0].is_dir() else open_files(images)
+    found = open_given(images)
     deep = data["intensity_range"]
     names = [*COLUMNS, *(f"p_{name}" for name in classes if probabilities)]
     left_out: list[dict[str, str]] = []
