@@ -31,6 +31,7 @@ class _Data(_Form):
     images: int
     pool: int
     pool_sha256: str
+    pretrained_on: int = 0
     test: int
     test_method: str
     excluded_duplicates: int

@@ -26,7 +26,7 @@ def render(document: dict[str, Any], classifier: dict[str, Any], short_side: int
         f"# Image classifier: {name}",
         "",
         f"A {spec['backbone']} that tells {len(classifier['classes'])} classes apart. It was pretrained with SimCLR on "
-        f"{data['pool']:,} images without their labels and {_trained(classifier)} all {classifier['labels']:,} labels"
+        f"{text.pretrained_on(data):,} images without their labels and {_trained(classifier)} all {classifier['labels']:,} labels"
         f"{'' if document['folds'] else ' outside the test set'}. Made with Labelwise.",
         "",
         "## Files",

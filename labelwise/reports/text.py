@@ -176,7 +176,7 @@ def costs(document: dict[str, Any], metrics: list[dict[str, Any]]) -> list[tuple
         return duration(seconds) if seconds >= 1 else "under a second"
 
     epochs = [row["seconds"] for row in metrics if row["kind"] == "epoch"]
-    pool, results = document["data"]["pool"], document["results"]
+    pool, results = pretrained_on(document["data"]), document["results"]
     rows = [
         (
             "Pretraining, once",
@@ -196,11 +196,19 @@ def few_labels(data: dict[str, Any]) -> str:
     return "--fraction 0.01" if few <= data["pool"] / 100 else f"--label-counts {few}"
 
 
+def pretrained_on(data: dict[str, Any]) -> int:
+    """Images that the encoder was trained on: of a stream more than the sample that labels come from."""
+    images: int = data.get("pretrained_on", data["pool"])
+    return images
+
+
 def data_line(data: dict[str, Any]) -> str:
     """What was trained on."""
+    seen = pretrained_on(data)
+    streamed = f" (a sample; the encoder saw a stream of {seen:,})" if seen != data["pool"] else ""
     classes = f", {len(data['classes'])} classes" if data["classes"] else ""
     bad = f", {len(data['quarantined'])} unreadable" if data["quarantined"] else ""
-    return f"{data['images']:,} images{classes}{bad}; {data['pool']:,} to train on"
+    return f"{data['images']:,} images{streamed}{classes}{bad}; {data['pool']:,} to train on"
 
 
 def grouped_in_words(data: dict[str, Any]) -> str:

@@ -274,7 +274,7 @@ def limits_in_words(
             )
     found.append(_limit_of_encoders(computed))
     found.append(
-        f"SimCLR also used {data['pool']:,} images without their labels and the time to train on them; training from scratch did not."
+        f"SimCLR also used {text.pretrained_on(data):,} images without their labels and the time to train on them; training from scratch did not."
     )
     init = surroundings["asked"]["init"]
     if init == "pretrained" and any(row["method"] == "imagenet" for row in results):

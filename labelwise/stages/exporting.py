@@ -14,6 +14,7 @@ from labelwise.images.decoding import evaluation_short_side, shortest_for
 from labelwise.models.encoder import EncoderSpec, licence_of_weights
 from labelwise.models.outside import as_timm, write_onnx
 from labelwise.models.weights import load_encoder, save_module
+from labelwise.reports.text import pretrained_on
 from labelwise.rundir import RunDirectory
 from labelwise.stages.finetuning import load_classifier
 from labelwise.stages.planning import is_run
@@ -202,7 +203,7 @@ def _card(run: RunDirectory, form: str, example: str) -> str:
         "Images with transparency are laid on white by Labelwise, images deeper than 8 bits are scaled to the range of the set, and of very long ones "
         "(8 : 1 and more) the ends are cut off first; the example does none of that.", "",
         "# Data and licences", "",
-        f"- Trained on {data['pool']:,} images; SHA-256 of their names and pixels: `{data['pool_sha256']}`. Their licence is for you to know.",
+        f"- Trained on {pretrained_on(data):,} images; SHA-256 of their names and pixels: `{data['pool_sha256']}`. Their licence is for you to know.",
         *(f"- {line}" for line in _licences(run)), "",
         own,
     ])  # fmt: skip
@@ -223,6 +224,6 @@ def _licences(run: RunDirectory) -> list[str]:
         ]
     images = rundir.read_json(before.data)
     return [
-        f"First weights: those of a run on {images['pool']:,} other images (`{images['pool_sha256'][:16]}`):",
+        f"First weights: those of a run on {pretrained_on(images):,} other images (`{images['pool_sha256'][:16]}`):",
         *_licences(before),
     ]

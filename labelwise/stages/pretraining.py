@@ -581,6 +581,7 @@ def _write_start(
         "readable": int(cache.readable.sum()),
         "pool": len(pool.rows),
         "pool_sha256": pool_hash(images, pool),
+        "pretrained_on": pool.count,
         "test": len(lock["names"]),
         "test_method": lock["method"],
         "excluded_duplicates": len(lock["excluded_duplicates"]),

@@ -10,7 +10,7 @@ from labelwise.images.cache import list_caches
 from labelwise.measures.statistics import FEWEST_DRAWS
 from labelwise.ownership import hold
 from labelwise.predictions import read_predictions
-from labelwise.reports.text import MACRO, over_encoders_in_words
+from labelwise.reports.text import MACRO, over_encoders_in_words, pretrained_on
 from labelwise.rundir import RunDirectory
 from labelwise.stages.encoders import (
     SEED,
@@ -193,7 +193,7 @@ def _describe(run: RunDirectory) -> dict[str, Any]:
         "name": run.path.name,
         "path": str(run.path),
         "state": state,
-        "images": data["pool"],
+        "images": pretrained_on(data),
         "backbone": record["asked"]["backbone"],
         "epochs": record["plan"]["epochs"],
         "seconds": record["seconds"],
