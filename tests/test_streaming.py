@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tarfile
 import threading
+import tracemalloc
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -225,6 +226,54 @@ def test_a_row_without_an_image_costs_itself(tmp_path: Path, files: list[Path]) 
     pa.parquet.write_table(pa.table({"image": rows}), tmp_path / "set" / "0.parquet")
     found, _ = open_shards(tmp_path / "set")
     assert [record.name for record in read_shard(found, 0) if not record.image] == ["0.parquet/3"]
+
+
+def test_a_shard_may_be_one_group_of_rows_which_is_never_in_memory_whole(tmp_path: Path) -> None:
+    rows = [np.random.default_rng(number).bytes(100_000) for number in range(400)]
+    (tmp_path / "set").mkdir()
+    form = pa.schema([("image", pa.binary())])
+    name = tmp_path / "set" / "a[1]*.parquet"
+    with pa.parquet.ParquetWriter(name, form, use_dictionary=False, write_batch_size=16) as file:
+        file.write_table(pa.table({"image": pa.array([], pa.binary())}))  # a group without a row
+        file.write_table(pa.table({"image": rows}))
+    found, _ = open_shards(tmp_path / "set")
+    tracemalloc.start()
+    read = sum(record.image == row for record, row in zip(read_shard(found, 0), rows, strict=True))
+    _, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert (read, most < 25e6) == (400, True)
+
+
+@pytest.mark.parametrize(
+    ("column", "images"),
+    [
+        (pa.array([b"x", None, b"z"]).dictionary_encode(), [b"x", b"", b"z"]),
+        (["/etc/passwd", "http://host/a.png", None], [b"", b"", b""]),
+        ([[[1, 2]], [], None], [b"", b"", b""]),
+        ([{"bytes": b"x", "path": "/etc/passwd", "width": 3}, {"bytes": None}, None], [b"x", b"", b""]),
+    ],
+)
+def test_a_cell_is_a_file_or_none_and_what_it_names_is_not_opened(
+    tmp_path: Path, column: object, images: list[bytes]
+) -> None:
+    (tmp_path / "set").mkdir()
+    pa.parquet.write_table(
+        pa.table({"image": column, "label": pa.array([2.5, None, 1.0])}), tmp_path / "set" / "0.parquet"
+    )
+    found, _ = open_shards(tmp_path / "set")
+    assert [(record.image, record.label) for record in read_shard(found, 0)] == list(
+        zip(images, ["2.5", None, "1.0"], strict=True)
+    )
+    assert [record.image for record in read_shard(found, 0, 2)] == images[2:]
+
+
+def test_a_table_without_images_is_refused_before_anything_is_read(tmp_path: Path) -> None:
+    (tmp_path / "set").mkdir()
+    for number in range(40):
+        name = "image" if number != 20 else "text"  # which is not among those that the sample is taken from
+        pa.parquet.write_table(pa.table({name: [b"x"]}), tmp_path / "set" / f"{number:02d}.parquet")
+    with pytest.raises(DataError, match=r"20\.parquet: no image column"):
+        open_shards(tmp_path / "set")
 
 
 @pytest.mark.parametrize(
