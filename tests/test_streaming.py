@@ -180,6 +180,22 @@ def test_an_archive_may_hold_images_of_any_kind_and_other_files(tmp_path: Path, 
     assert sorted(record.name for record in read_shard(found, 0)) == [f"all.tar/./{name}" for name in ("a/1.jpg", "a/2.png", "b/3.webp")]  # fmt: skip
 
 
+@pytest.mark.parametrize("damage", ["cut in a header", "cut before a header", "header overwritten"])
+def test_an_archive_that_breaks_off_is_refused_though_what_is_before_can_be_read(
+    tmp_path: Path, files: list[Path], write_shards: Callable[..., Path], damage: str
+) -> None:
+    shard = write_shards(tmp_path / "shards", "tar", files, 1) / "shard-000.tar"
+    with tarfile.open(shard) as archive:
+        at = archive.getmembers()[20].offset
+    content = shard.read_bytes()
+    rest = {"cut in a header": b"0000", "header overwritten": b"Z" * 512 + content[at + 512 :]}.get(
+        damage, b""
+    )
+    shard.write_bytes(content[:at] + rest)
+    with pytest.raises(DataError, match=rf"damaged \(broken off at byte {at:,}\)"):
+        open_shards(tmp_path / "shards")
+
+
 def test_classes_that_datasets_numbers_are_named(tmp_path: Path) -> None:
     table = datasets.Dataset.from_dict(
         {"img": [{"bytes": b"x", "path": None}] * 3, "fine_label": [1, 0, -1]},

@@ -244,7 +244,13 @@ def _count(kind: str, file: str) -> int:
             _image_and_label(file, table.schema_arrow.names)
             return int(table.metadata.num_rows)
         with tarfile.open(fileobj=opened, mode="r:") as archive:
-            return sum(_is_image(member) for member in archive)
+            count = sum(_is_image(member) for member in archive)
+        opened.seek(archive.offset)
+        if (
+            opened.read(tarfile.BLOCKSIZE) != tarfile.NUL * tarfile.BLOCKSIZE
+        ):  # tarfile takes anything for an end
+            raise tarfile.ReadError(f"broken off at byte {archive.offset:,}")
+        return count
 
 
 def _read_parquet(file: str, start: int) -> Iterator[tuple[str, bytes, str | None]]:
