@@ -196,6 +196,18 @@ def test_an_archive_that_breaks_off_is_refused_though_what_is_before_can_be_read
         open_shards(tmp_path / "shards")
 
 
+def test_an_archive_of_many_files_takes_no_memory_for_each(tmp_path: Path) -> None:
+    (tmp_path / "set").mkdir()
+    member = tarfile.TarInfo("0.png").tobuf()
+    (tmp_path / "set" / "all.tar").write_bytes(member * 10_000 + bytes(10_240))
+    tracemalloc.start()
+    found, _ = open_shards(tmp_path / "set")
+    read = sum(1 for _ in read_shard(found, 0))
+    _, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert (read, most < 1e6) == (10_000, True)
+
+
 def test_classes_that_datasets_numbers_are_named(tmp_path: Path) -> None:
     table = datasets.Dataset.from_dict(
         {"img": [{"bytes": b"x", "path": None}] * 3, "fine_label": [1, 0, -1]},

@@ -244,7 +244,7 @@ def _count(kind: str, file: str) -> int:
             _image_and_label(file, table.schema_arrow.names)
             return int(table.metadata.num_rows)
         with tarfile.open(fileobj=opened, mode="r:") as archive:
-            count = sum(_is_image(member) for member in archive)
+            count = sum(_is_image(member) for member in _members(archive))
         opened.seek(archive.offset)
         if (
             opened.read(tarfile.BLOCKSIZE) != tarfile.NUL * tarfile.BLOCKSIZE
@@ -309,7 +309,7 @@ def _read_tar(file: str, start: int) -> Iterator[tuple[str, bytes, str | None]]:
         waiting: tuple[str, bytes] | None = None
         labels: dict[str, str] = {}
         place = 0
-        for member in archive:
+        for member in _members(archive):
             stem, suffix = os.path.splitext(member.name)
             if suffix == ".cls" and member.isreg():
                 labels[stem] = _content(archive, member).decode("utf-8", "replace").strip()
@@ -322,6 +322,13 @@ def _read_tar(file: str, start: int) -> Iterator[tuple[str, bytes, str | None]]:
                 waiting = member.name, _content(archive, member)
         if waiting is not None:
             yield *waiting, labels.pop(os.path.splitext(waiting[0])[0], None)
+
+
+def _members(archive: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
+    """Members of an archive, which would otherwise remember a kilobyte of each."""
+    for member in archive:
+        archive.members = []  # type: ignore[attr-defined]
+        yield member
 
 
 def _content(archive: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
