@@ -208,6 +208,26 @@ def test_an_archive_of_many_files_takes_no_memory_for_each(tmp_path: Path) -> No
     assert (read, most < 1e6) == (10_000, True)
 
 
+def test_names_that_are_no_text_are_read_as_well_as_they_can_be(tmp_path: Path, photo: Photo) -> None:
+    photo(tmp_path / "a.png")
+    (tmp_path / "set").mkdir()
+    with tarfile.open(
+        tmp_path / "set" / "0.tar", "w", format=tarfile.GNU_FORMAT, encoding="latin-1"
+    ) as archive:
+        archive.add(tmp_path / "a.png", "caf\xe9.png")
+    assert open_images(tmp_path / "set", stream=True).names == ["0.tar/caf\ufffd.png"]
+    Path(os.fsdecode(os.fsencode(tmp_path / "set") + b"/\xff.tar")).write_bytes(b"")
+    with pytest.raises(DataError, match="its name is not UTF-8; rename it"):
+        open_images(tmp_path / "set", stream=True)
+
+
+def test_shards_may_be_links_as_they_are_in_the_cache_of_a_hub(shards: Path, tmp_path: Path) -> None:
+    (tmp_path / "links").mkdir()
+    for file in shards.iterdir():
+        (tmp_path / "links" / file.name).symlink_to(file)
+    assert open_shards(tmp_path / "links")[0].images == COUNT
+
+
 def test_classes_that_datasets_numbers_are_named(tmp_path: Path) -> None:
     table = datasets.Dataset.from_dict(
         {"img": [{"bytes": b"x", "path": None}] * 3, "fine_label": [1, 0, -1]},

@@ -166,6 +166,8 @@ def find_shards(root: Path) -> tuple[str, dict[str, dict[str, int]]]:
     ((kind, files),) = by_kind.items()
     splits: dict[str, dict[str, int]] = {}
     for file in sorted(files):
+        if not rundir.is_utf8(file):
+            raise DataError(f"{file}: its name is not UTF-8; rename it.")
         words = re.split(r"[/_.-]", file.removeprefix(below).lower())
         split = next((SPLITS[word] for word in words if word in SPLITS), "train")
         splits.setdefault(split, {})[system.unstrip_protocol(file).removeprefix("file://")] = int(found[file]["size"] or 0)  # fmt: skip
@@ -200,7 +202,8 @@ def _by_kind(found: dict[str, Any]) -> dict[str, list[str]]:
     by_kind: dict[str, list[str]] = {}
     for file, facts in found.items():
         kind = _KINDS.get(os.path.splitext(file)[1].lower())
-        if kind and facts["type"] == "file" and not Path(file).name.startswith("."):
+        is_file = facts["type"] == "file" or facts.get("islink")
+        if kind and is_file and not Path(file).name.startswith("."):
             by_kind.setdefault(kind, []).append(file)
     return by_kind
 
@@ -304,7 +307,7 @@ def _read_tar(file: str, start: int) -> Iterator[tuple[str, bytes, str | None]]:
     """Images of an archive, with the class that a `.cls` file of the same name tells, which lies beside it."""
     with (
         xopen(file, "rb") as opened,
-        tarfile.open(fileobj=opened, mode="r|" if start == 0 else "r:") as archive,
+        tarfile.open(fileobj=opened, mode="r|" if start == 0 else "r:", errors="replace") as archive,
     ):
         waiting: tuple[str, bytes] | None = None
         labels: dict[str, str] = {}
