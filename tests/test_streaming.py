@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tarfile
 import threading
+import tracemalloc
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -179,6 +180,54 @@ def test_an_archive_may_hold_images_of_any_kind_and_other_files(tmp_path: Path, 
     assert sorted(record.name for record in read_shard(found, 0)) == [f"all.tar/./{name}" for name in ("a/1.jpg", "a/2.png", "b/3.webp")]  # fmt: skip
 
 
+@pytest.mark.parametrize("damage", ["cut in a header", "cut before a header", "header overwritten"])
+def test_an_archive_that_breaks_off_is_refused_though_what_is_before_can_be_read(
+    tmp_path: Path, files: list[Path], write_shards: Callable[..., Path], damage: str
+) -> None:
+    shard = write_shards(tmp_path / "shards", "tar", files, 1) / "shard-000.tar"
+    with tarfile.open(shard) as archive:
+        at = archive.getmembers()[20].offset
+    content = shard.read_bytes()
+    rest = {"cut in a header": b"0000", "header overwritten": b"Z" * 512 + content[at + 512 :]}.get(
+        damage, b""
+    )
+    shard.write_bytes(content[:at] + rest)
+    with pytest.raises(DataError, match=rf"damaged \(broken off at byte {at:,}\)"):
+        open_shards(tmp_path / "shards")
+
+
+def test_an_archive_of_many_files_takes_no_memory_for_each(tmp_path: Path) -> None:
+    (tmp_path / "set").mkdir()
+    member = tarfile.TarInfo("0.png").tobuf()
+    (tmp_path / "set" / "all.tar").write_bytes(member * 10_000 + bytes(10_240))
+    tracemalloc.start()
+    found, _ = open_shards(tmp_path / "set")
+    read = sum(1 for _ in read_shard(found, 0))
+    _, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert (read, most < 1e6) == (10_000, True)
+
+
+def test_names_that_are_no_text_are_read_as_well_as_they_can_be(tmp_path: Path, photo: Photo) -> None:
+    photo(tmp_path / "a.png")
+    (tmp_path / "set").mkdir()
+    with tarfile.open(
+        tmp_path / "set" / "0.tar", "w", format=tarfile.GNU_FORMAT, encoding="latin-1"
+    ) as archive:
+        archive.add(tmp_path / "a.png", "caf\xe9.png")
+    assert open_images(tmp_path / "set", stream=True).names == ["0.tar/caf\ufffd.png"]
+    Path(os.fsdecode(os.fsencode(tmp_path / "set") + b"/\xff.tar")).write_bytes(b"")
+    with pytest.raises(DataError, match="its name is not UTF-8; rename it"):
+        open_images(tmp_path / "set", stream=True)
+
+
+def test_shards_may_be_links_as_they_are_in_the_cache_of_a_hub(shards: Path, tmp_path: Path) -> None:
+    (tmp_path / "links").mkdir()
+    for file in shards.iterdir():
+        (tmp_path / "links" / file.name).symlink_to(file)
+    assert open_shards(tmp_path / "links")[0].images == COUNT
+
+
 def test_classes_that_datasets_numbers_are_named(tmp_path: Path) -> None:
     table = datasets.Dataset.from_dict(
         {"img": [{"bytes": b"x", "path": None}] * 3, "fine_label": [1, 0, -1]},
@@ -225,6 +274,54 @@ def test_a_row_without_an_image_costs_itself(tmp_path: Path, files: list[Path]) 
     pa.parquet.write_table(pa.table({"image": rows}), tmp_path / "set" / "0.parquet")
     found, _ = open_shards(tmp_path / "set")
     assert [record.name for record in read_shard(found, 0) if not record.image] == ["0.parquet/3"]
+
+
+def test_a_shard_may_be_one_group_of_rows_which_is_never_in_memory_whole(tmp_path: Path) -> None:
+    rows = [np.random.default_rng(number).bytes(100_000) for number in range(400)]
+    (tmp_path / "set").mkdir()
+    form = pa.schema([("image", pa.binary())])
+    name = tmp_path / "set" / "a[1]*.parquet"
+    with pa.parquet.ParquetWriter(name, form, use_dictionary=False, write_batch_size=16) as file:
+        file.write_table(pa.table({"image": pa.array([], pa.binary())}))  # a group without a row
+        file.write_table(pa.table({"image": rows}))
+    found, _ = open_shards(tmp_path / "set")
+    tracemalloc.start()
+    read = sum(record.image == row for record, row in zip(read_shard(found, 0), rows, strict=True))
+    _, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert (read, most < 25e6) == (400, True)
+
+
+@pytest.mark.parametrize(
+    ("column", "images"),
+    [
+        (pa.array([b"x", None, b"z"]).dictionary_encode(), [b"x", b"", b"z"]),
+        (["/etc/passwd", "http://host/a.png", None], [b"", b"", b""]),
+        ([[[1, 2]], [], None], [b"", b"", b""]),
+        ([{"bytes": b"x", "path": "/etc/passwd", "width": 3}, {"bytes": None}, None], [b"x", b"", b""]),
+    ],
+)
+def test_a_cell_is_a_file_or_none_and_what_it_names_is_not_opened(
+    tmp_path: Path, column: object, images: list[bytes]
+) -> None:
+    (tmp_path / "set").mkdir()
+    pa.parquet.write_table(
+        pa.table({"image": column, "label": pa.array([2.5, None, 1.0])}), tmp_path / "set" / "0.parquet"
+    )
+    found, _ = open_shards(tmp_path / "set")
+    assert [(record.image, record.label) for record in read_shard(found, 0)] == list(
+        zip(images, ["2.5", None, "1.0"], strict=True)
+    )
+    assert [record.image for record in read_shard(found, 0, 2)] == images[2:]
+
+
+def test_a_table_without_images_is_refused_before_anything_is_read(tmp_path: Path) -> None:
+    (tmp_path / "set").mkdir()
+    for number in range(40):
+        name = "image" if number != 20 else "text"  # which is not among those that the sample is taken from
+        pa.parquet.write_table(pa.table({name: [b"x"]}), tmp_path / "set" / f"{number:02d}.parquet")
+    with pytest.raises(DataError, match=r"20\.parquet: no image column"):
+        open_shards(tmp_path / "set")
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,7 @@
 """Shards: files that hold many images each, Parquet tables or tar archives, here or far away.
 
 They are read from start to end, again in each pass, and never kept whole. With `source`, the door of `datasets`, whose
-streaming reads Parquet, the Hugging Face hub and whatever fsspec reaches.
+file systems reach the Hugging Face hub and whatever fsspec does.
 """
 
 import errno
@@ -30,6 +30,9 @@ from labelwise.images.labels import SPLITS, SUFFIXES
 SAMPLED = 4096  # images of a stream that are kept: to test, to look at, to choose sizes by
 _SAMPLED_SHARDS = 16
 _TOGETHER = 64  # rows read and written at once
+_BUFFER = (
+    2**20
+)  # bytes of a column read at once; else it is all of a group of rows, which may be a whole file
 _KINDS = {".parquet": "parquet", ".tar": "tar"}
 _URL = re.compile(r"([a-z][a-z0-9]+):/+(.+)")  # a path folds the two slashes of an address into one
 _IMAGE_COLUMNS = ("image", "img", "jpg", "png")
@@ -163,6 +166,8 @@ def find_shards(root: Path) -> tuple[str, dict[str, dict[str, int]]]:
     ((kind, files),) = by_kind.items()
     splits: dict[str, dict[str, int]] = {}
     for file in sorted(files):
+        if not rundir.is_utf8(file):
+            raise DataError(f"{file}: its name is not UTF-8; rename it.")
         words = re.split(r"[/_.-]", file.removeprefix(below).lower())
         split = next((SPLITS[word] for word in words if word in SPLITS), "train")
         splits.setdefault(split, {})[system.unstrip_protocol(file).removeprefix("file://")] = int(found[file]["size"] or 0)  # fmt: skip
@@ -197,7 +202,8 @@ def _by_kind(found: dict[str, Any]) -> dict[str, list[str]]:
     by_kind: dict[str, list[str]] = {}
     for file, facts in found.items():
         kind = _KINDS.get(os.path.splitext(file)[1].lower())
-        if kind and facts["type"] == "file" and not Path(file).name.startswith("."):
+        is_file = facts["type"] == "file" or facts.get("islink")
+        if kind and is_file and not Path(file).name.startswith("."):
             by_kind.setdefault(kind, []).append(file)
     return by_kind
 
@@ -237,37 +243,76 @@ def _count_all(kind: str, files: Iterable[str]) -> list[int]:
 def _count(kind: str, file: str) -> int:
     with xopen(file, "rb") as opened:
         if kind == "parquet":
-            return int(pq.ParquetFile(opened).metadata.num_rows)
+            table = pq.ParquetFile(opened)
+            _image_and_label(file, table.schema_arrow.names)
+            return int(table.metadata.num_rows)
         with tarfile.open(fileobj=opened, mode="r:") as archive:
-            return sum(_is_image(member) for member in archive)
+            count = sum(_is_image(member) for member in _members(archive))
+        opened.seek(archive.offset)
+        if (
+            opened.read(tarfile.BLOCKSIZE) != tarfile.NUL * tarfile.BLOCKSIZE
+        ):  # tarfile takes anything for an end
+            raise tarfile.ReadError(f"broken off at byte {archive.offset:,}")
+        return count
 
 
 def _read_parquet(file: str, start: int) -> Iterator[tuple[str, bytes, str | None]]:
-    rows = load_tables("parquet", data_files={"train": [file]}, split="train", streaming=True)
-    image = next((name for name in _IMAGE_COLUMNS if name in rows.column_names), None)
+    with xopen(file, "rb") as opened:
+        table = pq.ParquetFile(opened, buffer_size=_BUFFER, pre_buffer=False)
+        image, label = _image_and_label(file, table.schema_arrow.names)
+        feature = _features(table.schema_arrow, label)[label] if label else None
+        place = 0
+        for group in range(table.num_row_groups):
+            rows = table.metadata.row_group(group).num_rows
+            if place + rows <= start:
+                place += rows
+                continue
+            for batch in table.iter_batches(_TOGETHER, [group], columns=[image, *([label] if label else [])]):
+                columns = batch.to_pydict()
+                for inside, value in zip(
+                    columns[image], columns[label] if label else [None] * len(batch), strict=True
+                ):
+                    place += 1
+                    if place > start:
+                        yield str(place - 1), _bytes_in(inside), _label_text(feature, value)
+
+
+def _image_and_label(file: str, names: list[str]) -> tuple[str, str | None]:
+    image, label = (
+        next((name for name in known if name in names), None) for known in (_IMAGE_COLUMNS, _LABEL_COLUMNS)
+    )
     if image is None:
-        raise DataError(f"{file}: no image column; looked for {', '.join(_IMAGE_COLUMNS)}, found {', '.join(rows.column_names)}.")  # fmt: skip
-    label = next((name for name in _LABEL_COLUMNS if name in rows.column_names), None)
-    feature = rows.features[label] if label else None
-    rows = rows.select_columns([image, *([label] if label else [])])
-    rows = rows.cast_column(image, datasets.Image(decode=False)).skip(start)
-    for place, row in enumerate(rows, start):
-        found, value = row[image] or {}, row[label] if label else None
-        if isinstance(feature, datasets.ClassLabel):
-            value = feature.int2str(value) if value is not None and value >= 0 else None
-        yield str(place), found.get("bytes") or b"", None if value is None else str(value)
+        raise DataError(f"{file}: no image column; looked for {', '.join(_IMAGE_COLUMNS)}, found {', '.join(names)}.")  # fmt: skip
+    return image, label
+
+
+def _features(schema: pa.Schema, column: str) -> datasets.Features:
+    """What `datasets` wrote into a file about a column."""
+    return datasets.Features.from_arrow_schema(pa.schema([schema.field(column)], schema.metadata))
+
+
+def _bytes_in(value: Any) -> bytes:
+    """The file in a cell, bare or as `datasets` writes it; what it names elsewhere is not opened."""
+    inside = value.get("bytes") if isinstance(value, dict) else value
+    return inside if isinstance(inside, bytes) else b""
+
+
+def _label_text(feature: Any, value: Any) -> str | None:
+    if isinstance(feature, datasets.ClassLabel):
+        value = feature.int2str(value) if value is not None and value >= 0 else None
+    return None if value is None else str(value)
 
 
 def _read_tar(file: str, start: int) -> Iterator[tuple[str, bytes, str | None]]:
     """Images of an archive, with the class that a `.cls` file of the same name tells, which lies beside it."""
     with (
         xopen(file, "rb") as opened,
-        tarfile.open(fileobj=opened, mode="r|" if start == 0 else "r:") as archive,
+        tarfile.open(fileobj=opened, mode="r|" if start == 0 else "r:", errors="replace") as archive,
     ):
         waiting: tuple[str, bytes] | None = None
         labels: dict[str, str] = {}
         place = 0
-        for member in archive:
+        for member in _members(archive):
             stem, suffix = os.path.splitext(member.name)
             if suffix == ".cls" and member.isreg():
                 labels[stem] = _content(archive, member).decode("utf-8", "replace").strip()
@@ -280,6 +325,13 @@ def _read_tar(file: str, start: int) -> Iterator[tuple[str, bytes, str | None]]:
                 waiting = member.name, _content(archive, member)
         if waiting is not None:
             yield *waiting, labels.pop(os.path.splitext(waiting[0])[0], None)
+
+
+def _members(archive: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
+    """Members of an archive, which would otherwise remember a kilobyte of each."""
+    for member in archive:
+        archive.members = []  # type: ignore[attr-defined]
+        yield member
 
 
 def _content(archive: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
