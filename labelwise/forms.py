@@ -75,6 +75,7 @@ class _TestLock(_Form):
     excluded_duplicates: list[str]
     excluded_groups: list[str] = []
     excluded_groups_keys: list[int] = []
+    earlier_keys: list[int] = []
 
 
 class _Draw(_Form):

@@ -4,6 +4,7 @@ import functools
 import http.server
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -22,6 +23,7 @@ import torch
 from PIL import Image
 
 from labelwise.errors import DataError, LabelwiseError, UsageError
+from labelwise.images.cache import list_caches
 from labelwise.images.decoding import content_key, decode_image
 from labelwise.images.shards import Shards, address_of, open_shards, read_shard
 from labelwise.images.source import open_images
@@ -137,6 +139,42 @@ def test_a_shard_that_changed_is_another_set(shards: Path, photo: Photo, tmp_pat
     last.write_bytes(Path(before.files[0]).read_bytes())
     with pytest.raises(LabelwiseError, match="holds 13 images, and held 11 when the run was started"):
         list(read_shard(before, 3))
+
+
+def test_other_images_of_the_same_size_are_another_set(
+    tmp_path: Path, files: list[Path], write_shards: Callable[..., Path]
+) -> None:
+    root = write_shards(tmp_path / "set", "tar", files, 2)
+    before = open_images(root, stream=True)
+    sizes = [file.stat().st_size for file in sorted(root.iterdir())]
+    shutil.rmtree(root)
+    write_shards(root, "tar", files[::-1], 2)
+    assert [file.stat().st_size for file in sorted(root.iterdir())] == sizes  # tar pads
+    after = open_images(root, stream=True)
+    assert [after.locate(row) for row in range(COUNT)] == [file.read_bytes() for file in files[::-1]]
+    assert after.labels == before.labels[::-1]
+
+
+def test_a_damaged_sample_is_made_again(shards: Path, cache: Path) -> None:
+    names = open_images(shards, stream=True).names
+    (sample,) = cache.glob("sample-*/sample.parquet")
+    sample.write_bytes(sample.read_bytes()[:-100])
+    assert open_images(shards, stream=True).names == names
+    assert [count for _, _, count in list_caches()] == [COUNT]
+
+
+def test_a_cache_among_the_shards_is_refused(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LABELWISE_CACHE", str(shards / "cache"))
+    with pytest.raises(DataError, match="never written to"):
+        open_images(shards, stream=True)
+    assert not (shards / "cache").exists()
+
+
+def test_test_rows_of_a_table_are_refused_as_only_a_sample_is_there(shards: Path, tmp_path: Path) -> None:
+    table = tmp_path / "labels.csv"
+    table.write_text("file,label,split\nshard-000.tar/00000000.png,a,test\n")
+    with pytest.raises(DataError, match="give the test images as --test FOLDER"):
+        open_images(shards, labels=table, stream=True)
 
 
 def test_shards_behind_a_server_are_those_on_the_disk(address: str, shards: Path) -> None:
@@ -343,7 +381,9 @@ def test_an_address_survives_being_a_path(typed: str, address: str | None) -> No
 def test_an_address_that_nothing_here_reads_is_told() -> None:
     with pytest.raises(UsageError, match="cannot be read"):
         open_shards(Path("nonsense://bucket"))
-    with pytest.raises(UsageError, match="is read as a stream only; add --stream"):
+    with pytest.raises(
+        UsageError, match="is read as a stream only: labelwise pretrain s3://bucket/folder --stream"
+    ):
         open_images(Path("s3://bucket/folder"))
 
 
@@ -522,8 +562,7 @@ def test_what_cannot_be_read_or_is_locked_is_replaced_and_named(
     seen = torch.cat([batch.pixels for batch in batches(opened, range(8))])
     assert len(seen) == 8 * 16
     assert not (seen == torch.from_numpy(gone)).all(dim=(1, 2, 3)).any()
-    assert {name for name, _ in opened.left_out} == {"shard-000.tar/00000005.png"}
-    assert opened.left_out[0][1] == "not an image we can read"
+    assert opened.left_out == {"shard-000.tar/00000005.png": "not an image we can read"}
     assert all(
         len(set(batch.keys.tolist())) == 16 for batch in batches(stream(found), range(4))
     )  # draws differ
@@ -576,7 +615,7 @@ def test_a_slow_stream_keeps_nobody_waiting(shards: Path, monkeypatch: pytest.Mo
 
 @pytest.mark.parametrize(
     ("files", "part", "ranks", "lanes"),
-    [(8, 256, 1, 8), (100, 256, 1, 16), (3, 256, 1, 2), (1, 256, 1, 1), (100, 32, 1, 2), (100, 30, 1, 1), (100, 4096, 64, 64), (8, 256, 4, 8), (4, 8, 4, 4)],
+    [(8, 256, 1, 8), (100, 256, 1, 16), (3, 256, 1, 1), (1, 256, 1, 1), (100, 32, 1, 2), (100, 30, 1, 1), (100, 4096, 64, 64), (8, 256, 4, 8), (4, 8, 4, 4), (9, 256, 1, 2), (10, 256, 1, 2), (15, 64, 1, 2)],
 )  # fmt: skip
 def test_lanes_share_batch_and_ranks_evenly(files: int, part: int, ranks: int, lanes: int) -> None:
     assert choose_lanes(Shards("tar", ("x",) * files, (1,) * files), part, ranks) == lanes

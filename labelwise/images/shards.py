@@ -5,6 +5,7 @@ file systems reach the Hugging Face hub and whatever fsspec does.
 """
 
 import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -33,10 +34,19 @@ _TOGETHER = 64  # rows read and written at once
 _BUFFER = (
     2**20
 )  # bytes of a column read at once; else it is all of a group of rows, which may be a whole file
+_MARKS = (
+    "size",
+    "mtime",
+    "ETag",
+    "etag",
+    "LastModified",
+    "last_modified",
+    "blob_id",
+)  # as file systems name them
 _KINDS = {".parquet": "parquet", ".tar": "tar"}
 _URL = re.compile(r"([a-z][a-z0-9]+):/+(.+)")  # a path folds the two slashes of an address into one
-_IMAGE_COLUMNS = ("image", "img", "jpg", "png")
-_LABEL_COLUMNS = ("label", "labels", "class", "fine_label")
+IMAGE_COLUMNS = ("image", "img", "jpg", "png")
+LABEL_COLUMNS = ("label", "labels", "class", "fine_label")
 
 
 @dataclass(frozen=True)
@@ -76,10 +86,15 @@ def address_of(path: Path) -> str | None:
     `hf://NAME` is a data set of the Hugging Face hub.
     """
     found = _URL.fullmatch(str(path))
-    if found is None or path.exists():
+    if found is None or found[1] == "file" or path.exists():
         return None
     scheme, rest = found.groups()
     return f"hf://datasets/{rest.removeprefix('datasets/')}" if scheme == "hf" else f"{scheme}://{rest}"
+
+
+def whole_path(path: Path) -> str:
+    """A path as it is however it was spelt, or its address."""
+    return address_of(path) or str(path.resolve())
 
 
 def open_shards(root: Path) -> tuple[Shards, Path]:
@@ -93,27 +108,32 @@ def open_shards(root: Path) -> tuple[Shards, Path]:
         LabelwiseError: They cannot be reached.
         UsageError: The package that reads such addresses is not installed.
     """
+    address = address_of(root)
+    if address is None and rundir.cache_root().resolve().is_relative_to(root.resolve()):
+        raise DataError(
+            f"{rundir.cache_root()}: the sample of a stream would lie inside {root}, which is never written to; name another place in LABELWISE_CACHE."
+        )
     kind, splits = find_shards(root)
     if "train" not in splits:
         raise DataError(f"{root}: only shards of {' and '.join(splits)}; nothing to train on.")
-    sizes = splits["train"]
+    marks = splits["train"]
     others = [f"{len(files)} shards of {split}" for split, files in splits.items() if split != "train"]
     notes = (f"not read: {', '.join(others)}",) if others else ()
-    digest = hashlib.sha256(json.dumps([kind, sizes, SAMPLED]).encode()).hexdigest()[:24]
+    digest = hashlib.sha256(json.dumps([kind, marks, SAMPLED]).encode()).hexdigest()[:24]
     folder = rundir.cache_root() / f"sample-{digest}"
-    sample, facts = folder / "sample.parquet", folder / "shards.json"
-    if sample.is_file() and facts.is_file():
-        found = rundir.read_derived(facts)
-        if found is not None:
-            return _from_facts(found), sample
-    counts = _count_all(kind, sizes)
-    filled = [(file, count) for file, count in zip(sizes, counts, strict=True) if count]
-    if not filled:
-        raise DataError(f"{root}: {len(sizes)} .{kind} shards, and no image in them.")
-    shards = Shards(kind, tuple(file for file, _ in filled), tuple(count for _, count in filled), notes)
     folder.mkdir(parents=True, exist_ok=True)
-    rundir.write_atomically(sample, lambda fresh: _write_sample(shards, fresh))
-    rundir.write_json(facts, asdict(shards))
+    sample, facts = folder / "sample.parquet", folder / "facts.json"
+    with _alone_in(folder):  # of several processes one counts and copies
+        if all(marks.values()) and (known := _read_facts(facts, sample)):
+            return known, sample
+        counts = _count_all(kind, marks)
+        filled = [(file, count) for file, count in zip(marks, counts, strict=True) if count]
+        if not filled:
+            raise DataError(f"{root}: {len(marks)} .{kind} shards, and no image in them.")
+        shards = Shards(kind, tuple(file for file, _ in filled), tuple(count for _, count in filled), notes)
+        rundir.write_atomically(sample, lambda fresh: _write_sample(shards, fresh))
+        rows = pq.ParquetFile(sample).metadata.num_rows
+        rundir.write_json(facts, {**asdict(shards), "images": rows, "sha256": _hash(sample)})
     return shards, sample
 
 
@@ -135,8 +155,10 @@ def read_shard(shards: Shards, number: int, start: int = 0) -> Iterator[Record]:
         )
 
 
-def find_shards(root: Path) -> tuple[str, dict[str, dict[str, int]]]:
-    """Kind of the shards below a folder or an address, and of each split that their names tell the files with their sizes.
+def find_shards(root: Path) -> tuple[str, dict[str, dict[str, str]]]:
+    """Kind of the shards below a folder or an address, and of each split that their names tell the files with a mark each.
+
+    A mark is another when the file is; it is empty where its place says neither how large nor how old it is.
 
     Raises:
         DataError: There are none, or of both kinds.
@@ -164,18 +186,50 @@ def find_shards(root: Path) -> tuple[str, dict[str, dict[str, int]]]:
     if len(by_kind) > 1:
         raise DataError(f"{place}: holds .parquet and .tar shards; name a folder with one kind.")
     ((kind, files),) = by_kind.items()
-    splits: dict[str, dict[str, int]] = {}
+    splits: dict[str, dict[str, str]] = {}
     for file in sorted(files):
         if not rundir.is_utf8(file):
             raise DataError(f"{file}: its name is not UTF-8; rename it.")
         words = re.split(r"[/_.-]", file.removeprefix(below).lower())
         split = next((SPLITS[word] for word in words if word in SPLITS), "train")
-        splits.setdefault(split, {})[system.unstrip_protocol(file).removeprefix("file://")] = int(found[file]["size"] or 0)  # fmt: skip
+        whole = system.unstrip_protocol(file).removeprefix("file://")
+        with _reaching(whole):
+            splits.setdefault(split, {})[whole] = _mark(found[file], system)
     return kind, splits
 
 
-def _from_facts(facts: dict[str, Any]) -> Shards:
-    return Shards(facts["kind"], tuple(facts["files"]), tuple(facts["counts"]), tuple(facts["notes"]))
+def _mark(facts: dict[str, Any], system: Any) -> str:
+    """What a place says of a file that would be another if the file were."""
+    if facts.get("size") is None:  # a web server is asked for each
+        facts = {**facts, **system.info(facts["name"])}
+    said = {name: facts.get(name) for name in _MARKS if facts.get(name) is not None}
+    return json.dumps(said, default=str, sort_keys=True) if said else ""
+
+
+def _read_facts(facts: Path, sample: Path) -> Shards | None:
+    """What was found before, if the sample is there as it was written."""
+    if (
+        not sample.is_file()
+        or (found := rundir.read_derived(facts)) is None
+        or found["sha256"] != _hash(sample)
+    ):
+        return None
+    return Shards(found["kind"], tuple(found["files"]), tuple(found["counts"]), tuple(found["notes"]))
+
+
+def _hash(file: Path) -> str:
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
+
+
+@contextmanager
+def _alone_in(folder: Path) -> Iterator[None]:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def load_archives(root: Path) -> datasets.DatasetDict:
@@ -191,8 +245,8 @@ def load_archives(root: Path) -> datasets.DatasetDict:
     return datasets.DatasetDict(tables)
 
 
-def _rows(counted: list[tuple[str, int, int]]) -> Iterator[dict[str, Any]]:
-    """Every image of some archives; their sizes tell `datasets` whether it has them already."""
+def _rows(counted: list[tuple[str, int, str]]) -> Iterator[dict[str, Any]]:
+    """Every image of some archives; their marks tell `datasets` whether it has them already."""
     for file, count, _ in counted:
         for record in read_shard(Shards("tar", (file,), (count,)), 0):
             yield {"image": {"bytes": record.image, "path": record.name}, "label": record.label}
@@ -279,10 +333,10 @@ def _read_parquet(file: str, start: int) -> Iterator[tuple[str, bytes, str | Non
 
 def _image_and_label(file: str, names: list[str]) -> tuple[str, str | None]:
     image, label = (
-        next((name for name in known if name in names), None) for known in (_IMAGE_COLUMNS, _LABEL_COLUMNS)
+        next((name for name in known if name in names), None) for known in (IMAGE_COLUMNS, LABEL_COLUMNS)
     )
     if image is None:
-        raise DataError(f"{file}: no image column; looked for {', '.join(_IMAGE_COLUMNS)}, found {', '.join(names)}.")  # fmt: skip
+        raise DataError(f"{file}: no image column; looked for {', '.join(IMAGE_COLUMNS)}, found {', '.join(names)}.")  # fmt: skip
     return image, label
 
 
@@ -352,10 +406,8 @@ def _reaching(place: str) -> Iterator[None]:
     """Say in words what keeps a shard from being read."""
     try:
         yield
-    except LabelwiseError:
-        raise
-    except MemoryError:
-        raise
+    except (LabelwiseError, MemoryError, AssertionError, AttributeError, LookupError, NameError, TypeError):
+        raise  # our own words, or our own fault
     except (tarfile.TarError, pa.ArrowException) as error:
         raise DataError(f"{place}: damaged ({error}).") from None
     except Exception as error:  # each file system and its network library raise their own

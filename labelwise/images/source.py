@@ -15,13 +15,19 @@ import datasets
 
 from labelwise.errors import DataError, LabelwiseError, UsageError
 from labelwise.images.labels import OUTSIDE, SPLITS, SUFFIXES, match_labels, read_label_table
-from labelwise.images.shards import Shards, address_of, load_archives, load_tables, open_shards
+from labelwise.images.shards import (
+    IMAGE_COLUMNS,
+    LABEL_COLUMNS,
+    Shards,
+    address_of,
+    load_archives,
+    load_tables,
+    open_shards,
+)
 from labelwise.rundir import is_utf8
 
 _IGNORED_FOLDERS = ("__MACOSX",)
 _TOGETHER = 10_000  # files put into a table at once
-_IMAGE_COLUMNS = ("image", "img", "jpg", "png")
-_LABEL_COLUMNS = ("label", "labels", "class", "fine_label")
 
 
 @dataclass(frozen=True)
@@ -104,6 +110,10 @@ def open_images(
         images = _add_labeled_folder(images, labels)
     elif labels is not None:
         rows, note = read_label_table(labels, group_column)
+        if stream and any(row.split == "test" for row in rows):
+            raise DataError(
+                f"--labels {labels}: has test rows, and of a stream only a sample is at hand to find them in; give the test images as --test FOLDER."
+            )
         found = match_labels(rows, labels, images.names, images.root, labels_root)
         images = replace(
             images,
@@ -162,7 +172,7 @@ def open_files(files: list[Path]) -> ImageSet:
 def _open_sample(root: Path) -> ImageSet:
     """The sample that stands for a stream, by the names that its images have in their shards."""
     shards, sample = open_shards(root)
-    table = load_tables("parquet", data_files=str(sample))["train"]
+    table = load_tables("parquet", data_files=glob.escape(str(sample)))["train"]
     names, labels = list(table["name"]), list(table["label"])
     images = table.select_columns("image").cast_column("image", datasets.Image(decode=False))
     none: list[str | None] = [None] * len(names)
@@ -173,7 +183,7 @@ def _open_folder(root: Path, group_column: str | None = None) -> ImageSet:
     address = address_of(root)
     if address is not None:
         if not address.startswith("hf://datasets/"):
-            raise UsageError(f"{address}: is read as a stream only; add --stream.")
+            raise UsageError(f"{address}: is read as a stream only: labelwise pretrain {address} --stream.")
         return _from_datasets(root, _load_from_hub(address.removeprefix("hf://datasets/")), group_column)
     if not root.exists():
         raise DataError(f"{root}: no such folder.")
@@ -188,9 +198,9 @@ def _open_folder(root: Path, group_column: str | None = None) -> ImageSet:
         parquet = sorted(str(path) for path in root.rglob("*.parquet"))
         if parquet:
             files = _parquet_splits(root, parquet)
-            return _from_datasets(root, load_tables("parquet", data_files=files), group_column)
+            return _from_datasets(root, _one_or_all(load_tables("parquet", data_files=files)), group_column)
         if next(root.rglob("*.tar"), None) is not None:
-            return _from_datasets(root, load_archives(root), group_column)
+            return _from_datasets(root, _one_or_all(load_archives(root)), group_column)
         found = ", ".join(
             f"{count} {suffix or 'without suffix'}" for suffix, count in Counter(ignored).most_common(5)
         )
@@ -288,20 +298,18 @@ def _from_datasets(
 ) -> ImageSet:
     """Read a table of images that the `datasets` library knows."""
     pieces = loaded if isinstance(loaded, datasets.DatasetDict) else {"": loaded}
-    if len(pieces) == 1:
-        pieces = {"": next(iter(pieces.values()))}
     names: list[str] = []
     labels: list[str | None] = []
     splits: list[str | None] = []
     groups: list[str | None] = []
     tables = []
     for split, piece in pieces.items():
-        image = next((name for name in _IMAGE_COLUMNS if name in piece.column_names), None)
+        image = next((name for name in IMAGE_COLUMNS if name in piece.column_names), None)
         if image is None:
             raise DataError(
-                f"{root}: no image column; looked for {', '.join(_IMAGE_COLUMNS)}, found {', '.join(piece.column_names)}."
+                f"{root}: no image column; looked for {', '.join(IMAGE_COLUMNS)}, found {', '.join(piece.column_names)}."
             )
-        label = next((name for name in _LABEL_COLUMNS if name in piece.column_names), None)
+        label = next((name for name in LABEL_COLUMNS if name in piece.column_names), None)
         if group_column is not None and group_column not in piece.column_names:
             raise DataError(f"{root}: no group column {group_column}; found {', '.join(piece.column_names)}.")
         width = len(str(len(piece)))
@@ -318,6 +326,11 @@ def _from_datasets(
     return ImageSet(
         root, names, labels, splits, "dataset", {}, [], datasets.concatenate_datasets(tables), groups
     )
+
+
+def _one_or_all(loaded: datasets.DatasetDict) -> datasets.Dataset | datasets.DatasetDict:
+    """The table alone where files name no split."""
+    return loaded["train"] if list(loaded) == ["train"] else loaded
 
 
 def _load_from_hub(name: str) -> datasets.DatasetDict:

@@ -45,7 +45,7 @@ def lock_test(
 
     Returns:
         `method` in words, `names`, their content `keys`, `excluded_duplicates` (same pixels as a test image),
-        `excluded_groups` (others of its group, and what has taken a locked image's name) and their content keys, `seed`, `sha256` of the names.
+        `excluded_groups` (others of its group, and what has taken a locked image's name) and their content keys, `earlier_keys` of a lock whose images are elsewhere now, `seed`, `sha256` of the names.
     """
     groups = np.unique(keys, return_inverse=True)[1] if groups is None else groups
     changed: set[int] = set()
@@ -85,6 +85,7 @@ def lock_test(
         "excluded_duplicates": duplicates,
         "excluded_groups": [images.names[row] for row in tied],
         "excluded_groups_keys": [int(keys[row]) for row in tied],
+        "earlier_keys": sorted(set(locked["keys"]) - {int(keys[row]) for row in rows}) if locked else [],
         "seed": seed,
         "sha256": hash_names(names),
     }

@@ -30,6 +30,7 @@ Keys = npt.NDArray[np.uint64]
 
 MOST_LANES = 16
 _FEWEST = 16  # images that each lane gives to a batch, at least
+_UNEVEN = 1.25
 _NAMED = 100  # images left out that are named
 
 
@@ -56,7 +57,10 @@ class Batch:
 
 
 def choose_lanes(shards: Shards, part_size: int, ranks: int) -> int:
-    """The most lanes, but `MOST_LANES`, that the shards suffice for, and that share parts and ranks evenly.
+    """The most lanes, but `MOST_LANES` or one for each rank, that share parts and ranks evenly and the shards nearly so.
+
+    A lane with fewer images than another shows them more often, so where lanes differ by more than a quarter, fewer are
+    taken, or those that differ least.
 
     Args:
         part_size: Images that go through the network at once, over all ranks.
@@ -73,7 +77,15 @@ def choose_lanes(shards: Shards, part_size: int, ranks: int) -> int:
         raise UsageError(
             f"{len(shards.files)} shards cannot be dealt to {ranks} devices or processes; use fewer, or write more and smaller shards."
         )
-    return lanes[-1]
+    uneven = {count: _unevenness(shards, count) for count in lanes}
+    even = [count for count in lanes if uneven[count] <= _UNEVEN]
+    return even[-1] if even else min(lanes, key=uneven.__getitem__)
+
+
+def _unevenness(shards: Shards, lanes: int) -> float:
+    """Images of the fullest lane, in images of the emptiest."""
+    sums = [sum(shards.counts[lane::lanes]) for lane in range(lanes)]
+    return max(sums) / min(sums)
 
 
 @dataclass(frozen=True)
@@ -161,7 +173,7 @@ class Stream:
         self, shards: Shards, *, lanes: int, own: range, batch_size: int, part_size: int, buffer: int, seed: int,
         side: int, intensity_range: Range | None, shortest: int, locked: frozenset[int], step: int,
     ) -> None:  # fmt: skip
-        self.left_out: list[tuple[str, str]] = []  # names and reasons of the first ones
+        self.left_out: dict[str, str] = {}  # reasons by name, of the first ones
         self._shards, self._side, self._locked = shards, side, locked
         self._each = batch_size // lanes
         members = np.arange(batch_size).reshape(batch_size // part_size, lanes, part_size // lanes)
@@ -256,13 +268,17 @@ class Stream:
                     self._spare[lane] = found
                     break
             else:
-                why = f", e.g. {self.left_out[-1][1]}" if self.left_out else ": they are test images"
+                why = (
+                    f", e.g. {next(iter(self.left_out.values()))}"
+                    if self.left_out
+                    else ": they are test images"
+                )
                 raise DataError(f"{lane}: none of {lane.total:,} images can be used{why}.")
         return self._spare[lane]
 
     def _leave_out(self, name: str, reason: str) -> None:
         if len(self.left_out) < _NAMED:
-            self.left_out.append((name, reason))
+            self.left_out.setdefault(name, reason)
 
 
 def _ahead(work: Callable[[], Batch]) -> Future[Batch]:

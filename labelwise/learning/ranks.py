@@ -109,6 +109,14 @@ class Ranks:
         found: T = told[0]
         return found
 
+    def collect(self, value: T) -> list[T]:
+        """What each rank has, on all of them."""
+        if self.count == 1:
+            return [value]
+        found: list[Any] = [None] * self.count
+        _together(lambda: dist.all_gather_object(found, value, self.usual))
+        return found
+
     def largest(self, *numbers: int) -> tuple[int, ...]:
         """The largest of each number over the ranks."""
         if self.count == 1:

@@ -73,9 +73,14 @@ def _fold(layer: nn.Module) -> nn.Linear:
 def _lines(plain: nn.Module, model: nn.Module) -> list[str]:
     """What turns one model into another with other layers in a few places."""
     lines = []
+    others = dict(model.named_modules())
+    changed: list[str] = []
     for name, layer in plain.named_modules():
-        other = model.get_submodule(name)
-        if not list(layer.children()) and repr(layer) != repr(other):
+        if any(name.startswith(f"{above}.") for above in changed):
+            continue
+        other = others[name]
+        if type(layer) is not type(other) or (not list(layer.children()) and repr(layer) != repr(other)):
+            changed.append(name)
             parts = [f"torch.nn.{part}" for part in other] if isinstance(other, nn.Sequential) else []
             text = f"torch.nn.Sequential({', '.join(parts)})" if parts else f"torch.nn.{other}"
             lines.append(f'model.set_submodule("{name}", {text})')

@@ -29,6 +29,7 @@ from PIL import Image, ImageOps
 def pixels(path):  # uint8 (1, {size}, {size}, 3)
     image = Image.open(path)
     image.draft(None, ({shortest}, {shortest}))
+    image.load()
     image = ImageOps.exif_transpose(image).convert("RGB")
     scale = {short} / min(image.size)
     width, height = (max({short}, round(side * scale)) for side in image.size)
@@ -94,11 +95,13 @@ def export(run: RunDirectory, form: str, out: Path) -> dict[str, Any]:
     """
     check_folder(out, run)
     out.parent.mkdir(parents=True, exist_ok=True)
+    own: nn.Module
     if run.classifier.exists():
         classifier, spec, classes = load_classifier(run)
-        network, linear = classifier.network, classifier.linear
+        network, linear, own = classifier.network, classifier.linear, classifier
     else:
-        (network, spec), linear, classes = load_encoder(run.path), None, None
+        encoder, spec = load_encoder(run.path)
+        network, linear, own, classes = encoder, None, encoder.backbone, None
     facts = {**spec.to_metadata(), "classes": json.dumps(classes, ensure_ascii=False)}
     whole = network if linear is None else nn.Sequential(network, linear)
     sizes = {
@@ -112,7 +115,7 @@ def export(run: RunDirectory, form: str, out: Path) -> dict[str, Any]:
     def fill(folder: Path) -> str:
         nonlocal difference
         if form == "safetensors":
-            save_module(folder / "model.safetensors", whole, facts)
+            save_module(folder / "model.safetensors", own, facts)
             return ""
         if form == "onnx":
             difference = write_onnx(folder / "model.onnx", whole, spec, classes=classes, facts=facts)
@@ -218,7 +221,7 @@ def _licences(run: RunDirectory) -> list[str]:
     if not is_run(init):
         return ["First weights: random."]
     before = RunDirectory(Path(str(init)))
-    if not before.config.exists():
+    if not before.config.exists() or before.path.resolve() == run.path.resolve():
         return [
             f"First weights: those of the run {init}, which is not there any more; its licences are not known."
         ]

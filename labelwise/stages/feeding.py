@@ -22,12 +22,12 @@ Draw = Callable[[Position], tuple[Pool | Batch, Rows] | None]
 @contextmanager
 def feed(
     pool: Pool, settings: PretrainSettings, plan: Plan, lock: dict[str, Any], ranks: Ranks, step: int
-) -> Iterator[tuple[Draw, list[tuple[str, str]]]]:
+) -> Iterator[tuple[Draw, dict[str, str]]]:
     """Open what images come from, from a step on.
 
     Yields:
-        Position to images and members of its batch, (B,), or None where a stream has not brought them yet; and a list that
-        fills with names of images that the stream leaves out, and reasons.
+        Position to images and members of its batch, (B,), or None where a stream has not brought them yet; and names of images
+        that the stream has left out, with reasons.
     """
     if pool.shards is None:
 
@@ -38,7 +38,7 @@ def feed(
         def draw(at: Position) -> tuple[Pool, Rows]:
             return pool, order(at.epoch)[at.batch * plan.batch_size : (at.batch + 1) * plan.batch_size]
 
-        yield draw, []
+        yield draw, {}
         return
     each = plan.lanes // ranks.count
     with Stream(
@@ -52,7 +52,7 @@ def feed(
         side=plan.cache_side,
         intensity_range=pool.cache.intensity_range,
         shortest=decoding.shortest_for(plan.cache_side, plan.image_size),
-        locked=frozenset(lock["keys"]) | frozenset(lock["excluded_groups_keys"]),
+        locked=frozenset((*lock["keys"], *lock["excluded_groups_keys"], *lock["earlier_keys"])),
         step=step,
     ) as stream:
         members = np.arange(plan.batch_size)

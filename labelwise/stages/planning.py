@@ -18,6 +18,7 @@ from labelwise.errors import DataError, UsageError
 from labelwise.images.cache import ImageCache, channel_statistics, sample_sizes
 from labelwise.images.duplicates import unique_keys
 from labelwise.images.grouping import Groups
+from labelwise.images.labels import OUTSIDE
 from labelwise.images.shards import Shards
 from labelwise.images.source import ImageSet, open_images
 from labelwise.images.splits import pool_indices
@@ -99,6 +100,7 @@ class Pool:
     Attributes:
         resident: The squares of the pool on the training device, uint8 (N, S, S, 3), where they fit there.
         shards: What is trained on in their stead, where they are a sample of a stream.
+        streamed: Images of the stream that may be trained on.
     """
 
     cache: ImageCache
@@ -107,11 +109,12 @@ class Pool:
     labels: list[str | None]
     resident: Tensor | None = None
     shards: Shards | None = None
+    streamed: int = 0
 
     @property
     def count(self) -> int:
         """Images of an epoch."""
-        return len(self.rows) if self.shards is None else self.shards.images
+        return len(self.rows) if self.shards is None else self.streamed
 
     def squares(
         self, members: npt.NDArray[np.int64], device: torch.device
@@ -209,6 +212,10 @@ def make_pool(images: ImageSet, cache: ImageCache, lock: dict[str, Any], setting
         )
     labels = [images.labels[row] for row in rows]
     pool = Pool(cache, rows, unique_keys(cache.keys[rows]), labels, shards=images.shards)
+    if images.shards is not None:
+        inside = sum(not name.startswith(OUTSIDE) for name in images.names)
+        own = sum(not images.names[row].startswith(OUTSIDE) for row in rows)
+        pool = dataclasses.replace(pool, streamed=images.shards.images - (inside - own))
     if settings.batch_size > pool.count and "batch_size" in settings.given:
         raise UsageError(
             f"--batch-size {settings.batch_size}: larger than the {pool.count} images to train on; use at most "
@@ -414,8 +421,11 @@ def check_divisible(plan: Plan, ranks: Ranks) -> None:
         raise UsageError(
             f"batch_size = {plan.batch_size}: too small for {ranks.count} devices or processes; each needs two images."
         )
-    sizes = {"batch_size": plan.batch_size, "micro_batch_size": plan.micro_batch_size}
-    for name, size in (sizes | ({"lanes": plan.lanes} if plan.lanes else {})).items():
+    if plan.lanes % ranks.count:
+        raise UsageError(
+            f"the stream of this run has {plan.lanes} lanes, which {ranks.count} devices or processes cannot share evenly; use fewer, or start a new run."
+        )
+    for name, size in (("batch_size", plan.batch_size), ("micro_batch_size", plan.micro_batch_size)):
         if size % ranks.count:
             numbers = ", ".join(str(each) for each in range(1, min(size, 64) + 1) if size % each == 0)
             raise UsageError(
@@ -516,6 +526,8 @@ def announce(
     hours = (
         "" if plan.seconds_per_step is None else f", about {terminal.duration(steps * plan.seconds_per_step)}"
     )
+    if pool.shards is not None and hours:
+        hours += " if reading and decoding keep up"
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     terminal.say(f"run        {run.path}" + ("" if is_new else " (continued)"))
     terminal.say(

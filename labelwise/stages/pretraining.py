@@ -31,7 +31,7 @@ from labelwise.errors import (
 )
 from labelwise.images.cache import ImageCache, build_cache
 from labelwise.images.grouping import Groups, group_images
-from labelwise.images.shards import address_of
+from labelwise.images.shards import whole_path
 from labelwise.images.source import ImageSet
 from labelwise.images.splits import OWN_TEST_SPLIT, hash_names, lock_test
 from labelwise.images.streaming import Batch
@@ -147,6 +147,10 @@ def _pretrain(settings: PretrainSettings, ranks: Ranks) -> RunDirectory:
                 _finish(run, time.monotonic() - started)
             terminal.say(f"{run.path}: is pretrained already, {run.encoder}")
         return run
+    if settings.stream and settings.time_limit is not None:
+        raise UsageError(
+            "--time-limit: is for images that are decoded once; how long a stream takes to read is not known. Give --epochs."
+        )
     device = device_of(ranks, choose_device(settings.device))
     if settings.deterministic:
         compute_deterministically()
@@ -259,6 +263,18 @@ def _train(
             save_checkpoint(run.checkpoints, at, learner.modules, learner.optimizer)
         saved_at = time.monotonic()
 
+    def note_left_out(found: dict[str, str]) -> None:
+        """Say which images a stream leaves out, on whichever rank; those of earlier starts are still noted."""
+        everywhere = {name: reason for each in ranks.collect(found) for name, reason in each.items()}
+        if everywhere and ranks.is_first:
+            before = rundir.read_json(run.environment).get("left_out_of_stream", {})
+            environment.note(run, left_out_of_stream=before | everywhere)
+            if not before:
+                name, reason = next(iter(everywhere.items()))
+                bar.note(
+                    f"left out of the stream: {name}: {reason} (all, or the first hundred, in environment.json)"
+                )
+
     def examine(row: dict[str, Any]) -> str | None:
         """Look at the features, note what they say, and tell why training went wrong, where it did."""
         nonlocal said, figures
@@ -306,6 +322,10 @@ def _train(
                         save()
                         stop.check(
                             f"saved step {at.step:,} of {steps:,} in {run.path}; the same command goes on."
+                        )
+                    if ranks.launcher_is_gone():
+                        raise Interrupted(
+                            f"{run.path}: the process that started this one is gone.", signal.SIGHUP
                         )
                     drawn = draw(at)
                 images, members = drawn
@@ -364,8 +384,7 @@ def _train(
                 "images_per_second": (steps_per_epoch - epoch_from) * plan.batch_size / seconds,
                 "seconds": seconds,
             }
-            if left_out and ranks.is_first:
-                environment.note(run, left_out_of_stream=left_out)
+            note_left_out(left_out)
             at, losses = Position(at.step, at.epoch + 1, 0), []
             is_looked_at = at.epoch % look_every == 0 or at.epoch == plan.epochs
             wrong = ranks.tell(functools.partial(examine, row)) if is_looked_at else None
@@ -501,11 +520,7 @@ def _asked(settings: PretrainSettings) -> dict[str, Any]:
 def with_whole_paths(asked: dict[str, Any]) -> dict[str, Any]:
     """Settings with paths as they are however they were spelt, for comparing."""
     paths = {name: asked.get(name) for name in ("images", "labels", "labels_root", "test")}
-    return {**asked, **{name: _whole(Path(path)) for name, path in paths.items() if path}}
-
-
-def _whole(path: Path) -> str:
-    return address_of(path) or str(path.resolve())
+    return {**asked, **{name: whole_path(Path(path)) for name, path in paths.items() if path}}
 
 
 def _default(key: str) -> Any:
@@ -519,7 +534,12 @@ def _test_lock(
     """Lock the test images, or take the lock this run (or the one it goes on from) already has."""
     if run.environment.exists():  # what was trained on by this lock goes on so
         lock: dict[str, Any] = rundir.read_json(run.test_lock)
-        return {"excluded_groups": [], **lock}  # earlier versions knew no groups
+        return {
+            "excluded_groups": [],
+            "excluded_groups_keys": [],
+            "earlier_keys": [],
+            **lock,
+        }  # earlier versions knew no groups
     earlier = run.test_lock
     if not earlier.exists() and is_run(settings.init):
         earlier = rundir.open_run(Path(str(settings.init))).test_lock
@@ -565,7 +585,7 @@ def _write_start(
     rundir.write_json(run.test_lock, lock)
     counts = Counter(label for label in images.labels if label is not None)
     sources = {
-        name: _whole(path) if path else None
+        name: whole_path(path) if path else None
         for name, path in (
             ("images", settings.images),
             ("labels", settings.labels),
@@ -574,7 +594,7 @@ def _write_start(
         )
     }
     data = {
-        "root": _whole(settings.images),
+        "root": whole_path(settings.images),
         "sources": {**sources, "group_column": settings.group_column, "stream": settings.stream},
         "layout": images.layout,
         "images": len(images.names),
@@ -599,6 +619,10 @@ def _write_start(
     resolved = settings.model_dump(
         mode="json", exclude={"images", "out", "time_limit", *_OF_THE_MACHINE}, exclude_none=True
     )
+    if is_run(settings.init):
+        resolved["init"] = str(
+            rundir.open_run(Path(str(settings.init))).path
+        )  # runs/latest is soon another one
     chosen = dataclasses.asdict(plan)
     resolved |= {
         key: chosen[key]
@@ -630,7 +654,8 @@ def _write_start(
 def pool_hash(images: ImageSet, pool: Pool) -> str:
     """Hash of names and content of the images that are trained on."""
     names = (f"{images.names[row]} {key}" for row, key in zip(pool.rows, pool.keys, strict=True))
-    return hash_names(itertools.chain(names, [repr(pool.shards)] if pool.shards else []))
+    shards = zip(pool.shards.files, pool.shards.counts, strict=True) if pool.shards else ()
+    return hash_names(itertools.chain(names, (f"{Path(file).name} {count}" for file, count in shards)))
 
 
 def _rewind_metrics(run: RunDirectory, at: Position) -> list[float]:

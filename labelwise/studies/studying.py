@@ -10,6 +10,7 @@ import numpy as np
 from labelwise import environment, rundir, terminal
 from labelwise.config import PretrainSettings, StudySettings, parse_duration, to_toml
 from labelwise.errors import Interrupted, UsageError
+from labelwise.images.shards import whole_path
 from labelwise.interruption import stop_between_steps
 from labelwise.learning.memory import keep_freed_memory
 from labelwise.learning.optimization import Diverged
@@ -254,7 +255,7 @@ def _document(
         "comparisons": [comparison.to_json() for comparison in found.comparisons],
         "caption": CAPTION,
         "images": {
-            "root": str(settings.images.resolve()),
+            "root": whole_path(settings.images),
             "trained_on": size.images,
             "scored": len(material.scored),
             "classes": material.classes,
