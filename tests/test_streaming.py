@@ -266,6 +266,18 @@ def test_shards_may_be_links_as_they_are_in_the_cache_of_a_hub(shards: Path, tmp
     assert open_shards(tmp_path / "links")[0].images == COUNT
 
 
+def test_images_of_one_name_are_told_apart(
+    tmp_path: Path, files: list[Path], write_shards: Callable[..., Path]
+) -> None:
+    for folder, part in (("a", files[:20]), ("b", files[20:40])):
+        write_shards(tmp_path / "set" / folder, "tar", part, 1)
+    with tarfile.open(tmp_path / "set" / "a" / "shard-000.tar", "a") as archive:
+        archive.add(files[40], "00000000.png")
+    names = open_images(tmp_path / "set", stream=True).names
+    assert len(set(names)) == 41
+    assert {"a/shard-000.tar/00000000.png", "a/shard-000.tar/00000000.png (2)", "b/shard-000.tar/00000000.png"} < set(names)  # fmt: skip
+
+
 def test_classes_that_datasets_numbers_are_named(tmp_path: Path) -> None:
     table = datasets.Dataset.from_dict(
         {"img": [{"bytes": b"x", "path": None}] * 3, "fine_label": [1, 0, -1]},

@@ -6,11 +6,14 @@ file systems reach the Hugging Face hub and whatever fsspec does.
 
 import errno
 import fcntl
+import functools
 import hashlib
+import itertools
 import json
 import os
 import re
 import tarfile
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -64,6 +67,11 @@ class Shards:
     files: tuple[str, ...]
     counts: tuple[int, ...]
     notes: tuple[str, ...] = ()
+
+    @functools.cached_property
+    def folder(self) -> str:
+        """The one that all lie in or below."""
+        return os.path.commonprefix(self.files).rpartition("/")[0] + "/"  # noqa: RUF071 - addresses are no paths
 
     @property
     def images(self) -> int:
@@ -144,7 +152,7 @@ def read_shard(shards: Shards, number: int, start: int = 0) -> Iterator[Record]:
         LabelwiseError: It cannot be read, or holds other images than when they were counted.
     """
     file, count = shards.files[number], shards.counts[number]
-    read, name = start, Path(file).name
+    read, name = start, file.removeprefix(shards.folder)
     with _reaching(file):
         for inside, image, label in (_read_parquet if shards.kind == "parquet" else _read_tar)(file, start):
             yield Record(f"{name}/{inside}", image, label)
@@ -266,15 +274,17 @@ def _write_sample(shards: Shards, target: Path) -> None:
     """Copy the first images of shards all over the set."""
     few = np.unique(np.linspace(0, len(shards.files) - 1, _SAMPLED_SHARDS).astype(int)).tolist()
     each = -(-SAMPLED // len(few))
+    seen: Counter[str] = Counter()  # an archive may hold a name more than once
     form = pa.schema([("name", pa.string()), ("image", pa.binary()), ("label", pa.string())])
     with pq.ParquetWriter(target, form) as writer, terminal.track("keeping a sample", len(few) * each) as bar:
         for number in few:
             records = read_shard(shards, number)
             for place in range(0, min(each, shards.counts[number]), _TOGETHER):
-                rows = [
-                    asdict(next(records))
-                    for _ in range(min(_TOGETHER, each - place, shards.counts[number] - place))
-                ]
+                rows = []
+                for record in itertools.islice(records, min(_TOGETHER, each - place)):
+                    seen[record.name] += 1
+                    again = f" ({seen[record.name]})" if seen[record.name] > 1 else ""
+                    rows.append(asdict(record) | {"name": record.name + again})
                 writer.write_table(pa.Table.from_pylist(rows, form))
                 bar.advance(len(rows))
 
