@@ -185,6 +185,18 @@ def test_shards_behind_a_server_are_those_on_the_disk(address: str, shards: Path
         assert list(read_shard(there, number, 5)) == list(read_shard(here, number, 5))
 
 
+def test_a_shard_that_changed_behind_a_server_is_counted_again(address: str, shards: Path) -> None:
+    assert open_shards(Path(address))[0].images == COUNT
+    first, *_, last = sorted(shards.iterdir())
+    last.write_bytes(first.read_bytes() + bytes(10_240) * (last.suffix == ".tar"))
+    assert open_shards(Path(address))[0].images == COUNT + 2
+
+
+def test_the_cache_may_have_any_name(shards: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LABELWISE_CACHE", str(cache / "a[1]*"))
+    assert len(open_images(shards, stream=True).names) == COUNT
+
+
 def test_a_server_that_is_gone_is_told(address: str) -> None:
     there, _ = open_shards(Path(address))
     gone = Shards(
