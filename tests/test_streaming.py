@@ -197,6 +197,11 @@ def test_the_cache_may_have_any_name(shards: Path, cache: Path, monkeypatch: pyt
     assert len(open_images(shards, stream=True).names) == COUNT
 
 
+def test_a_stream_knows_no_column_of_groups(shards: Path) -> None:
+    with pytest.raises(UsageError, match="--group-column patient: is a column of a label file"):
+        open_images(shards, stream=True, group_column="patient")
+
+
 def test_a_server_that_is_gone_is_told(address: str) -> None:
     there, _ = open_shards(Path(address))
     gone = Shards(

@@ -100,7 +100,7 @@ def open_images(
     """
     has_file = labels is not None and not labels.is_dir()
     images = _open_sample(root) if stream else _open_folder(root, None if has_file else group_column)
-    if group_column is not None and not has_file and images.layout != "dataset":
+    if group_column is not None and not has_file and (stream or images.layout != "dataset"):
         raise UsageError(
             f"--group-column {group_column}: is a column of a label file; give --labels FILE too."
         )
