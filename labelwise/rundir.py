@@ -21,6 +21,7 @@ suggestions.csv, suggestions.html   which images to label next
 import errno
 import fcntl
 import json
+import math
 import os
 import re
 import shutil
@@ -376,7 +377,7 @@ def _parse(path: Path, text: bytes) -> Any:
 
 def _number(kind: Callable[[str], float], word: str) -> float:
     value = kind(word)
-    if not abs(value) < _LARGEST:
+    if not (abs(value) < _LARGEST if kind is int else math.isfinite(value)):
         raise ValueError(f"{word[:20]} is larger than any number of ours")
     return value
 

@@ -327,6 +327,27 @@ def test_what_cannot_be_a_stream_is_refused_by_name(
         open_shards(tmp_path / "set")
 
 
+@pytest.mark.parametrize("kind", ["tar", "parquet"])
+@pytest.mark.parametrize("damage", ["middle", "end", "empty", "no table of images"])
+def test_shards_that_cannot_be_copied_end_in_words(
+    tmp_path: Path, files: list[Path], write_shards: Callable[..., Path], kind: str, damage: str
+) -> None:
+    root = write_shards(tmp_path / "set", kind, files, 1)
+    shard = root / f"shard-000.{kind}"
+    content = shard.read_bytes()
+    if damage == "middle":
+        shard.write_bytes(content[:5000] + b"Z" * 5000 + content[10_000:])
+    elif damage == "end":
+        shard.write_bytes(content[: len(content) * 2 // 3])
+    elif kind == "tar":
+        tarfile.open(shard, "w").close()
+    else:
+        value = pa.array([], pa.binary()) if damage == "empty" else [1, 2]
+        pa.parquet.write_table(pa.table({"image": value}), shard)
+    with pytest.raises(LabelwiseError, match=str(root)):
+        open_images(root)
+
+
 def test_a_table_without_images_is_refused(tmp_path: Path) -> None:
     (tmp_path / "set").mkdir()
     pa.parquet.write_table(pa.table({"text": ["x"]}), tmp_path / "set" / "0.parquet")

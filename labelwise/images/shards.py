@@ -153,7 +153,7 @@ def read_shard(shards: Shards, number: int, start: int = 0) -> Iterator[Record]:
     """
     file, count = shards.files[number], shards.counts[number]
     read, name = start, file.removeprefix(shards.folder)
-    with _reaching(file):
+    with reaching(file):
         for inside, image, label in (_read_parquet if shards.kind == "parquet" else _read_tar)(file, start):
             yield Record(f"{name}/{inside}", image, label)
             read += 1
@@ -181,7 +181,7 @@ def find_shards(root: Path) -> tuple[str, dict[str, dict[str, str]]]:
         system, below = url_to_fs(place)
     except (ImportError, ValueError) as error:
         raise UsageError(f"{place}: cannot be read: {error}.") from None
-    with _reaching(place):
+    with reaching(place):
         found = system.find(below, detail=True)
         if (
             address and address.startswith("hf://") and not _by_kind(found)
@@ -201,7 +201,7 @@ def find_shards(root: Path) -> tuple[str, dict[str, dict[str, str]]]:
         words = re.split(r"[/_.-]", file.removeprefix(below).lower())
         split = next((SPLITS[word] for word in words if word in SPLITS), "train")
         whole = system.unstrip_protocol(file).removeprefix("file://")
-        with _reaching(whole):
+        with reaching(whole):
             splits.setdefault(split, {})[whole] = _mark(found[file], system)
     return kind, splits
 
@@ -299,7 +299,7 @@ def load_tables(name: str, **options: Any) -> Any:
 def _count_all(kind: str, files: Iterable[str]) -> list[int]:
     counts = []
     for file in files:
-        with _reaching(file):
+        with reaching(file):
             counts.append(_count(kind, file))
     return counts
 
@@ -412,12 +412,15 @@ def _is_image(member: tarfile.TarInfo) -> bool:
 
 
 @contextmanager
-def _reaching(place: str) -> Iterator[None]:
-    """Say in words what keeps a shard from being read."""
+def reaching(place: str) -> Iterator[None]:
+    """Say in words what keeps a shard, or a table that `datasets` copies, from being read."""
     try:
         yield
     except (LabelwiseError, MemoryError, AssertionError, AttributeError, LookupError, NameError, TypeError):
         raise  # our own words, or our own fault
+    except datasets.exceptions.DatasetGenerationError as error:  # only tells that there was one
+        with reaching(place):
+            raise (error.__cause__ or error.__context__ or ValueError(error)) from None
     except (tarfile.TarError, pa.ArrowException) as error:
         raise DataError(f"{place}: damaged ({error}).") from None
     except Exception as error:  # each file system and its network library raise their own

@@ -23,6 +23,7 @@ from labelwise.images.shards import (
     load_archives,
     load_tables,
     open_shards,
+    reaching,
 )
 from labelwise.rundir import is_utf8
 
@@ -192,15 +193,20 @@ def _open_folder(root: Path, group_column: str | None = None) -> ImageSet:
     if not root.is_dir():
         raise DataError(f"{root}: a file, not a folder of images.")
     if (root / "dataset_info.json").exists() or (root / "dataset_dict.json").exists():
-        return _from_datasets(root, datasets.load_from_disk(str(root)), group_column)
+        with reaching(str(root)):
+            return _from_datasets(root, datasets.load_from_disk(str(root)), group_column)
     names, ignored, notes = _walk(root)
     if not names:
         parquet = sorted(str(path) for path in root.rglob("*.parquet"))
         if parquet:
             files = _parquet_splits(root, parquet)
-            return _from_datasets(root, _one_or_all(load_tables("parquet", data_files=files)), group_column)
+            with reaching(str(root)):
+                return _from_datasets(
+                    root, _one_or_all(load_tables("parquet", data_files=files)), group_column
+                )
         if next(root.rglob("*.tar"), None) is not None:
-            return _from_datasets(root, _one_or_all(load_archives(root)), group_column)
+            with reaching(str(root)):
+                return _from_datasets(root, _one_or_all(load_archives(root)), group_column)
         found = ", ".join(
             f"{count} {suffix or 'without suffix'}" for suffix, count in Counter(ignored).most_common(5)
         )
