@@ -255,7 +255,7 @@ def neighbours(
 def export(
     run: Run = Path("runs/latest"),
     form: Annotated[
-        str, typer.Option("--format", help="timm, onnx (pip install 'labelwise[onnx]') or safetensors")
+        str, typer.Option("--format", help="timm, onnx (pip install 'labelwise\\[onnx]') or safetensors")
     ] = "timm",
     out: Annotated[
         Path | None,
@@ -381,8 +381,7 @@ def runs_remove(run: Annotated[Path, typer.Argument(help="folder of a run or a s
     """Delete the folder of a run or a study."""
     from labelwise.stages.running import remove_run
 
-    remove_run(run)
-    terminal.emit(f"removed {run}")
+    terminal.emit(f"removed {remove_run(run)}")
 
 
 def _run_as_typed(words: list[str]) -> None:

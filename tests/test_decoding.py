@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, UnidentifiedImageError
 
 from labelwise.images import decoding
 from labelwise.images.cache import build_cache
@@ -289,6 +289,12 @@ def test_an_absurd_header_is_refused_before_memory_is_taken() -> None:
     for read in (header_size, deep_range):
         with warnings.catch_warnings(action="ignore"), pytest.raises(UnreadableImage, match=words):
             read(png_header(10_500, 10_500))
+
+
+def test_heic_that_its_decoder_cannot_read_is_damaged(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decoding, "HAS_HEIF", True)
+    data = struct.pack(">I", 24) + b"ftypheic" + b"\0\0\0\0mif1heic" + bytes(200)
+    assert decoding._reason(data, UnidentifiedImageError()) == "damaged HEIC"
 
 
 @pytest.mark.skipif(decoding.HAS_HEIF, reason="pi-heif is installed, so HEIC is read")

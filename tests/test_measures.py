@@ -152,6 +152,7 @@ def test_a_loss_at_chance_is_named_after_a_third_of_the_run() -> None:
     words = diagnose(0.99 * CHANCE, CHANCE, 50, 128, 0.4)
     assert words is not None
     assert "the loss (6.17) is hardly better than chance (6.24): give it more --epochs" in words
+    assert "the loss (6.30) is worse than chance (6.24)" in str(diagnose(6.3, CHANCE, 50, 128, 0.4))
     assert diagnose(0.99 * CHANCE, CHANCE, 50, 128, 0.3) is None
 
 

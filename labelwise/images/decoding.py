@@ -227,7 +227,7 @@ def _reason(data: bytes, error: Exception) -> str:
     if start.startswith((b"<!doctype", b"<html", b"<?xml", b"<svg")):
         return "not an image (HTML or XML)"
     if data[4:12] in (b"ftypheic", b"ftypheix", b"ftypmif1", b"ftypmsf1", b"ftyphevc"):
-        return "HEIC: pip install 'labelwise[heic]' reads it"
+        return "damaged HEIC" if HAS_HEIF else "HEIC: pip install 'labelwise[heic]' reads it"
     if isinstance(error, Image.DecompressionBombError):
         return "too large: a decompression bomb by its header"
     if isinstance(error, UnidentifiedImageError):

@@ -75,7 +75,8 @@ def diagnose(loss: float, chance: float, rank: float, width: int, progress: floa
     if not math.isfinite(loss):
         return "the loss is not a number; lower --learning-rate"
     if progress > 1 / 3 and loss > (1 - STUCK) * chance:
-        return f"the loss ({loss:.2f}) is hardly better than chance ({chance:.2f}): give it more --epochs, or another --learning-rate"
+        than = "worse" if loss > chance else "hardly better"
+        return f"the loss ({loss:.2f}) is {than} than chance ({chance:.2f}): give it more --epochs, or another --learning-rate"
     if rank < max(2.0, COLLAPSED * width):
         return f"the features use only {rank:.1f} of {width} directions: collapse; lower --learning-rate"
     return None

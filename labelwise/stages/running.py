@@ -144,8 +144,8 @@ def show_comparison(document: dict[str, Any]) -> None:
         terminal.emit(f"no gain over encoders: {document['not_over_encoders']}")
 
 
-def remove_run(path: Path) -> None:
-    """Delete the folder of a run or a study, and `runs/latest` if it named this run.
+def remove_run(path: Path) -> Path:
+    """Delete the folder of a run or a study, and `runs/latest` if it named this run; give where it was.
 
     Raises:
         UsageError: It is neither, or a link to one, or a command is working on it.
@@ -171,6 +171,7 @@ def remove_run(path: Path) -> None:
     left = [RunDirectory(each) for each in folders if each.name.rpartition("-seed-")[0] not in names]
     if was_latest and left:
         rundir.point_latest(max(left, key=lambda other: other.encoder.stat().st_mtime))
+    return run.path
 
 
 def _described(
