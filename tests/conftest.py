@@ -2,6 +2,7 @@
 
 import io
 import os
+import shutil
 import tarfile
 import tempfile
 from collections.abc import Callable, Iterator
@@ -141,3 +142,18 @@ def pretrained(tmp_path_factory: pytest.TempPathFactory) -> "RunDirectory":
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LABELWISE_CACHE", str(folder / "cache"))
         return pretrain(settings)
+
+
+@pytest.fixture(scope="session")
+def classified(pretrained: "RunDirectory", tmp_path_factory: pytest.TempPathFactory) -> "RunDirectory":
+    """The same with a classifier of a few steps; to be copied, not written to."""
+    from labelwise.config import FinetuneSettings
+    from labelwise.stages.repeating import finetune
+
+    folder = tmp_path_factory.mktemp("classified")
+    shutil.copytree(pretrained.path, folder / "run")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LABELWISE_CACHE", str(folder / "cache"))
+        return finetune(
+            FinetuneSettings(run=folder / "run", methods=("simclr",), label_counts=("all",), steps=20)
+        )

@@ -16,7 +16,6 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import nn
 
-from labelwise.config import FinetuneSettings
 from labelwise.errors import DataError, UsageError
 from labelwise.models.encoder import EncoderSpec, create_encoder
 from labelwise.models.heads import create_head
@@ -26,7 +25,6 @@ from labelwise.rundir import RunDirectory
 from labelwise.stages.exporting import export, show
 from labelwise.stages.finetuning import load_classifier
 from labelwise.stages.predicting import predict
-from labelwise.stages.repeating import finetune
 
 STATISTICS = (0.4, 0.5, 0.6), (0.2, 0.3, 0.25)
 KINDS = {
@@ -112,22 +110,10 @@ def test_a_graph_gives_the_probabilities_of_pixels(kind: str, layers: int, tmp_p
         np.testing.assert_allclose(probabilities, expected.softmax(dim=1), atol=1e-4)
 
 
-@pytest.fixture(scope="module")
-def run(pretrained: RunDirectory, tmp_path_factory: pytest.TempPathFactory) -> RunDirectory:
-    """A run with a classifier of a few steps."""
-    folder = tmp_path_factory.mktemp("exporting")
-    shutil.copytree(pretrained.path, folder / "run")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("LABELWISE_CACHE", str(folder / "cache"))
-        return finetune(
-            FinetuneSettings(run=folder / "run", methods=("simclr",), label_counts=("all",), steps=20)
-        )
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("form", ["timm", "onnx"])
 def test_the_example_says_what_predict_says_without_us(
-    run: RunDirectory, form: str, tmp_path: Path, photo: Callable[..., Image.Image]
+    classified: RunDirectory, form: str, tmp_path: Path, photo: Callable[..., Image.Image]
 ) -> None:
     if form == "onnx":
         pytest.importorskip("onnxruntime", reason="the extra labelwise[onnx] is not installed")
@@ -144,9 +130,9 @@ def test_the_example_says_what_predict_says_without_us(
     exif = turned.getexif()
     exif[0x0112] = 6
     turned.save(tmp_path / "photos" / "f.jpg", exif=exif)
-    document = export(run, form, tmp_path / "out")
+    document = export(classified, form, tmp_path / "out")
     assert document["difference"] <= TOLERANCE
-    predict(run, [tmp_path / "photos"], tmp_path / "out.csv")
+    predict(classified, [tmp_path / "photos"], tmp_path / "out.csv")
     with (tmp_path / "out.csv").open() as table:
         expected = {row["file"]: (row["label"], float(row["confidence"])) for row in csv.DictReader(table)}
     moved = shutil.move(tmp_path / "out", tmp_path / "elsewhere")
@@ -164,9 +150,9 @@ def test_the_example_says_what_predict_says_without_us(
         assert found[name][1] == pytest.approx(confidence, abs=1e-4), name
 
 
-def test_weights_as_they_are_carry_what_it_takes(run: RunDirectory, tmp_path: Path) -> None:
-    document = export(run, "safetensors", tmp_path / "out")
-    classifier, spec, classes = load_classifier(run)
+def test_weights_as_they_are_carry_what_it_takes(classified: RunDirectory, tmp_path: Path) -> None:
+    document = export(classified, "safetensors", tmp_path / "out")
+    classifier, spec, classes = load_classifier(classified)
     load_module(tmp_path / "out" / "model.safetensors", classifier)  # as it was
     for name, value in load_file(tmp_path / "out" / "model.safetensors").items():
         assert torch.equal(value, classifier.state_dict()[name])
@@ -189,11 +175,11 @@ def test_a_run_without_labels_gives_its_encoder(
     assert "how good it is, is not known" in card
 
 
-def test_names_of_classes_run_nowhere(run: RunDirectory, tmp_path: Path) -> None:
-    facts = json.loads(run.classifier_json.read_text())
+def test_names_of_classes_run_nowhere(classified: RunDirectory, tmp_path: Path) -> None:
+    facts = json.loads(classified.classifier_json.read_text())
     names = ["'''", '"""', "{size}", "\n", "```", "__import__('os')", "é", "\\", "8", "9"]
     other = RunDirectory(tmp_path / "run")
-    shutil.copytree(run.path, other.path)
+    shutil.copytree(classified.path, other.path)
     other.classifier_json.write_text(json.dumps({**facts, "classes": names}))
     export(other, "timm", tmp_path / "out")
     space: dict[str, object] = {"__name__": "imported"}
@@ -202,11 +188,11 @@ def test_names_of_classes_run_nowhere(run: RunDirectory, tmp_path: Path) -> None
     assert space["classes"] == names
 
 
-def test_nothing_is_written_over_or_into_images(run: RunDirectory, tmp_path: Path) -> None:
+def test_nothing_is_written_over_or_into_images(classified: RunDirectory, tmp_path: Path) -> None:
     (tmp_path / "there").mkdir()
     with pytest.raises(UsageError, match="is there already"):
-        export(run, "timm", tmp_path / "there")
-    images = Path(json.loads(run.data.read_text())["sources"]["images"])
+        export(classified, "timm", tmp_path / "there")
+    images = Path(json.loads(classified.data.read_text())["sources"]["images"])
     with pytest.raises(DataError, match="never written to"):
-        export(run, "timm", images / "out")
+        export(classified, "timm", images / "out")
     assert not list(tmp_path.glob(".*"))

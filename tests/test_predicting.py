@@ -35,15 +35,9 @@ from labelwise.stages.repeating import finetune
 
 
 @pytest.fixture(scope="module")
-def run(pretrained: RunDirectory, tmp_path_factory: pytest.TempPathFactory) -> RunDirectory:
+def run(classified: RunDirectory, tmp_path_factory: pytest.TempPathFactory) -> RunDirectory:
     """A run with a classifier of a few steps."""
-    folder = tmp_path_factory.mktemp("predicting")
-    shutil.copytree(pretrained.path, folder / "run")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("LABELWISE_CACHE", str(folder / "cache"))
-        return finetune(
-            FinetuneSettings(run=folder / "run", methods=("simclr",), label_counts=("all",), steps=20)
-        )
+    return RunDirectory(Path(shutil.copytree(classified.path, tmp_path_factory.mktemp("predicting") / "run")))
 
 
 @pytest.fixture(scope="module")
