@@ -72,7 +72,8 @@ answer = accuracy_answers
 def describe(outcomes: Outcomes, material: Material, study: StudySettings) -> Findings:
     """Accuracy by batch, length and rule, what of the batch is the rate, and advice."""
     batches = [batch for batch in BATCHES if batch <= len(material.pool.rows) / 2]
-    epochs = [f"{max(1, round(share * material.epochs))} epochs" for share in LENGTHS.values()]
+    lengths = [max(1, round(share * material.epochs)) for share in LENGTHS.values()]
+    epochs = [f"{length} epoch{'s' if length > 1 else ''}" for length in lengths]
 
     def level(batch: int, length: str, rule: str) -> Interval | None:
         return outcomes.level(_name(batch, length, rule), "h")
