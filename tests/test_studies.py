@@ -364,9 +364,11 @@ def test_pairs_of_some_augmentations_are_all_that_is_tried() -> None:
     assert pairs == {(first, second) for first in ("crop", "color") for second in ("crop", "color")}
     found = described(augmentations, {}, pairs=("crop", "color"))
     assert found.tables[0].rows == found.tables[0].columns == ["crop", "color"]
-    assert [each.words for each in found.comparisons[:1]] == ["crop then color against crop alone"]
+    assert [each.words for each in found.comparisons] == ["crop then color against crop alone"]
+    assert found.advice.startswith("On your images: ")
     found = described(augmentations, {}, pairs=("crop",))
     assert (found.comparisons, found.recipe) == ([], {})
+    assert found.advice.endswith("leave --pairs out.")
     assert settings.pairs == ("crop", "color"), "in one order, so that they are one study"
     assert get_args(Augmentation) == ALONE
     with pytest.raises(UsageError, match="pairs"):

@@ -89,8 +89,18 @@ def describe(outcomes: Outcomes, material: Material, study: StudySettings) -> Fi
     )
     comparisons = [*([stands_out] if {"crop", "color"} <= set(alone) else []), *worth.values()]
     if study.pairs:
-        return Findings([pairs], comparisons, "No advice from pairs alone: leave --pairs out.", {})
+        return Findings([pairs], comparisons, _say(comparisons), {})
     return Findings([left_out, pairs], comparisons, *_advise(worth))
+
+
+def _say(comparisons: list[Comparison]) -> str:
+    """What pairs alone tell."""
+    if not comparisons:
+        return "Advice comes from all augmentations, or from crop and color: leave --pairs out."
+    (color,) = comparisons
+    if color.difference is None or color.verdict not in (HELPS, HURTS):
+        return f"On your images: {why_unclear(comparisons)}."
+    return f"On your images color after the crop {color.verdict}: {points(color.difference)} against the crop alone."
 
 
 def _advise(worth: dict[str, Comparison]) -> tuple[str, dict[str, Any]]:
