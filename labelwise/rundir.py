@@ -470,6 +470,19 @@ def rewrite_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
     write_text(path, "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows))
 
 
+def check_cache_outside(folder: Path) -> None:
+    """Refuse a cache that would lie among images.
+
+    Raises:
+        DataError: It would.
+    """
+    if cache_root().resolve().is_relative_to(folder.resolve()):
+        raise DataError(
+            f"{cache_root()}: the image cache would lie inside the image folder {folder}, which is never written to; "
+            "name another place in LABELWISE_CACHE."
+        )
+
+
 def check_output_folder(path: Path, *inputs: Path | None) -> None:
     """Refuse an output folder that touches the user's images, or that holds anything but a run.
 

@@ -7,7 +7,7 @@ import tarfile
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -121,7 +121,21 @@ def some_digits() -> Callable[[Path, int], Path]:
 
 
 @pytest.fixture(scope="session")
-def pretrained(tmp_path_factory: pytest.TempPathFactory) -> "RunDirectory":
+def small_network() -> dict[str, Any]:
+    """Settings of an encoder that trains in a second."""
+    return {
+        "backbone": "resnet18",
+        "backbone_args": {"layers": [1, 1, 1, 1], "channels": [8, 8, 16, 16]},
+        "stem": "half",
+        "image_size": 16,
+        "batch_size": 64,
+        "epochs": 1,
+        "precision": "fp32",
+    }
+
+
+@pytest.fixture(scope="session")
+def pretrained(tmp_path_factory: pytest.TempPathFactory, small_network: dict[str, Any]) -> "RunDirectory":
     """A small encoder of some digits, pretrained for one epoch; to be copied, not written to."""
     from labelwise.config import PretrainSettings
     from labelwise.stages.pretraining import pretrain
@@ -131,13 +145,7 @@ def pretrained(tmp_path_factory: pytest.TempPathFactory) -> "RunDirectory":
     settings = PretrainSettings(
         images=folder / "images",
         out=folder / "run",
-        backbone="resnet18",
-        backbone_args={"layers": [1, 1, 1, 1], "channels": [8, 8, 16, 16]},
-        stem="half",
-        image_size=16,
-        batch_size=64,
-        epochs=1,
-        precision="fp32",
+        **small_network,
     )
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LABELWISE_CACHE", str(folder / "cache"))

@@ -25,7 +25,9 @@ HOSTILE = ("=1+1.png", "-2.png", "@x.png", "<b>&.png", '"q".png')
 
 @pytest.fixture(scope="module")
 def unlabeled(
-    tmp_path_factory: pytest.TempPathFactory, some_digits: Callable[[Path, int], Path]
+    tmp_path_factory: pytest.TempPathFactory,
+    some_digits: Callable[[Path, int], Path],
+    small_network: dict[str, Any],
 ) -> RunDirectory:
     """An encoder of one epoch, of digits in one flat folder: some with strange names, each third one there twice."""
     folder = tmp_path_factory.mktemp("suggesting")
@@ -43,12 +45,7 @@ def unlabeled(
         images=folder / "images",
         out=folder / "run",
         test=folder / "test",
-        backbone_args={"layers": [1, 1, 1, 1], "channels": [8, 8, 16, 16]},
-        stem="half",
-        image_size=16,
-        batch_size=64,
-        epochs=1,
-        precision="fp32",
+        **small_network,
     )
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LABELWISE_CACHE", str(folder / "cache"))

@@ -33,7 +33,7 @@ from labelwise.images.decoding import Pixels, Range, UnreadableImage
 from labelwise.images.labels import OUTSIDE
 from labelwise.images.readers import Readers
 from labelwise.images.source import ImageSet
-from labelwise.rundir import cache_root, flush, write_json
+from labelwise.rundir import cache_root, check_cache_outside, flush, write_json
 
 _VERSION = 6  # of what the files in a cache mean
 _SAMPLED = 10_000  # images whose mean and spread stand for the set's
@@ -115,11 +115,7 @@ def build_cache(
         ResourceError: The disk is full, or the cache cannot be written, or somebody deletes it.
     """
     for place in _folders(images):
-        if cache_root().resolve().is_relative_to(place.resolve()):
-            raise DataError(
-                f"{cache_root()}: the image cache would lie inside the image folder {place}, which is never written to; "
-                "name another place in LABELWISE_CACHE."
-            )
+        check_cache_outside(place)
     folder = cache_root() / _fingerprint(images, side, evaluation_size)
     forms = _forms(len(images.names), side, evaluation_size)
     if not folder.exists():

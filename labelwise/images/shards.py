@@ -116,11 +116,8 @@ def open_shards(root: Path) -> tuple[Shards, Path]:
         LabelwiseError: They cannot be reached.
         UsageError: The package that reads such addresses is not installed.
     """
-    address = address_of(root)
-    if address is None and rundir.cache_root().resolve().is_relative_to(root.resolve()):
-        raise DataError(
-            f"{rundir.cache_root()}: the sample of a stream would lie inside {root}, which is never written to; name another place in LABELWISE_CACHE."
-        )
+    if address_of(root) is None:
+        rundir.check_cache_outside(root)
     kind, splits = find_shards(root)
     if "train" not in splits:
         raise DataError(f"{root}: only shards of {' and '.join(splits)}; nothing to train on.")
