@@ -294,6 +294,76 @@ def suggest(
 
 
 @app.command()
+def annotate(
+    run: Run = Path("runs/latest"),
+    test_images: Annotated[
+        int, typer.Option("--test-images", min=0, help="random test images to ask about first")
+    ] = 100,
+    budget: Annotated[
+        int, typer.Option("--budget", min=0, help="images that `suggest` chose to ask about then")
+    ] = 50,
+    classes: Annotated[
+        str | None,
+        typer.Option("--classes", metavar="A,B", help="classes to choose from", show_default=False),
+    ] = None,
+    who: Annotated[
+        str | None, typer.Option("--who", help="name kept with each answer; default you", show_default=False)
+    ] = None,
+    host: Annotated[str, typer.Option("--host", help="address to listen on")] = "127.0.0.1",
+    port: Annotated[
+        int | None,
+        typer.Option(
+            "--port", min=0, max=65535, help="default 8707, or any that is free", show_default=False
+        ),
+    ] = None,
+    token: Annotated[
+        str | None,
+        typer.Option(
+            "--token", help="word that opens the page; needed where others reach --host", show_default=False
+        ),
+    ] = None,
+    browser: Annotated[bool, typer.Option("--browser/--no-browser", help="open the page")] = True,
+    import_from: Annotated[
+        Path | None,
+        typer.Option(
+            "--import",
+            help="take labels from a CSV, Label Studio's JSON or class folders",
+            show_default=False,
+        ),
+    ] = None,
+    export_to: Annotated[
+        Path | None,
+        typer.Option(
+            "--export", help="write labels: a .csv, Label Studio's .json, or a new folder", show_default=False
+        ),
+    ] = None,
+) -> None:
+    """Label images on a page in your browser: random test images first, then those that matter most."""
+    from labelwise.rundir import open_run
+    from labelwise.stages.annotating import annotate as run_annotate
+    from labelwise.stages.transferring import export_labels, import_labels
+
+    found = open_run(run)
+    if import_from is not None:
+        terminal.emit(import_labels(found, import_from, who))
+    if export_to is not None:
+        terminal.emit(export_labels(found, export_to))
+    if import_from is not None or export_to is not None:
+        return
+    run_annotate(
+        found,
+        test_images=test_images,
+        budget=budget,
+        classes=tuple(name.strip() for name in classes.split(",")) if classes else (),
+        who=who,
+        host=host,
+        port=port,
+        token=token,
+        browser=browser,
+    )
+
+
+@app.command()
 def status(
     folder: Annotated[Path, typer.Argument(help="run folder, or folder of runs")] = Path("runs"),
     max_age: Annotated[

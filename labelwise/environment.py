@@ -1,5 +1,6 @@
 """environment.json: where, with what and by which commands a run was made."""
 
+import getpass
 import math
 import os
 import platform
@@ -56,6 +57,14 @@ def finish(run: RunDirectory, seconds: float) -> None:
     record["finished"] = command["finished"]
     record["seconds"] = round(record["seconds"] + seconds, 1)
     rundir.write_json(run.environment, record)
+
+
+def this_user() -> str:
+    """Name of who runs this; its number where it has none."""
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):
+        return f"uid {os.getuid()}"
 
 
 def command_line() -> str:

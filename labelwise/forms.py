@@ -1,6 +1,6 @@
 """What the files of a run must hold for us to read them: one of another form is as damaged as one that is cut."""
 
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Json, ValidationError
 
@@ -185,6 +185,17 @@ class _Classifier(_Derived):
     way: str
 
 
+class _Annotation(_Form):
+    file: str
+    key: int
+    answer: Literal["label", "unsure", "skip", "undo"]
+    label: str | None
+    part: str
+    who: str
+    at: str
+    seconds: float | None
+
+
 class _Mean(_Form):
     mean: float
 
@@ -228,6 +239,7 @@ _FORMS: dict[str, type[_Form]] = {
     "test.json": _TestLock,
     "metrics.jsonl": _Metric,
     "results.jsonl": _Result,
+    "annotations.jsonl": _Annotation,
     "neighbours.json": _Neighbours,
     "near_copies.json": _Pairs,
     "lookalikes.json": _Lookalikes,

@@ -16,6 +16,7 @@ finetune/             results.jsonl, predictions.parquet, label_check.json (labe
                       lookalikes.json (test images that resemble training images, the first ones with thumbnails)
 report.html, report.md, report.json, model-card.md (of the classifier)
 suggestions.csv, suggestions.html   which images to label next
+annotations.jsonl     what people said of images on the page of `labelwise annotate`
 """
 
 import errno
@@ -138,6 +139,10 @@ class RunDirectory:
     @property
     def suggestions(self) -> Path:
         return self.path / "suggestions.csv"
+
+    @property
+    def annotations(self) -> Path:
+        return self.path / "annotations.jsonl"
 
     @property
     def report_json(self) -> Path:
@@ -315,6 +320,20 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     write_together({path: write})
 
 
+def write_folder(path: Path, fill: Callable[[Path], object]) -> None:
+    """Let `fill` put files into a folder beside `path`, then move it into place, so `path` is never half written."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fresh = path.with_name(f".{path.name}-begun")
+    shutil.rmtree(fresh, ignore_errors=True)
+    fresh.mkdir()
+    try:
+        with naming(fresh):
+            fill(fresh)
+        fresh.replace(path)
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)
+
+
 def write_text(path: Path, text: str) -> None:
     """Replace a text file in one step."""
     write_texts({path: text})
@@ -397,13 +416,13 @@ def _advice(path: Path) -> str:
     return words
 
 
-def append_jsonl(path: Path, row: dict[str, Any], *, durable: bool = True) -> None:
-    """Add one line to a JSON-lines file; a line torn by a power cut before is cut off.
+def append_jsonl(path: Path, *rows: dict[str, Any], durable: bool = True) -> None:
+    """Add lines to a JSON-lines file; a line torn by a power cut before is cut off.
 
     Args:
         path: The file.
-        row: The line.
-        durable: Wait until it, and all lines before it, are on the disk.
+        rows: A line each.
+        durable: Wait until they, and all lines before them, are on the disk.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with naming(path.parent), path.open("ab+") as file:
@@ -411,7 +430,9 @@ def append_jsonl(path: Path, row: dict[str, Any], *, durable: bool = True) -> No
         if end and _last_byte(file) != b"\n":
             file.seek(0)
             file.truncate(file.read().rfind(b"\n") + 1)
-        file.write((json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n").encode())
+        file.writelines(
+            (json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n").encode() for row in rows
+        )
         file.flush()
         if durable:
             os.fsync(file.fileno())

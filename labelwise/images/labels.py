@@ -7,11 +7,13 @@ import math
 import os
 import unicodedata
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from labelwise.errors import DataError
+from labelwise.images.label_studio import read_label_studio
 
 SUFFIXES = (
     ".jpg",
@@ -36,6 +38,7 @@ PATH_COLUMNS = ("file_name", "image_path", "image", "path", "filename", "file")
 ID_COLUMNS = ("image_id", "id")  # file names without their suffix, where no column has whole ones
 LABEL_COLUMNS = ("label", "class", "choice", "category", "tag")
 OUTSIDE = ("test:", "labels:")  # before the name of an image that lies outside the image folder
+_MARKED = tuple(f"'{sign}" for sign in "=+-@\t\r")
 _LISTED = 5
 
 Table = tuple[
@@ -65,7 +68,7 @@ class Matched:
 
 
 def read_label_table(file: Path, group_column: str | None = None) -> tuple[list[LabelRow], str]:
-    """Read a CSV, TSV or JSONL file; every cell is text, so `001` and `NA` stay what they are.
+    """Read a CSV, TSV or JSONL file, or Label Studio's JSON; every cell is text, so `001` and `NA` stay what they are.
 
     With a group column, rows without a label count too: unlabeled images have a patient or a site as well.
     Columns without a known name are found by what is in them, where only one can be meant.
@@ -78,7 +81,7 @@ def read_label_table(file: Path, group_column: str | None = None) -> tuple[list[
     """
     if not file.exists():
         raise DataError(f"--labels {file}: no such file.")
-    read = _read_jsonl if file.suffix.lower() in (".jsonl", ".ndjson") else _read_delimited
+    read = _READERS.get(file.suffix.lower(), _read_delimited)
     try:
         columns, rows, notes = read(file)
     except OSError as error:
@@ -119,7 +122,7 @@ def read_label_table(file: Path, group_column: str | None = None) -> tuple[list[
     result = []
     for line, row in rows:
         path, label = row.get(path_column), row.get(label_column) if label_column else None
-        if isinstance(label, list) or _holds_several(label):
+        if isinstance(label, list) or holds_several(label):
             raise DataError(
                 f"{file}, line {line}: several labels in one cell ({label}); Labelwise classifies with one label per image."
             )
@@ -274,7 +277,7 @@ def _read_delimited(file: Path) -> Table:
                     f"{file}: not a table: line {line} has {len(cells)} cells and the header {len(columns)}."
                 )
             if cells:
-                rows.append((line, dict(zip(columns, cells, strict=False))))
+                rows.append((line, dict(zip(columns, map(_without_mark, cells), strict=False))))
             line = reader.line_num + 1
     except csv.Error as error:
         most = csv.field_size_limit()
@@ -307,6 +310,18 @@ def _read_jsonl(file: Path) -> Table:
     return list(dict.fromkeys(name for _, row in rows for name in row)), rows, []
 
 
+_READERS: dict[str, Callable[[Path], Table]] = {
+    ".jsonl": _read_jsonl,
+    ".ndjson": _read_jsonl,
+    ".json": read_label_studio,
+}
+
+
+def _without_mark(cell: str) -> str:
+    """A cell without the `'` that keeps a spreadsheet from computing what follows; our own tables have it."""
+    return cell[1:] if cell.startswith(_MARKED) else cell
+
+
 def _are_files(cells: list[str]) -> bool:
     """Whether all cells of a column end as image files do."""
     return bool(cells) and all(cell.lower().endswith(SUFFIXES) for cell in cells)
@@ -326,7 +341,7 @@ def _column(file: Path, columns: list[str], known: tuple[str, ...], what: str) -
     return found
 
 
-def _holds_several(label: object) -> bool:
+def holds_several(label: object) -> bool:
     """Whether a cell looks like a list: `cat,dog`, `cat;dog`, `cat|dog` or `["cat", "dog"]`."""
     if not isinstance(label, str):
         return False

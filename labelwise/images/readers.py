@@ -10,6 +10,7 @@ was asked, when its parent is gone. One that does not, because it is stopped or 
 
 import atexit
 import functools
+import io
 import json
 import os
 import resource
@@ -361,6 +362,18 @@ def _center(data: bytes, row: int, *, size: int, intensity_range: Range | None, 
     return None, decoding.evaluation_pixels(image, size).tobytes()
 
 
+def _picture(
+    data: bytes, row: int, *, longest: int, small: int, intensity_range: Range | None, shortest: int
+) -> Answer:
+    """Media type and file of the whole image, for a browser; the file's metadata is not in it."""
+    image, _ = decoding.decode_image(data, intensity_range, shortest)
+    image.thumbnail((longest, longest))
+    form = "PNG" if max(image.size) <= small else "JPEG"
+    buffer = io.BytesIO()
+    image.save(buffer, form, **({} if form == "PNG" else {"quality": 90}))
+    return f"image/{form.lower()}", buffer.getvalue()
+
+
 def _square(data: bytes, row: int, *, side: int, intensity_range: Range | None, shortest: int) -> Answer:
     """Size and content key, and pixels of the square, (S, S, 3)."""
     image, size = decoding.decode_image(data, intensity_range, shortest)
@@ -397,6 +410,7 @@ JOBS: dict[str, Callable[..., Answer]] = {
     "size": _size,
     "deep range": _deep_range,
     "center": _center,
+    "picture": _picture,
     "square": _square,
     "cache": _cache,
     "examine": _examine,

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from labelwise import rundir, terminal
+from labelwise.annotations import read_annotations
 from labelwise.config import FinetuneSettings, read_run_config
 from labelwise.errors import DataError
 from labelwise.images.cache import ImageCache, build_cache
@@ -113,16 +114,47 @@ def open_separated(
 
 
 def open_decoded(
-    run: RunDirectory, settings: FinetuneSettings, spec: EncoderSpec
+    run: RunDirectory, settings: FinetuneSettings, spec: EncoderSpec, *, annotated: bool = True
 ) -> tuple[ImageSet, ImageCache]:
-    """Open the images of a run, with the labels given now or then, and what they were decoded to."""
+    """Open the images of a run, with the labels given now or then and on the page of `annotate`, and what they were decoded to."""
     data = rundir.read_json(run.data)
     images = _open_images(data["sources"], settings)
     with terminal.track("reading images", len(images.names)) as bar:
         cache = build_cache(
             images, side=data["cache_side"], evaluation_size=spec.image_size, progress=bar.advance
         )
-    return images, cache
+    return _with_annotations(run, images, cache) if annotated else images, cache
+
+
+def _with_annotations(run: RunDirectory, images: ImageSet, cache: ImageCache) -> ImageSet:
+    """Labels given on the page of `labelwise annotate`, for images that have no other: found by their pixels, wherever they lie now."""
+    said = [each for each in read_annotations(run).values() if each.label is not None]
+    if not said:
+        return images
+    row_of = {name: row for row, name in enumerate(images.names)}
+    by_key = dict(zip(cache.keys.tolist(), range(len(images.names)), strict=True))
+    labels = list(images.labels)
+    gone, other = list[str](), list[str]()
+    for each in said:
+        row = row_of.get(each.file)
+        if row is None or int(cache.keys[row]) != each.key:
+            row = by_key.get(each.key)
+        if row is None:
+            gone.append(each.file)
+        elif images.labels[row] not in (None, each.label):
+            other.append(each.file)
+        else:
+            labels[row] = each.label
+    terminal.say(f"labels     {len(said) - len(gone) - len(other):,} from `labelwise annotate`")
+    if gone:
+        terminal.warn(
+            f"{len(gone):,} labels of `labelwise annotate` are left out: their images are gone or have other pixels now, e.g. {gone[0]}."
+        )
+    if other:
+        terminal.warn(
+            f"{len(other):,} images have another label than `labelwise annotate` was told, e.g. {other[0]}; that one is not used."
+        )
+    return dataclasses.replace(images, labels=labels)
 
 
 def _count_folds(root: str, labels: Rows, groups: Rows, classes: list[str]) -> int:

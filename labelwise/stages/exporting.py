@@ -1,7 +1,6 @@
 """`labelwise export`: the classifier of a run, or its encoder, for programs that do not know us."""
 
 import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -94,7 +93,6 @@ def export(run: RunDirectory, form: str, out: Path) -> dict[str, Any]:
         UsageError: The folder is there, or the backbone does not fit the format.
     """
     check_folder(out, run)
-    out.parent.mkdir(parents=True, exist_ok=True)
     own: nn.Module
     if run.classifier.exists():
         classifier, spec, classes = load_classifier(run)
@@ -132,7 +130,7 @@ def export(run: RunDirectory, form: str, out: Path) -> dict[str, Any]:
         )
         return _OPEN.format(**sizes) + "\n\n" + built + say
 
-    _write(out, run, spec, classes, form, fill)
+    rundir.write_folder(out, lambda folder: _write(folder, run, spec, classes, form, fill))
     return {
         "out": str(out),
         "format": form,
@@ -161,36 +159,29 @@ def show(document: dict[str, Any]) -> None:
 
 
 def _write(
-    out: Path,
+    folder: Path,
     run: RunDirectory,
     spec: EncoderSpec,
     classes: list[str] | None,
     form: str,
     fill: Callable[[Path], str],
 ) -> None:
-    """Fill a folder under another name, and move it into place."""
-    fresh = out.with_name(f".{out.name}-exporting")
-    shutil.rmtree(fresh, ignore_errors=True)
-    fresh.mkdir()
-    try:
-        example = fill(fresh)
-        if example:
-            rundir.write_text(fresh / "example.py", example)
-        facts = {
-            "architecture": spec.backbone,
-            "stem": spec.stem,
-            "image_size": spec.image_size,
-            "short_side": evaluation_short_side(spec.image_size),
-            "interpolation": "bicubic",
-            "mean": spec.mean,
-            "std": spec.std,
-            "classes": classes,
-        }
-        rundir.write_json(fresh / "preprocessing.json", facts)
-        rundir.write_text(fresh / "README.md", _card(run, form, example))
-        fresh.rename(out)
-    finally:
-        shutil.rmtree(fresh, ignore_errors=True)
+    """Fill a folder with the model, its example, what its input must be like, and its card."""
+    example = fill(folder)
+    if example:
+        rundir.write_text(folder / "example.py", example)
+    facts = {
+        "architecture": spec.backbone,
+        "stem": spec.stem,
+        "image_size": spec.image_size,
+        "short_side": evaluation_short_side(spec.image_size),
+        "interpolation": "bicubic",
+        "mean": spec.mean,
+        "std": spec.std,
+        "classes": classes,
+    }
+    rundir.write_json(folder / "preprocessing.json", facts)
+    rundir.write_text(folder / "README.md", _card(run, form, example))
 
 
 def _card(run: RunDirectory, form: str, example: str) -> str:

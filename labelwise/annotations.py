@@ -1,0 +1,66 @@
+"""annotations.jsonl: what people said of images on the page of `labelwise annotate`; a line for each answer, and none is changed."""
+
+import dataclasses
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from labelwise import rundir
+from labelwise.errors import CheckpointError
+from labelwise.rundir import RunDirectory
+
+UNDO = "undo"
+
+
+@dataclass(frozen=True)
+class Annotation:
+    """One answer.
+
+    Attributes:
+        file: Name of the image in its set.
+        key: Of its pixels at that time.
+        answer: "label", "unsure", "skip" (for now), or "undo" of the answer before.
+        label: The class; None where the answer is another.
+        part: "test", "suggested" or "imported".
+        who: Said it.
+        at: When, UTC.
+        seconds: How long the image was looked at; None where the answer came from a file.
+    """
+
+    file: str
+    key: int
+    answer: str
+    label: str | None
+    part: str
+    who: str
+    at: str
+    seconds: float | None
+
+
+def read_annotations(run: RunDirectory) -> dict[str, Annotation]:
+    """The last answer to each image, by its name, in the order they were given; undone ones are left out.
+
+    Raises:
+        CheckpointError: The file is damaged.
+    """
+    names = [field.name for field in dataclasses.fields(Annotation)]
+    last: dict[str, Annotation] = {}
+    for row in rundir.read_jsonl(run.annotations):
+        said = Annotation(**{name: row[name] for name in names})
+        last.pop(said.file, None)
+        if said.answer != UNDO:
+            last[said.file] = said
+    return last
+
+
+def add_annotations(run: RunDirectory, said: Iterable[Annotation]) -> None:
+    """Put answers on the disk, all before this returns.
+
+    Raises:
+        CheckpointError: The run is gone.
+    """
+    if not run.config.exists():
+        raise CheckpointError(f"{run.path}: this run is gone; nothing was kept.")
+    is_new = not run.annotations.exists()
+    rundir.append_jsonl(run.annotations, *map(dataclasses.asdict, said))
+    if is_new:
+        rundir.flush(run.path)

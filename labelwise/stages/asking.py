@@ -1,0 +1,275 @@
+"""What `labelwise annotate` asks and what was answered: an answer is on the disk before the next image is named."""
+
+import math
+import threading
+import unicodedata
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from labelwise.annotations import UNDO, Annotation, add_annotations, read_annotations
+from labelwise.environment import now
+from labelwise.images.cache import ImageCache
+from labelwise.images.labels import holds_several
+from labelwise.images.source import ImageSet
+from labelwise.rundir import RunDirectory
+from labelwise.views.mosaic import encode_thumbnail
+
+PARTS = ("test", "suggested")
+_ANSWERS = ("label", "unsure", "skip")
+_NEIGHBOURS = 5
+_LONGEST_LABEL = 100  # letters
+_LONGEST_LOOK = 24 * 3600.0  # seconds
+_FEWEST = 10  # labels that tell anything
+_PRECISIONS = (0.1, 0.075, 0.05, 0.03)  # of an accuracy, worth labeling more test images for
+
+
+@dataclass(frozen=True)
+class Item:
+    """An image to ask about: its row, which of `PARTS`, and why it was chosen."""
+
+    row: int
+    part: str
+    why: str
+
+
+@dataclass(frozen=True)
+class Hints:
+    """What helps with images that are not for testing.
+
+    Attributes:
+        rows: Images that may be shown as neighbours, or have some.
+        features: Theirs, (R, F).
+        guesses: Class and probability that the kept classifier gives to a row, if there is one.
+    """
+
+    rows: list[int]
+    features: Tensor
+    guesses: dict[int, tuple[str, float]]
+
+
+class Session:
+    """Questions and answers of one start of the page; its methods may be called from several threads.
+
+    Args:
+        run: Where answers are kept.
+        images, cache: Of the run, with the labels that are known.
+        items: What to ask, in order; what was answered before is among it.
+        classes: Known ones.
+        who: Answers.
+        hints: Never used for test images.
+    """
+
+    def __init__(
+        self,
+        run: RunDirectory,
+        images: ImageSet,
+        cache: ImageCache,
+        items: list[Item],
+        classes: list[str],
+        who: str,
+        hints: Hints,
+    ) -> None:
+        self._run, self._images, self._cache, self._who = run, images, cache, who
+        self._items, self._unit = items, F.normalize(hints.features, dim=1)
+        self._hints, self._place = hints, {row: place for place, row in enumerate(hints.rows)}
+        self._lock = threading.Lock()
+        said = read_annotations(run)
+        number_of = {images.names[item.row]: number for number, item in enumerate(items)}
+        self._said = {number_of[name]: each for name, each in said.items() if name in number_of}
+        self._skipped = {number for number, each in self._said.items() if each.answer == "skip"}
+        self._history = [number for number in self._said if number not in self._skipped]
+        self._labels = {
+            item.row: self._said[number].label if number in self._said else None
+            for number, item in enumerate(items)
+        }
+        self._classes = dict.fromkeys([*classes, *(each.label for each in said.values() if each.label)])
+
+    def state(self) -> dict[str, Any]:
+        """What the page shows: the image to ask about, classes, guess, neighbours, progress."""
+        with self._lock:
+            return self._state()
+
+    def answer(self, given: dict[str, Any]) -> dict[str, Any]:
+        """Keep an answer, and give the state after it.
+
+        Args:
+            given: `number` of the image, `answer`, `label`, and for how many `seconds` it was looked at.
+
+        Raises:
+            CheckpointError: The run is gone.
+            ValueError: It answers nothing that is asked.
+        """
+        number, answer, seconds = given.get("number"), given.get("answer"), given.get("seconds")
+        if type(number) is not int or not 0 <= number < len(self._items):
+            raise ValueError("number: none of the images.")
+        if answer not in _ANSWERS:
+            raise ValueError(f"answer: one of {', '.join(_ANSWERS)}.")
+        if (
+            isinstance(seconds, bool)
+            or not isinstance(seconds, int | float)
+            or not 0 <= seconds <= _LONGEST_LOOK
+        ):
+            seconds = None
+        label = check_class(given.get("label")) if answer == "label" else None
+        with self._lock:
+            self._keep(number, answer, label, None if seconds is None else round(float(seconds), 1))
+            return self._state()
+
+    def undo(self) -> dict[str, Any]:
+        """Take the last answer back, and give the state after it, which asks the same again.
+
+        Raises:
+            CheckpointError: The run is gone.
+        """
+        with self._lock:
+            if self._history:
+                self._keep(self._history[-1], UNDO, None, None)
+            return self._state()
+
+    def row(self, number: int) -> int | None:
+        """Row of the image that is asked about by a number; None where none is."""
+        return self._items[number].row if 0 <= number < len(self._items) else None
+
+    def labeled(self) -> int:
+        """How many of the images have a label now."""
+        return sum(label is not None for label in self._labels.values())
+
+    def _keep(self, number: int, answer: str, label: str | None, seconds: float | None) -> None:
+        item = self._items[number]
+        name, key = self._images.names[item.row], int(self._cache.keys[item.row])
+        said = Annotation(name, key, answer, label, item.part, self._who, now(), seconds)
+        add_annotations(self._run, [said])
+        self._skipped.discard(number)
+        self._history = [each for each in self._history if each != number]
+        self._said.pop(number, None)
+        if answer != UNDO:
+            self._said[number] = said
+            self._history.append(number)
+        self._labels[item.row] = label
+        if label is not None:
+            self._classes.setdefault(label)
+
+    def _state(self) -> dict[str, Any]:
+        waiting = [
+            number
+            for number in range(len(self._items))
+            if number not in self._said or number in self._skipped
+        ]
+        counts = Counter(each.label for each in self._said.values())
+        state: dict[str, Any] = {
+            "number": None,
+            "classes": [{"name": name, "count": counts[name]} for name in self._classes],
+            "can_undo": bool(self._history),
+            "untrained": self._untrained(),
+            "parts": [self._progress(part) for part in PARTS],
+            "next": f"labelwise finetune --run {self._run.path}",
+        }
+        if not waiting:
+            return state
+        number, item = waiting[0], self._items[waiting[0]]
+        near = [] if item.part == "test" else self._neighbours(item.row)
+        return state | {
+            "number": number,
+            "after": waiting[1] if len(waiting) > 1 else None,
+            "file": self._images.names[item.row],
+            "part": item.part,
+            "why": item.why,
+            "neighbours": near,
+            "guess": None if item.part == "test" else self._guess(item.row, near),
+        }
+
+    def _untrained(self) -> list[str]:
+        """Classes that only test images have: there is nothing to learn them from."""
+        said = self._said.values()
+        learned = {label for row in self._hints.rows if (label := self._label(row))}
+        learned |= {each.label for each in said if each.label and each.part != "test"}
+        return [
+            name for name in self._classes if name not in learned and any(each.label == name for each in said)
+        ]
+
+    def _progress(self, part: str) -> dict[str, Any]:
+        numbers = [number for number, item in enumerate(self._items) if item.part == part]
+        said = [self._said[number] for number in numbers if number in self._said]
+        labels = sum(each.label is not None for each in said)
+        return {
+            "part": part,
+            "of": len(numbers),
+            "labels": labels,
+            "unsure": sum(each.answer == "unsure" for each in said),
+            "skipped": sum(each.answer == "skip" for each in said),
+            "words": precision_in_words(labels, len(numbers)) if part == "test" and numbers else "",
+        }
+
+    def _neighbours(self, row: int) -> list[dict[str, Any]]:
+        """The labeled images most like one, none of them for testing, the most similar first."""
+        places = [place for each, place in self._place.items() if each != row and self._label(each)]
+        if row not in self._place or not places:
+            return []
+        similarity = self._unit[places] @ self._unit[self._place[row]]
+        near = similarity.topk(min(_NEIGHBOURS, len(places)))
+        rows = [self._hints.rows[places[at]] for at in near.indices.tolist()]
+        return [
+            {
+                "file": self._images.names[each],
+                "label": self._label(each),
+                "similarity": round(value, 3),
+                "thumbnail": encode_thumbnail(self._cache.evaluations[each]),
+            }
+            for each, value in zip(rows, near.values.tolist(), strict=True)
+        ]
+
+    def _label(self, row: int) -> str | None:
+        return self._labels[row] if row in self._labels else self._images.labels[row]
+
+    def _guess(self, row: int, neighbours: list[dict[str, Any]]) -> dict[str, Any] | None:
+        """What the classifier says; without one, what most of the neighbours are."""
+        if row in self._hints.guesses:
+            label, chance = self._hints.guesses[row]
+            return {"label": label, "by": "classifier", "chance": round(chance, 3)}
+        if not neighbours:
+            return None
+        label, votes = Counter(each["label"] for each in neighbours).most_common(1)[0]
+        return {"label": label, "by": "neighbours", "votes": votes, "of": len(neighbours)}
+
+
+def check_class(label: object) -> str:
+    """A class's name as it is kept, if label files could hold it.
+
+    Raises:
+        ValueError: It could not be read back from one.
+    """
+    if not isinstance(label, str):
+        raise ValueError("label: a text.")
+    name = unicodedata.normalize("NFC", label).strip()
+    if not 0 < len(name) <= _LONGEST_LABEL:
+        raise ValueError(f"label: 1 to {_LONGEST_LABEL} letters.")
+    if not name.isprintable():
+        raise ValueError("label: holds signs that cannot be shown.")
+    if holds_several(name):
+        raise ValueError("label: several in one; a class's name holds no comma, semicolon or |.")
+    return name
+
+
+def precision_in_words(labels: int, planned: int) -> str:
+    """How exact an accuracy on so many labeled test images is, and how many more make it better.
+
+    Args:
+        labels: There are.
+        planned: Are asked for.
+    """
+    goals = [planned, *(math.ceil(0.25 * (1.96 / goal) ** 2) for goal in _PRECISIONS)]
+    goal = next((each for each in goals if each > labels), None)
+    parts = [f"an accuracy is exact to \u00b1{half_width(labels):.0f} points"] if labels >= _FEWEST else []
+    if goal:
+        parts.append(f"with {goal - labels:,} more to \u00b1{half_width(goal):.0f} points")
+    words = ", ".join(parts)
+    return words if labels >= _FEWEST else f"an accuracy is exact {words}"
+
+
+def half_width(labels: int) -> float:
+    """Half of the widest interval that so many test images leave an accuracy, points."""
+    return 100 * 1.96 * math.sqrt(0.25 / labels)

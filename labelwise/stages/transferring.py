@@ -1,0 +1,140 @@
+"""`labelwise annotate --import` and `--export`: labels from other tools, and for them."""
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from labelwise import rundir, terminal
+from labelwise.annotations import Annotation, add_annotations, read_annotations
+from labelwise.config import FinetuneSettings
+from labelwise.environment import now, this_user
+from labelwise.errors import DataError
+from labelwise.images.label_studio import write_label_studio
+from labelwise.images.labels import OUTSIDE
+from labelwise.images.source import ImageSet
+from labelwise.models.weights import read_spec
+from labelwise.predictions import open_table
+from labelwise.rundir import RunDirectory
+from labelwise.stages.benching import open_decoded, remember_sources
+from labelwise.stages.targets import check_file, check_folder
+
+_COLUMNS = ("file", "label", "split", "who", "at")
+
+
+def import_labels(run: RunDirectory, source: Path, who: str | None = None) -> str:
+    """Keep labels that somebody gave elsewhere as if they had been given on the page.
+
+    Args:
+        run: Pretrained.
+        source: A label file or folder of class folders, as `--labels` takes it.
+        who: Gave them; default: this user.
+
+    Returns:
+        What came of it, in words.
+
+    Raises:
+        DataError: It cannot be read, matches no image, or says of an image what the page was told otherwise.
+    """
+    settings = FinetuneSettings.resolve({"run": run.path, "labels": source})
+    images, cache = open_decoded(run, settings, read_spec(run.encoder), annotated=False)
+    said, locked = read_annotations(run), set(rundir.read_json(run.test_lock)["names"])
+    own = {
+        key: name
+        for key, name in zip(cache.keys.tolist(), images.names, strict=True)
+        if not name.startswith(OUTSIDE)
+    }
+    fresh, foreign = [], 0
+    for row in np.flatnonzero(cache.readable).tolist():
+        name, label, key = images.names[row], images.labels[row], int(cache.keys[row])
+        if label is None:
+            continue
+        if name.startswith(OUTSIDE):  # a copy in a folder of class folders
+            if key not in own:
+                foreign += 1
+                continue
+            name = own[key]
+        before = said.get(name)
+        if before is None or before.label is None:
+            part = "test" if name in locked else "imported"
+            fresh.append(Annotation(name, key, "label", label, part, who or this_user(), now(), None))
+        elif before.label != label:
+            raise DataError(
+                f"{source}: says {label!r} of {name}, and {before.label!r} was said before; nothing was taken. Keep one."
+            )
+    add_annotations(run, fresh)
+    tests = sum(each.part == "test" for each in fresh)
+    others = f"; {foreign:,} images are none of the run's" if foreign else ""
+    return f"{len(fresh):,} labels taken from {source}, {tests:,} of them of test images{others}; kept in {run.annotations}"
+
+
+def export_labels(run: RunDirectory, out: Path) -> str:
+    """Write the labels that were given on the page.
+
+    Args:
+        run: With labels of the page.
+        out: A .csv file; a .json file, which Label Studio imports; or a folder, where the images are copied into
+            `test/CLASS` and `train/CLASS`. Not there yet.
+
+    Returns:
+        What was written, in words.
+
+    Raises:
+        DataError: There is nothing to write, or a class's name cannot be that of a folder.
+        UsageError: It cannot be written there.
+    """
+    said = [each for each in read_annotations(run).values() if each.label is not None]
+    if not said:
+        raise DataError(f"{run.path}: no label was given on the page of `labelwise annotate` yet.")
+    if out.suffix in (".csv", ".json"):
+        check_file(out, (".csv", ".json"), run)
+        pairs = [(each.file, str(each.label)) for each in said]
+        write: Callable[[Path], None] = (
+            partial(_write_table, said) if out.suffix == ".csv" else partial(write_label_studio, pairs)
+        )
+        rundir.write_atomically(out, write)
+    else:
+        check_folder(out, run)
+        _copy_images(run, said, out)
+    return f"{len(said):,} labels written to {out}"
+
+
+def _write_table(said: list[Annotation], fresh: Path) -> None:
+    with open_table(fresh, ".csv", list(_COLUMNS), frozenset(_COLUMNS)) as table:
+        table.write(
+            {
+                "file": [each.file for each in said],
+                "label": [str(each.label) for each in said],
+                "split": [_split(each) for each in said],
+                "who": [each.who for each in said],
+                "at": [each.at for each in said],
+            }
+        )
+
+
+def _split(said: Annotation) -> str:
+    return "test" if said.part == "test" else "train"
+
+
+def _copy_images(run: RunDirectory, said: list[Annotation], out: Path) -> None:
+    """Copy labeled images into class folders; the folder is there once it is whole."""
+    for label in {str(each.label) for each in said}:
+        if label in (".", "..") or "/" in label or label.startswith("."):
+            raise DataError(f"{label!r}: no name for a folder; export a .csv or .json file.")
+    settings = remember_sources(run, FinetuneSettings.resolve({"run": run.path}))
+    images: ImageSet = open_decoded(run, settings, read_spec(run.encoder))[0]
+    row_of = {name: row for row, name in enumerate(images.names)}
+    gone = [each.file for each in said if each.file not in row_of]
+    if gone:
+        terminal.warn(f"{len(gone):,} labeled images are gone and are left out, e.g. {gone[0]}.")
+
+    def write(folder: Path) -> None:
+        for each in said:
+            if each.file in row_of:
+                target = folder / _split(each) / str(each.label) / each.file.replace("/", "_")
+                target.parent.mkdir(parents=True, exist_ok=True)
+                contents = images.locate(row_of[each.file])
+                target.write_bytes(contents if isinstance(contents, bytes) else Path(contents).read_bytes())
+
+    rundir.write_folder(out, write)

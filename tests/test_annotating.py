@@ -1,0 +1,503 @@
+"""Labels from a page: what is asked and in which order, what is kept, and that nothing of it is lost."""
+
+import csv
+import json
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import urllib.error
+import urllib.request
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from browser import open_browser
+from PIL import Image
+
+from labelwise import rundir
+from labelwise.annotations import read_annotations
+from labelwise.cli import app
+from labelwise.config import FinetuneSettings, PretrainSettings
+from labelwise.errors import CheckpointError, DataError, UsageError
+from labelwise.images.label_studio import write_label_studio
+from labelwise.images.labels import read_label_table
+from labelwise.models.weights import read_spec
+from labelwise.rundir import RunDirectory
+from labelwise.stages.annotating import open_session
+from labelwise.stages.asking import Session, check_class, precision_in_words
+from labelwise.stages.benching import open_decoded
+from labelwise.stages.pretraining import pretrain
+from labelwise.stages.repeating import finetune
+from labelwise.stages.reporting import report
+from labelwise.stages.transferring import export_labels, import_labels
+
+
+@pytest.fixture(scope="module")
+def unlabeled(
+    tmp_path_factory: pytest.TempPathFactory,
+    some_digits: Callable[[Path, int], Path],
+    small_network: dict[str, Any],
+) -> RunDirectory:
+    """An encoder of one epoch, of digits in one flat folder; a name ends with what it shows."""
+    folder = tmp_path_factory.mktemp("annotating")
+    (folder / "images").mkdir()
+    for file in sorted(some_digits(folder / "digits", 9).glob("*/*.png")):
+        shutil.copy(file, folder / "images" / f"{file.stem}-{file.parent.name}.png")
+    settings = PretrainSettings(images=folder / "images", out=folder / "run", **small_network)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LABELWISE_CACHE", str(folder / "cache"))
+        return pretrain(settings)
+
+
+@pytest.fixture
+def run(unlabeled: RunDirectory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunDirectory:
+    """A copy to write to, with the cache that is there."""
+    monkeypatch.setenv("LABELWISE_CACHE", str(unlabeled.path.parent / "cache"))
+    return RunDirectory(Path(shutil.copytree(unlabeled.path, tmp_path / "run")))
+
+
+def truth(state: dict[str, Any]) -> str:
+    """What the image that is asked about shows."""
+    return str(state["file"]).removesuffix(".png")[-1]
+
+
+def start(run: RunDirectory, tests: int = 6, budget: int = 5, classes: tuple[str, ...] = ()) -> Session:
+    return open_session(run, tests, budget, classes, "tester")[0]
+
+
+def reply(session: Session, answer: str = "label", label: str | None = None) -> dict[str, Any]:
+    """Answer what is asked now."""
+    state = session.state()
+    given = {"number": state["number"], "answer": answer, "seconds": 1.25}
+    return session.answer({**given, "label": label or (truth(state) if answer == "label" else None)})
+
+
+def lines(run: RunDirectory) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in run.annotations.read_text(encoding="utf-8").splitlines()]
+
+
+def test_test_images_come_first_and_nothing_sways_the_answer(run: RunDirectory) -> None:
+    locked = set(rundir.read_json(run.test_lock)["names"])
+    session = start(run)
+    asked = []
+    while (state := session.state())["number"] is not None:
+        asked.append(state["file"])
+        is_test = len(asked) <= 6
+        assert (state["part"] == "test") is is_test is (state["file"] in locked)
+        if is_test:
+            assert state["guess"] is None
+            assert state["neighbours"] == []
+        elif len(asked) > 7:
+            assert state["guess"]["by"] == "neighbours"
+            assert len(state["neighbours"]) == min(5, len(asked) - 7)
+            assert not {each["file"] for each in state["neighbours"]} & locked
+        reply(session)
+    with run.suggestions.open(newline="", encoding="utf-8") as file:
+        suggested = [row["file"] for row in csv.DictReader(file)]
+    assert asked[6:] == suggested
+    assert [(row["file"], row["label"], row["part"]) for row in lines(run)] == [
+        (name, name[-5], "test" if place < 6 else "suggested") for place, name in enumerate(asked)
+    ]
+    assert {row["who"] for row in lines(run)} == {"tester"}
+    assert {row["seconds"] for row in lines(run)} == {1.2}
+
+
+def test_the_sample_is_random_and_always_the_same(run: RunDirectory) -> None:
+    locked = rundir.read_json(run.test_lock)["names"]
+    session = start(run, tests=10_000, budget=0)
+    asked = []
+    while (state := session.state())["number"] is not None:
+        asked.append(state["file"])
+        reply(session)
+    assert sorted(asked) == sorted(locked)
+    assert asked != locked
+    assert truth(start(run, tests=10_000, budget=0).state() | {"file": asked[0]}) == asked[0][-5]
+    shutil.rmtree(run.path / "annotations.jsonl", ignore_errors=True)
+    run.annotations.unlink()
+    assert start(run, tests=3, budget=0).state()["file"] == asked[0]
+
+
+def test_an_answer_is_on_the_disk_before_the_next_image_shows(run: RunDirectory) -> None:
+    session = start(run)
+    for count in range(1, 5):
+        reply(session)
+        assert len(lines(run)) == count
+    assert start(run).state()["file"] == session.state()["file"]
+
+
+def test_undo_asks_again_also_after_a_new_start(run: RunDirectory) -> None:
+    session = start(run)
+    first = session.state()["file"]
+    reply(session, label="wrong")
+    assert session.undo()["file"] == first
+    reply(session)
+    session = start(run)
+    assert session.state()["file"] != first
+    assert session.undo()["file"] == first
+    assert not session.undo()["can_undo"]
+    assert [row["answer"] for row in lines(run)] == ["label", "undo", "label", "undo"]
+    assert not read_annotations(run)
+
+
+def test_what_is_skipped_comes_again_next_time_what_is_not_sure_does_not(run: RunDirectory) -> None:
+    session = start(run, tests=3, budget=0)
+    skipped, unsure, named = [
+        (session.state()["file"], reply(session, answer))[0] for answer in ("skip", "unsure", "label")
+    ]
+    assert session.state()["number"] is None
+    assert session.state()["parts"][0] | {"words": ""} == {
+        "part": "test", "of": 3, "labels": 1, "unsure": 1, "skipped": 1, "words": "",
+    }  # fmt: skip
+    again = start(run, tests=3, budget=0)
+    assert again.state()["file"] == skipped
+    reply(again)
+    assert again.state()["number"] is None
+    assert {name: said.label for name, said in read_annotations(run).items()} == {
+        skipped: skipped[-5], unsure: None, named: named[-5],
+    }  # fmt: skip
+
+
+def test_answers_that_are_none_are_refused_and_nothing_is_kept(run: RunDirectory) -> None:
+    session = start(run)
+    for given in (
+        {},
+        {"number": -1, "answer": "skip"},
+        {"number": 10_000, "answer": "skip"},
+        {"number": True, "answer": "skip"},
+        {"number": "0", "answer": "skip"},
+        {"number": 0, "answer": "maybe"},
+        {"number": 0, "answer": "label"},
+        {"number": 0, "answer": "label", "label": " "},
+        {"number": 0, "answer": "label", "label": "x" * 101},
+        {"number": 0, "answer": "label", "label": "a\nb"},
+        {"number": 0, "answer": "label", "label": "cat,dog"},
+        {"number": 0, "answer": "label", "label": ["cat"]},
+    ):
+        with pytest.raises(ValueError, match=r"^(number|answer|label): "):
+            session.answer(given)
+    assert not run.annotations.exists()
+    for seconds in (-1, 1e9, "1", None, True, float("nan")):
+        session.answer({"number": 0, "answer": "skip", "seconds": seconds})
+        assert lines(run)[-1]["seconds"] is None
+
+
+def test_a_class_that_only_test_images_have_is_said(run: RunDirectory) -> None:
+    session = start(run, tests=2, budget=1)
+    reply(session, label="rare")
+    reply(session, label="common")
+    assert session.state()["untrained"] == ["rare", "common"]
+    assert reply(session, label="common")["untrained"] == ["rare"]
+
+
+def test_a_run_that_was_removed_does_not_come_back(run: RunDirectory) -> None:
+    session = start(run)
+    shutil.rmtree(run.path)
+    with pytest.raises(CheckpointError, match="this run is gone; nothing was kept"):
+        reply(session)
+    assert not run.path.exists()
+
+
+def test_a_line_torn_by_a_power_cut_is_asked_again(run: RunDirectory) -> None:
+    session = start(run)
+    reply(session)
+    second = session.state()["file"]
+    reply(session)
+    text = run.annotations.read_bytes()
+    run.annotations.write_bytes(text[:-20])
+    session = start(run)
+    assert session.state()["file"] == second
+    reply(session)
+    assert [row["file"] for row in lines(run)][1:] == [second]
+
+
+def test_a_class_is_one_that_label_files_can_hold() -> None:
+    assert check_class("  Zoe\u0308 ") == "Zo\u00eb"
+    assert check_class("=1+1") == "=1+1"
+    for name in ("", " ", "a;b", "a|b", '["a"]', "\u202e", "a\0", 7, None):
+        with pytest.raises(ValueError, match=r"^label: "):
+            check_class(name)
+
+
+def test_classes_that_are_named_come_first(run: RunDirectory) -> None:
+    assert [each["name"] for each in start(run, classes=("seven", "two")).state()["classes"]] == [
+        "seven",
+        "two",
+    ]
+    with pytest.raises(UsageError, match="--classes: label: 1 to 100 letters"):
+        start(run, classes=("seven", ""))
+
+
+@pytest.mark.parametrize(
+    ("labels", "planned", "words"),
+    [
+        (0, 100, "an accuracy is exact with 100 more to \u00b110 points"),
+        (25, 100, "an accuracy is exact to \u00b120 points, with 75 more to \u00b110 points"),
+        (100, 100, "an accuracy is exact to \u00b110 points, with 71 more to \u00b17 points"),
+        (2000, 100, "an accuracy is exact to \u00b12 points"),
+    ],
+)
+def test_it_says_how_many_more_make_which_precision(labels: int, planned: int, words: str) -> None:
+    assert precision_in_words(labels, planned) == words
+
+
+def test_labels_of_the_page_are_taken_by_finetune(run: RunDirectory) -> None:
+    session = start(run, tests=12, budget=30)
+    while session.state()["number"] is not None:
+        reply(session)
+    settings = FinetuneSettings(run=run.path, methods=("simclr_probe", "pixels"), label_counts=("all",))
+    document = report(finetune(settings))
+    assert {result["n_test"] for result in document["results"]} == {12}
+    assert {result["labels_there"] for result in document["results"]} == {30}
+
+
+def test_a_label_goes_where_the_image_goes_and_not_to_another_one(run: RunDirectory, tmp_path: Path) -> None:
+    images = tmp_path / "images"
+    shutil.copytree(rundir.read_json(run.data)["root"], images)
+    data = rundir.read_json(run.data)
+    data["sources"]["images"] = data["root"] = str(images)
+    rundir.write_json(run.data, data)
+    session = start(run, tests=3, budget=0)
+    moved, overwritten, kept = [(session.state()["file"], reply(session))[0] for _ in range(3)]
+    (images / moved).rename(images / "elsewhere.png")
+    Image.new("RGB", (8, 8), "red").save(images / overwritten)
+    opened, _ = open_decoded(run, FinetuneSettings(run=run.path), read_spec(run.encoder))
+    labels = dict(zip(opened.names, opened.labels, strict=True))
+    assert labels["elsewhere.png"] == moved[-5]
+    assert labels[overwritten] is None
+    assert labels[kept] == kept[-5]
+
+
+def test_a_label_file_has_the_last_word(
+    run: RunDirectory, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    session = start(run, tests=2, budget=0)
+    name = session.state()["file"]
+    reply(session, label="from the page")
+    table = tmp_path / "labels.csv"
+    table.write_text(f"file,label\n{name},from the file\n")
+    settings = FinetuneSettings(run=run.path, labels=table)
+    opened, _ = open_decoded(run, settings, read_spec(run.encoder))
+    assert dict(zip(opened.names, opened.labels, strict=True))[name] == "from the file"
+    assert f"1 images have another label than `labelwise annotate` was told, e.g. {name}" in re.sub(
+        r"\s+", " ", capsys.readouterr().err
+    )
+
+
+@pytest.mark.parametrize("name", ["labels.csv", "labels.json", "folder"])
+def test_what_is_exported_can_be_imported(
+    run: RunDirectory, unlabeled: RunDirectory, tmp_path: Path, name: str
+) -> None:
+    session = start(run, tests=4, budget=4, classes=("=cmd()", "-7"))
+    for label in ("=cmd()", "-7", None, None, None, None, None):
+        reply(session, label=label)
+    reply(session, "unsure")
+    said = {file: each.label for file, each in read_annotations(run).items() if each.label}
+    assert export_labels(run, tmp_path / name) == f"7 labels written to {tmp_path / name}"
+    with pytest.raises(UsageError, match="is there already"):
+        export_labels(run, tmp_path / name)
+    other = RunDirectory(Path(shutil.copytree(unlabeled.path, tmp_path / "other")))
+    words = import_labels(other, tmp_path / name, "somebody")
+    assert words.startswith(f"7 labels taken from {tmp_path / name}, 4 of them of test images")
+    taken = read_annotations(other)
+    assert {file: each.label for file, each in taken.items()} == said
+    assert Counter(each.part for each in taken.values()) == {"test": 4, "imported": 3}
+    assert {each.who for each in taken.values()} == {"somebody"}
+    assert import_labels(other, tmp_path / name).startswith("0 labels taken")
+    assert start(other, tests=4, budget=0).state()["number"] is None
+
+
+def test_an_import_that_contradicts_is_refused_whole(run: RunDirectory, tmp_path: Path) -> None:
+    session = start(run, tests=3, budget=0)
+    first = session.state()["file"]
+    reply(session)
+    second = session.state()["file"]
+    table = tmp_path / "labels.csv"
+    table.write_text(f"file,label\n{second},2\n{first},another\n")
+    with pytest.raises(DataError, match=r"says 'another' of .* was said before; nothing was taken"):
+        import_labels(run, table)
+    assert list(read_annotations(run)) == [first]
+
+
+def test_nothing_to_export_is_said(run: RunDirectory, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="no label was given on the page"):
+        export_labels(run, tmp_path / "labels.csv")
+
+
+def test_a_class_that_is_no_folder_goes_into_a_table_only(run: RunDirectory, tmp_path: Path) -> None:
+    session = start(run, tests=2, budget=0)
+    reply(session, label="../up")
+    with pytest.raises(DataError, match=r"'\.\./up': no name for a folder"):
+        export_labels(run, tmp_path / "folder")
+    assert not (tmp_path / "folder").exists()
+    export_labels(run, tmp_path / "labels.json")
+
+
+def test_label_studios_own_exports_are_read(tmp_path: Path) -> None:
+    def choice(*labels: str) -> dict[str, Any]:
+        return {"result": [{"type": "choices", "value": {"choices": list(labels)}}]}
+
+    whole = [
+        {"id": 1, "data": {"image": "/data/local-files/?d=some%20folder/%C3%A4.png"}, "annotations": [choice("cat")]},
+        {"id": 2, "data": {"image": "/data/upload/3/0a1b2c3d-dog-1.png"}, "annotations": [choice("dog")]},
+        {"id": 3, "data": {"image": "bucket/x.png"}, "annotations": [{**choice("dog"), "was_cancelled": True}]},
+        {"id": 4, "data": {"image": "y.png"}, "annotations": []},
+    ]  # fmt: skip
+    small = [{"image": "/data/local-files/?d=some%20folder/%C3%A4.png", "choice": "cat", "id": 1}, {"image": "/data/upload/3/0a1b2c3d-dog-1.png", "choice": "dog"}]  # fmt: skip
+    for name, tasks in (("json", whole), ("min", small)):
+        file = tmp_path / f"{name}.json"
+        file.write_text(json.dumps(tasks))
+        rows, _ = read_label_table(file)
+        assert [(row.path, row.label) for row in rows] == [
+            ("some folder/\u00e4.png", "cat"),
+            ("dog-1.png", "dog"),
+        ]
+    several = tmp_path / "several.json"
+    several.write_text(json.dumps([{"data": {"image": "x.png"}, "annotations": [choice("cat", "dog")]}]))
+    with pytest.raises(DataError, match="several labels in one cell"):
+        read_label_table(several)
+    for nonsense in ("{}", "[1]", "nonsense", "[" * 100_000):
+        several.write_text(nonsense)
+        with pytest.raises(DataError, match=r"not JSON|not an export of Label Studio"):
+            read_label_table(several)
+
+
+def test_names_survive_label_studio(tmp_path: Path) -> None:
+    labels = [("a b/\u00e4#?&%41.png", "1"), ("./x.png", "two words"), ("=1.png", "<b>")]
+    write_label_studio(labels, tmp_path / "tasks.json")
+    rows, _ = read_label_table(tmp_path / "tasks.json")
+    assert [(row.path, row.label) for row in rows] == labels
+
+
+def test_a_fully_labeled_set_has_nothing_to_ask(pretrained: RunDirectory, tmp_path: Path) -> None:
+    run = RunDirectory(Path(shutil.copytree(pretrained.path, tmp_path / "run")))
+    with pytest.raises(DataError, match="every image that could be asked about has a label"):
+        start(run)
+
+
+# --- the whole command
+
+
+@contextmanager
+def serving(run: RunDirectory, *words: str) -> Iterator[tuple[str, subprocess.Popen[str]]]:
+    """Start the command; gives the address that it prints."""
+    command = [
+        sys.executable, "-m", "labelwise", "annotate", "--run", str(run.path), "--no-browser", "--port", "0", *words,
+    ]  # fmt: skip
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+        assert process.stdout is not None
+        try:
+            said = []
+            for line in process.stdout:
+                said.append(line)
+                if line.startswith("page"):
+                    yield line.split()[1], process
+                    break
+            else:
+                raise AssertionError("".join(said))
+        finally:
+            process.kill()
+
+
+@pytest.mark.slow
+def test_labels_from_a_real_browser_survive_a_kill(run: RunDirectory, tmp_path: Path) -> None:
+    answered: dict[str, str] = {}
+
+    def label(browser: Any, count: int) -> None:
+        """Answer by the keyboard alone."""
+        for _ in range(count):
+            browser.wait(
+                "!document.getElementById('main').hidden && document.getElementById('image').naturalWidth > 0"
+            )
+            name = browser.value("document.getElementById('file').textContent")
+            digit = name.removesuffix(".png")[-1]
+            if digit in answered.values():
+                browser.press(digit)
+            else:
+                browser.write(digit)
+                browser.wait(f"document.getElementById('find').value === '{digit}'")
+                browser.press("Enter")
+            answered[name] = digit
+            browser.wait(
+                f"document.getElementById('main').hidden || document.getElementById('file').textContent !== '{name}'"
+            )
+
+    with open_browser() as browser:
+        with serving(run, "--test-images", "6", "--budget", "24") as (address, process):
+            browser.open(address)
+            label(browser, 17)
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+            browser.press("?")
+            browser.wait("!document.getElementById('trouble').hidden")
+            assert "nothing that was answered is lost" in browser.value(
+                "document.getElementById('trouble').textContent"
+            )
+        assert {name: each.label for name, each in read_annotations(run).items()} == answered
+        with serving(run, "--test-images", "6", "--budget", "24") as (address, process):
+            browser.open(address, 390, 800)
+            label(browser, 6)
+            assert browser.value("document.documentElement.scrollWidth <= innerWidth"), "wider than a phone"
+            browser.press("Backspace")
+            browser.wait(f"document.getElementById('file').textContent === '{list(answered)[-1]}'")
+            label(browser, 8)
+            browser.wait("!document.getElementById('done').hidden")
+            process.send_signal(signal.SIGINT)
+            rest = process.stdout.read() if process.stdout else ""
+            assert process.wait(20) == 130
+            assert "30 of these images have a label" in rest.replace("\n", " ")
+        assert not [each for each in browser.complaints() if "ERR_CONNECTION" not in each]
+    assert {name: each.label for name, each in read_annotations(run).items()} == answered
+    assert len(answered) == 30
+    settings = FinetuneSettings(run=run.path, methods=("simclr_probe",), label_counts=("all",))
+    assert {each["n_test"] for each in report(finetune(settings))["results"]} == {6}
+
+
+@pytest.mark.slow
+def test_a_thousand_answers_at_once_are_kept_whole(run: RunDirectory) -> None:
+    with serving(run, "--test-images", "20", "--budget", "0") as (address, _):
+        base, token = address.split("/?token=")
+
+        def post(number: int) -> int:
+            body = json.dumps({"number": number % 25, "answer": "label", "label": f"class {number}"})
+            request = urllib.request.Request(
+                f"{base}/answer",
+                body.encode(),
+                {"Authorization": f"Bearer {token}", "Content-Type": "application/json"},
+            )
+            try:
+                with urllib.request.urlopen(request, timeout=60) as answer:
+                    json.loads(answer.read())
+                    return int(answer.status)
+            except urllib.error.HTTPError as error:
+                return error.code
+
+        with ThreadPoolExecutor(100) as pool:
+            codes = list(pool.map(post, range(1000)))
+    assert Counter(codes) == {200: 800, 400: 200}  # 20 to 24 are no images
+    assert sorted(row["label"] for row in lines(run)) == sorted(
+        f"class {number}" for number in range(1000) if number % 25 < 20
+    )
+    last = {row["file"]: row["label"] for row in lines(run)}
+    assert {name: each.label for name, each in read_annotations(run).items()} == last
+
+
+def test_the_command_takes_and_gives_labels(run: RunDirectory, tmp_path: Path) -> None:
+    from typer.testing import CliRunner
+
+    name = rundir.read_json(run.test_lock)["names"][0]
+    (tmp_path / "labels.csv").write_text(f"file,label\n{name},{name[-5]}\n")
+    words = ["annotate", "--run", str(run.path)]
+    taken = CliRunner().invoke(app, [*words, "--import", str(tmp_path / "labels.csv"), "--who", "me"])
+    assert "1 labels taken" in taken.output
+    given = CliRunner().invoke(app, [*words, "--export", str(tmp_path / "out.csv")])
+    assert "1 labels written" in given.output
+    with (tmp_path / "out.csv").open(newline="") as file:
+        assert [(row["file"], row["label"], row["split"], row["who"]) for row in csv.DictReader(file)] == [
+            (name, name[-5], "test", "me")
+        ]
