@@ -145,9 +145,12 @@ def _pretrain(recipe: Recipe = None, json: Json = False, **given: Any) -> None:
         terminal.emit_json({"run": str(run.path), "encoder": str(run.encoder)})
     else:
         data = read_json(run.data)
+        if not data["classes"]:
+            terminal.emit(
+                f"next: labelwise annotate --run {_shown(run.path)}, a page to label images on, or with labels of your own"
+            )
         labels = "" if data["classes"] else " --labels FILE"
-        how_many = few_labels(data)
-        terminal.emit(f"next: labelwise finetune --run {_shown(run.path)}{labels} {how_many}")
+        terminal.emit(f"next: labelwise finetune --run {_shown(run.path)}{labels} {few_labels(data)}")
 
 
 def _finetune(recipe: Recipe = None, json: Json = False, **given: Any) -> None:
