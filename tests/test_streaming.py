@@ -428,6 +428,22 @@ def test_an_address_survives_being_a_path(typed: str, address: str | None) -> No
     assert address_of(Path(typed)) == address
 
 
+@pytest.mark.parametrize(
+    "address", ["https://me:secret@host/shards", "sftp://me:secret@host:22/shards", "s3://:secret@bucket"]
+)
+def test_a_password_in_an_address_is_not_written_down(address: str) -> None:
+    with pytest.raises(
+        UsageError, match="an address with a password, which the run would write down"
+    ) as found:
+        address_of(Path(address))
+    assert "secret" not in str(found.value)
+
+
+def test_a_name_in_an_address_is_no_password() -> None:
+    assert address_of(Path("sftp://me@host/shards")) == "sftp://me@host/shards"
+    assert address_of(Path("https://host:8000/a@b:c@d")) == "https://host:8000/a@b:c@d"
+
+
 def test_an_address_that_nothing_here_reads_is_told() -> None:
     with pytest.raises(UsageError, match="cannot be read"):
         open_shards(Path("nonsense://bucket"))

@@ -47,6 +47,7 @@ _MARKS = (
     "blob_id",
 )  # as file systems name them
 _KINDS = {".parquet": "parquet", ".tar": "tar"}
+_PASSWORD = re.compile(r"[^/@]*:[^/@]*@")  # name:password@host
 _URL = re.compile(r"([a-z][a-z0-9]+):/+(.+)")  # a path folds the two slashes of an address into one
 IMAGE_COLUMNS = ("image", "img", "jpg", "png")
 LABEL_COLUMNS = ("label", "labels", "class", "fine_label")
@@ -92,11 +93,19 @@ def address_of(path: Path) -> str | None:
     """The address that a path was typed as, `hf://NAME` or `s3://BUCKET/FOLDER`; None for a path of this machine.
 
     `hf://NAME` is a data set of the Hugging Face hub.
+
+    Raises:
+        UsageError: It holds a password, which a run would write down.
     """
     found = _URL.fullmatch(str(path))
     if found is None or found[1] == "file" or path.exists():
         return None
     scheme, rest = found.groups()
+    if _PASSWORD.match(rest):
+        raise UsageError(
+            f"{scheme}://...@{rest.partition('@')[2]}: an address with a password, which the run would write down; set it in fsspec's "
+            "configuration (~/.config/fsspec or FSSPEC_ variables), and leave it out here."
+        )
     return f"hf://datasets/{rest.removeprefix('datasets/')}" if scheme == "hf" else f"{scheme}://{rest}"
 
 
