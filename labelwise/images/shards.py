@@ -15,6 +15,7 @@ import re
 import tarfile
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -47,6 +48,7 @@ _MARKS = (
     "blob_id",
 )  # as file systems name them
 _KINDS = {".parquet": "parquet", ".tar": "tar"}
+_ASKED_AT_ONCE = 16  # files of a web server
 _PASSWORD = re.compile(r"[^/@]*:[^/@]*@")  # name:password@host
 _URL = re.compile(r"([a-z][a-z0-9]+):/+(.+)")  # a path folds the two slashes of an address into one
 IMAGE_COLUMNS = ("image", "img", "jpg", "png")
@@ -200,15 +202,22 @@ def find_shards(root: Path) -> tuple[str, dict[str, dict[str, str]]]:
     if len(by_kind) > 1:
         raise DataError(f"{place}: holds .parquet and .tar shards; name a folder with one kind.")
     ((kind, files),) = by_kind.items()
-    splits: dict[str, dict[str, str]] = {}
-    for file in sorted(files):
+    for file in files:
         if not rundir.is_utf8(file):
             raise DataError(f"{file}: its name is not UTF-8; rename it.")
+    whole = {file: system.unstrip_protocol(file).removeprefix("file://") for file in sorted(files)}
+
+    def mark(file: str) -> str:
+        with reaching(whole[file]):
+            return _mark(found[file], system)
+
+    with ThreadPoolExecutor(_ASKED_AT_ONCE) as pool:
+        marks = dict(zip(whole, pool.map(mark, whole), strict=True))
+    splits: dict[str, dict[str, str]] = {}
+    for file, there in whole.items():
         words = re.split(r"[/_.-]", file.removeprefix(below).lower())
         split = next((SPLITS[word] for word in words if word in SPLITS), "train")
-        whole = system.unstrip_protocol(file).removeprefix("file://")
-        with reaching(whole):
-            splits.setdefault(split, {})[whole] = _mark(found[file], system)
+        splits.setdefault(split, {})[there] = marks[file]
     return kind, splits
 
 
