@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Json, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, Json, ValidationError
 
 
 class _Form(BaseModel):
@@ -185,6 +185,15 @@ class _Classifier(_Derived):
     way: str
 
 
+class _Calibration(_Derived):
+    classifier: str
+    labels: int
+    scored: int
+    folds: int
+    temperature: float = Field(gt=0)
+    scores: list[float]
+
+
 class _Mean(_Form):
     mean: float
 
@@ -233,6 +242,7 @@ _FORMS: dict[str, type[_Form]] = {
     "lookalikes.json": _Lookalikes,
     "label_check.json": _LabelCheck,
     "classifier.json": _Classifier,
+    "calibration.json": _Calibration,
     "report.json": _Report,
     "study.json": _Study,
 }

@@ -1,6 +1,7 @@
 """The kept classifier on new images: the same numbers as in the comparison, bad files left out by name, nothing overwritten."""
 
 import csv
+import dataclasses
 import json
 import math
 import os
@@ -28,8 +29,10 @@ from labelwise.images.cache import build_cache
 from labelwise.images.source import open_images
 from labelwise.models.weights import read_metadata, save_module
 from labelwise.rundir import RunDirectory
-from labelwise.stages import comparing
+from labelwise.stages import calibrating, comparing
+from labelwise.stages.benching import set_up_bench
 from labelwise.stages.finetuning import predict as probabilities_of
+from labelwise.stages.finetuning import read_calibration
 from labelwise.stages.predicting import load_classifier, predict, show
 from labelwise.stages.repeating import finetune
 
@@ -320,3 +323,59 @@ def test_the_command_prints_one_document(
     document: dict[str, Any] = json.loads(capsys.readouterr().out)
     assert document["out"] == str(tmp_path / "o.csv")
     assert document["images"] == len(rows_of(tmp_path / "o.csv"))
+
+
+# --- how far it is to be believed
+
+
+def test_the_kept_classifier_is_calibrated_on_labels_it_did_not_see(classified: RunDirectory) -> None:
+    facts = read_calibration(classified)
+    assert facts is not None
+    labels = rundir.read_json(classified.classifier_json)["labels"]
+    assert (facts["labels"], facts["scored"], facts["folds"]) == (labels, labels, 5)
+    assert facts["scores"] == sorted(facts["scores"])
+    assert len(facts["scores"]) == labels
+    state, (classifier, _, _) = load_file(classified.classifier), load_classifier(classified)
+    torch.testing.assert_close(classifier.linear.weight * facts["temperature"], state["linear.weight"])
+    torch.testing.assert_close(classifier.linear.bias * facts["temperature"], state["linear.bias"])
+
+
+def test_calibration_of_another_classifier_is_not_used_and_made_anew(
+    run: RunDirectory, tmp_path: Path
+) -> None:
+    copy = RunDirectory(Path(shutil.copytree(run.path, tmp_path / "copy")))
+    facts = rundir.read_json(copy.calibration)
+    rundir.write_json(copy.calibration, {**facts, "classifier": "another", "temperature": 7.0})
+    assert read_calibration(copy) is None
+    again = {"methods": ("simclr",), "label_counts": ("all",), "steps": 20}
+    before = copy.classifier.stat()
+    finetune(FinetuneSettings(run=copy.path, **again))
+    assert read_calibration(copy) == facts
+    assert copy.classifier.stat() == before, "the classifier itself is not trained again"
+
+
+def test_the_last_labels_of_a_class_are_never_left_out_of_training(run: RunDirectory) -> None:
+    bench = set_up_bench(run, FinetuneSettings(run=run.path))
+    labels = np.array([0] * 6 + [1] * 2 + [2] + [3] * 3)
+    groups = np.array([0, 1, 2, 3, 4, 5, 6, 6, 7, 8, 9, 9])
+    few = dataclasses.replace(bench, labels=labels, groups=groups, labeled=np.arange(len(labels)))
+    folds = calibrating._cut(few)
+    for train, held in folds:
+        assert set(labels[train]) == {0, 1, 2, 3}
+        assert not set(groups[train]) & set(groups[held])
+        assert sorted([*train, *held]) == list(range(len(labels)))
+    scored = np.concatenate([held for _, held in folds]).tolist()
+    assert len(scored) == len(set(scored))
+    assert not {6, 7, 8} & set(scored)
+    assert {0, 1, 2, 3, 4, 5, 9, 10, 11} == set(scored)
+    lonely = dataclasses.replace(bench, labels=np.arange(3), groups=np.arange(3), labeled=np.arange(3))
+    assert calibrating._cut(lonely) == []
+
+
+def test_what_was_never_scored_counts_as_unknown_and_a_group_counts_once(run: RunDirectory) -> None:
+    bench = set_up_bench(run, FinetuneSettings(run=run.path))
+    few = dataclasses.replace(
+        bench, labels=np.array([0, 1, 1, 0]), groups=np.array([4, 5, 5, 6]), labeled=np.arange(4)
+    )
+    logits = np.log(np.array([[0.8, 0.2], [0.3, 0.7], [0.3, 0.7], [np.nan, np.nan]], np.float32))
+    assert calibrating._nonconformity(few, logits, 1.0) == pytest.approx([0.2, 0.3, 1.0], abs=1e-6)
