@@ -198,7 +198,10 @@ def report(
 
 @app.command()
 def predict(
-    images: Annotated[list[Path], typer.Argument(help="folder of images, or image files")],
+    images: Annotated[
+        list[Path],
+        typer.Argument(help="folder of images, image files, @FILE that lists them, or - for a list on stdin"),
+    ],
     run: Run = Path("runs/latest"),
     out: Annotated[Path, typer.Option("--out", help=".csv or .parquet file to write")] = Path(
         "predictions.csv"
@@ -206,15 +209,23 @@ def predict(
     probabilities: Annotated[
         bool, typer.Option("--probabilities", help="add a column with the probability of each class")
     ] = False,
+    coverage: Annotated[
+        float | None,
+        typer.Option(
+            "--coverage", help="share of images whose set holds the right class", show_default="0.9"
+        ),
+    ] = None,
     device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda or mps")] = "auto",
     json: Json = False,
 ) -> None:
-    """Classify new images with the classifier that `finetune` kept."""
+    """Classify new images with the classifier that `finetune` kept. The same command again goes on."""
     from labelwise.rundir import open_run
     from labelwise.stages.predicting import predict as run_predict
     from labelwise.stages.predicting import show
 
-    document = run_predict(open_run(run), images, out, probabilities=probabilities, device=device)
+    document = run_predict(
+        open_run(run), images, out, probabilities=probabilities, coverage=coverage, device=device
+    )
     terminal.emit_json(document) if json else show(document)
 
 

@@ -2,7 +2,7 @@
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Json, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, Json, ValidationError
 
 
 class _Form(BaseModel):
@@ -196,6 +196,15 @@ class _Annotation(_Form):
     seconds: float | None
 
 
+class _Calibration(_Derived):
+    classifier: str
+    labels: int
+    scored: int
+    folds: int
+    temperature: float = Field(gt=0)
+    scores: list[float]
+
+
 class _Mean(_Form):
     mean: float
 
@@ -245,6 +254,7 @@ _FORMS: dict[str, type[_Form]] = {
     "lookalikes.json": _Lookalikes,
     "label_check.json": _LabelCheck,
     "classifier.json": _Classifier,
+    "calibration.json": _Calibration,
     "report.json": _Report,
     "study.json": _Study,
 }

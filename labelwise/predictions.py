@@ -1,10 +1,8 @@
-"""predictions.parquet: every test prediction behind the report; and the tables that `predict` and `embed` write."""
+"""predictions.parquet: every test prediction behind the report."""
 
-import csv
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -28,7 +26,6 @@ _SCHEMA = pa.schema(
     ]
 )
 _KEY = ("method", "labels", "draw")  # of a classifier
-_ROWS = 8192  # of a group in a Parquet file
 COLUMNS = tuple(_SCHEMA.names)
 CONFIDENCE = "confidence"
 
@@ -167,133 +164,3 @@ def _read(path: Path, names: list[str] | None = None) -> pa.Table:
         raise CheckpointError(
             f"{path}: damaged ({error}); delete {path.parent} and run `labelwise finetune` again."
         ) from None
-
-
-class Table(Protocol):
-    """A table that rows are added to."""
-
-    def write(self, columns: dict[str, list[Any]]) -> None:
-        """Add rows, given by column."""
-
-
-@contextmanager
-def open_table(path: Path, suffix: str, names: list[str], words: frozenset[str]) -> Iterator[Table]:
-    """Begin a table.
-
-    Args:
-        path: The file; what is there is replaced.
-        suffix: ".csv" or ".parquet".
-        names: Of the columns.
-        words: Those that hold text; the others hold numbers. In a CSV, one that begins like a formula gets `'` before it, a
-            file `./`; Parquet has them as they are.
-    """
-    if suffix == ".csv":
-        with path.open("w", encoding="utf-8", newline="") as file:
-            writer = csv.writer(file)
-            writer.writerow(names)
-            yield _Csv(writer, words)
-        return
-    schema = pa.schema([(name, pa.string() if name in words else pa.float32()) for name in names])
-    with pq.ParquetWriter(path, schema) as parquet:
-        table = _Parquet(parquet, schema)
-        yield table
-        table.flush()
-
-
-@contextmanager
-def open_embeddings(
-    path: Path, suffix: str
-) -> Iterator[Callable[[list[str], npt.NDArray[np.float32]], None]]:
-    """Give what takes names and their features, (B, F), and writes them to a file.
-
-    Args:
-        path: Where.
-        suffix: ".parquet", written some at a time; or ".npz", held until the end.
-    """
-    if suffix == ".npz":
-        files: list[str] = []
-        features: list[npt.NDArray[np.float32]] = []
-
-        def keep(names: list[str], values: npt.NDArray[np.float32]) -> None:
-            files.extend(names)
-            features.append(values)
-
-        yield keep
-        if features:
-            with path.open("wb") as file:
-                np.savez(file, files=np.array(files), embeddings=np.concatenate(features))
-        return
-    table: _Parquet | None = None
-
-    def write(names: list[str], values: npt.NDArray[np.float32]) -> None:
-        nonlocal table
-        if table is None:
-            schema = pa.schema(
-                [("file", pa.string()), ("embedding", pa.list_(pa.float32(), values.shape[1]))]
-            )
-            table = _Parquet(pq.ParquetWriter(path, schema), schema)
-        table.write({"file": names, "embedding": list(values)})
-
-    try:
-        yield write
-        if table is not None:
-            table.flush()
-    finally:
-        if table is not None:
-            table.close()
-
-
-class _Csv:
-    """Rows of a CSV file, one after the other."""
-
-    def __init__(self, writer: Any, words: frozenset[str]) -> None:
-        self._writer, self._words = writer, words
-
-    def write(self, columns: dict[str, list[Any]]) -> None:
-        """Add rows; numbers with six digits after the point, texts so that no spreadsheet takes them for a formula."""
-        cells = [
-            [_no_formula(cell, "./" if name == "file" else "'") for cell in column]
-            if name in self._words
-            else [f"{number:.6f}" for number in column]
-            for name, column in columns.items()
-        ]
-        self._writer.writerows(zip(*cells, strict=True))
-
-
-def _no_formula(text: str, before: str) -> str:
-    """A text with a mark before it if a spreadsheet would compute it; `./` leaves a path the same path."""
-    if not text.startswith(("=", "+", "-", "@", "\t", "\r")) or _is_number(text):
-        return text
-    return before + text
-
-
-def _is_number(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True
-
-
-class _Parquet:
-    """Rows of a Parquet file."""
-
-    def __init__(self, writer: pq.ParquetWriter, schema: pa.Schema) -> None:
-        self._writer, self._schema = writer, schema
-        self._waiting: list[pa.Table] = []
-
-    def write(self, columns: dict[str, list[Any]]) -> None:
-        """Add rows; some are kept back, so that the file has few groups of many rows."""
-        self._waiting.append(pa.table(columns, schema=self._schema))
-        if sum(map(len, self._waiting)) >= _ROWS:
-            self.flush()
-
-    def flush(self) -> None:
-        """Write what was kept back."""
-        if self._waiting:
-            self._writer.write_table(pa.concat_tables(self._waiting))
-            self._waiting = []
-
-    def close(self) -> None:
-        """End the file."""
-        self._writer.close()

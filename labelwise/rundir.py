@@ -12,6 +12,7 @@ near_copies.json      pairs of images that show the same, the first ones with th
 checkpoints/          resume state; manifest with SHA-256 written last
 encoder.safetensors   backbone; head.safetensors: projection head
 classifier.safetensors, classifier.json
+calibration.json, familiar.safetensors   of that classifier: temperature, scores of labels out of fold; how far images of the pool lie
 finetune/             results.jsonl, predictions.parquet, label_check.json (labels that look wrong, with thumbnails),
                       lookalikes.json (test images that resemble training images, the first ones with thumbnails)
 report.html, report.md, report.json, model-card.md (of the classifier)
@@ -117,6 +118,14 @@ class RunDirectory:
         return self.path / "classifier.json"
 
     @property
+    def calibration(self) -> Path:
+        return self.path / "calibration.json"
+
+    @property
+    def familiar(self) -> Path:
+        return self.path / "familiar.safetensors"
+
+    @property
     def results(self) -> Path:
         return self.path / "finetune" / "results.jsonl"
 
@@ -198,6 +207,8 @@ def open_run(path: Path) -> RunDirectory:
     replaced = (
         run.classifier,
         run.classifier_json,
+        run.calibration,
+        run.familiar,
         run.results,
         run.predictions,
         run.label_check,

@@ -1,11 +1,13 @@
 """Calibration error and reliability, against loops and against classifiers whose calibration is known."""
 
+import math
 from pathlib import Path
 
 import numpy as np
 import pytest
+from scipy.special import softmax
 
-from labelwise.measures.calibration import calibration_error, reliability
+from labelwise.measures.calibration import calibration_error, fit_temperature, quantile_of_next, reliability
 from labelwise.predictions import CONFIDENCE, read_predictions, store_predictions
 
 
@@ -58,3 +60,36 @@ def test_confidence_is_the_probability_of_the_predicted_class(tmp_path: Path) ->
     found = read_predictions(file, ("probabilities", CONFIDENCE, "draw"))
     assert found[CONFIDENCE] == [max(each) for each in found["probabilities"]]
     assert found["draw"] == [0] * 7 + [1] * 7
+
+
+@pytest.mark.parametrize("truly", [0.4, 1.0, 3.0])
+def test_the_temperature_that_labels_were_drawn_with_is_found(truly: float) -> None:
+    rng = np.random.default_rng(2)
+    logits = rng.normal(size=(20_000, 4)) * 2
+    truth = np.array([rng.choice(4, p=each) for each in softmax(logits / truly, axis=1)])
+    assert fit_temperature(logits, truth) == pytest.approx(truly, rel=0.05)
+
+
+def test_few_labels_move_the_temperature_little() -> None:
+    assert fit_temperature(np.zeros((0, 3)), np.zeros(0, int)) == pytest.approx(1, abs=1e-3)
+    logits = np.array([[4.0, 0, 0]] * 5)
+    right, wrong = np.zeros(5, int), np.ones(5, int)
+    assert 0.5 < fit_temperature(logits, right) < 1 < fit_temperature(logits, wrong) < 5
+    assert fit_temperature(np.tile(logits, (100, 1)), np.tile(wrong, 100)) > 15, "many are followed"
+
+
+@pytest.mark.parametrize(("count", "coverage"), [(50, 0.9), (9, 0.9), (99, 0.99), (200, 0.5), (37, 0.8)])
+def test_the_next_score_is_covered_as_often_as_promised(count: int, coverage: float) -> None:
+    rng = np.random.default_rng(count)
+    trials = 20_000
+    scores = rng.gamma(0.3, size=(trials, count + 1))
+    covered = np.mean([each[-1] <= quantile_of_next(each[:-1], coverage) for each in scores])
+    exactly = math.ceil((count + 1) * coverage - 1e-9) / (count + 1)
+    assert coverage <= exactly <= coverage + 1 / (count + 1) + 1e-9
+    assert covered == pytest.approx(exactly, abs=4 * math.sqrt(coverage * (1 - coverage) / trials))
+
+
+def test_too_few_scores_promise_nothing() -> None:
+    assert quantile_of_next(np.arange(8.0), 0.9) == math.inf
+    assert quantile_of_next(np.arange(9.0)[::-1], 0.9) == 8.0
+    assert quantile_of_next(np.zeros(0), 0.5) == math.inf

@@ -1,9 +1,13 @@
 """The kept classifier on new images: the same numbers as in the comparison, bad files left out by name, nothing overwritten."""
 
 import csv
+import dataclasses
+import fcntl
+import io
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -23,15 +27,18 @@ from safetensors.torch import load_file, save_file
 from labelwise import rundir
 from labelwise.cli import app
 from labelwise.config import FinetuneSettings, read_run_config, to_toml
-from labelwise.errors import CheckpointError, DataError, LabelwiseError, UsageError
+from labelwise.errors import CheckpointError, DataError, Interrupted, LabelwiseError, UsageError
 from labelwise.images.cache import build_cache
 from labelwise.images.source import open_images
 from labelwise.models.weights import read_metadata, save_module
 from labelwise.rundir import RunDirectory
-from labelwise.stages import comparing
+from labelwise.stages import calibrating, comparing, predicting
+from labelwise.stages.benching import set_up_bench
+from labelwise.stages.finetuning import load_classifier, read_calibration
 from labelwise.stages.finetuning import predict as probabilities_of
-from labelwise.stages.predicting import load_classifier, predict, show
+from labelwise.stages.predicting import predict, show
 from labelwise.stages.repeating import finetune
+from labelwise.tables import Parts
 
 
 @pytest.fixture(scope="module")
@@ -289,27 +296,125 @@ def test_a_table_holds_no_formula(run: RunDirectory, digits: Path, tmp_path: Pat
     assert [row["file"] for row in table] == ["-rf.png", "=1+1.png", "@x.png", "plain.png"]
 
 
+def test_an_interrupted_table_is_gone_on_with_and_ends_the_same(
+    run: RunDirectory, digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(digits, tmp_path / "new")
+    (tmp_path / "new/0/broken.png").write_bytes(b"no image")
+    expected = predict(run, [tmp_path / "new"], tmp_path / "whole.csv", probabilities=True)
+    add, asked = Parts.add, list[int]()
+
+    def add_and_be_asked_to_stop(self: Parts, done: int, *rest: Any) -> None:
+        add(self, done, *rest)
+        asked.append(done)
+        signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(Parts, "add", add_and_be_asked_to_stop)
+    with pytest.raises(Interrupted, match="64 of 91 images are done; the same command goes on"):
+        predict(run, [tmp_path / "new"], tmp_path / "out.csv", probabilities=True)
+    assert not (tmp_path / "out.csv").exists()
+    monkeypatch.setattr(Parts, "add", lambda self, done, *rest: (asked.append(done), add(self, done, *rest)))
+    document = predict(run, [tmp_path / "new"], tmp_path / "out.csv", probabilities=True)
+    assert asked == [64, 91]
+    assert document == {**expected, "out": document["out"]}
+    assert [entry["file"] for entry in document["left_out"]] == ["0/broken.png"]
+    assert (tmp_path / "out.csv").read_bytes() == (tmp_path / "whole.csv").read_bytes()
+    assert {entry.name for entry in tmp_path.iterdir()} == {"new", "out.csv", "whole.csv"}
+
+
+@pytest.mark.parametrize("changed", ["images", "classifier", "coverage"])
+def test_what_was_begun_with_something_else_begins_anew(
+    run: RunDirectory, digits: Path, tmp_path: Path, changed: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:  # fmt: skip
+    shutil.copytree(digits, tmp_path / "new")
+    copy = RunDirectory(Path(shutil.copytree(run.path, tmp_path / "copy")))
+    asked: dict[str, Any] = {}
+    with monkeypatch.context() as patch:
+        patch.setattr(predicting, "_finish", lambda *rest: (rest[0].save(), 1 / 0))
+        with pytest.raises(ZeroDivisionError):
+            predict(copy, [tmp_path / "new"], tmp_path / "out.csv")
+    if changed == "images":
+        shutil.copy(
+            tmp_path / "new/3" / next(iter(os.listdir(tmp_path / "new/3"))), tmp_path / "new/3/copy.png"
+        )
+    elif changed == "classifier":
+        state = load_file(copy.classifier)
+        classifier, spec, _ = load_classifier(copy)
+        classifier.load_state_dict(
+            {name: value + 1 if name == "linear.bias" else value for name, value in state.items()}
+        )
+        save_module(copy.classifier, classifier, spec.to_metadata())
+    else:
+        asked = {"coverage": 0.8}
+    predict(copy, [tmp_path / "new"], tmp_path / "out.csv", **asked)
+    assert (
+        "out.csv: was begun with another classifier, other images or options; it begins anew."
+        in capsys.readouterr().err
+    )
+    predict(copy, [tmp_path / "new"], tmp_path / "whole.csv", **asked)
+    assert (tmp_path / "out.csv").read_bytes() == (tmp_path / "whole.csv").read_bytes()
+
+
+def test_a_damaged_part_is_made_again(
+    run: RunDirectory, digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    predict(run, [digits], tmp_path / "whole.csv")
+    with monkeypatch.context() as patch:
+        patch.setattr(predicting, "_finish", lambda *rest: (rest[0].save(), 1 / 0))
+        with pytest.raises(ZeroDivisionError):
+            predict(run, [digits], tmp_path / "out.csv")
+    (part,) = tmp_path.glob(".out.csv-partial/*.parquet")
+    part.write_bytes(part.read_bytes()[:-20])
+    predict(run, [digits], tmp_path / "out.csv")
+    assert (tmp_path / "out.csv").read_bytes() == (tmp_path / "whole.csv").read_bytes()
+
+
+def test_two_commands_do_not_write_one_table(run: RunDirectory, digits: Path, tmp_path: Path) -> None:
+    (tmp_path / ".out.csv-partial").mkdir()
+    held = os.open(tmp_path / ".out.csv-partial", os.O_RDONLY)
+    fcntl.flock(held, fcntl.LOCK_EX)
+    with pytest.raises(UsageError, match="another command is writing it"):
+        predict(run, [digits], tmp_path / "out.csv")
+    os.close(held)
+
+
 @pytest.mark.slow
-def test_an_interrupted_table_is_not_left_half_written(
-    run: RunDirectory, digits: Path, tmp_path: Path
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
+def test_a_table_whose_process_is_killed_again_and_again_equals_one_that_was_left_alone(
+    run: RunDirectory, digits: Path, tmp_path: Path, number: signal.Signals
 ) -> None:
     (tmp_path / "new").mkdir()
-    source = next(digits.glob("*/*.png"))
-    for number in range(6_000):
-        (tmp_path / f"new/{number:05}.png").symlink_to(source)
+    sources = sorted(digits.glob("*/*.png"))
+    for each in range(12_000):
+        (tmp_path / f"new/{each:05}.png").symlink_to(sources[each % len(sources)])
+    (tmp_path / "new/00700.png").unlink()
+    (tmp_path / "new/00700.png").write_bytes(b"no image")
     command = [sys.executable, "-m", "labelwise", "predict", str(tmp_path / "new"), "--run", str(run.path)]
-    process = subprocess.Popen([*command, "--out", str(tmp_path / "out.csv")], stderr=subprocess.PIPE)
-    deadline = time.monotonic() + 60
-    while (
-        not any(part.stat().st_size > 5000 for part in tmp_path.glob(".out.csv-*"))
-        and time.monotonic() < deadline
-    ):
-        time.sleep(0.02)
-    os.kill(process.pid, signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert b"was not written" in errors
-    assert {entry.name for entry in tmp_path.iterdir()} - {"cache"} == {"new"}
+    alone = subprocess.run([*command, "--out", str(tmp_path / "alone.csv")], capture_output=True, timeout=300)
+    assert alone.returncode == 0, alone.stderr
+    rng, kills, parts = np.random.default_rng(), 0, tmp_path / ".out.csv-partial"
+    while not (tmp_path / "out.csv").exists():
+        before = len(list(parts.glob("*.parquet")))
+        process = subprocess.Popen([*command, "--out", str(tmp_path / "out.csv")], stderr=subprocess.PIPE)
+        deadline = time.monotonic() + 120
+        while (
+            process.poll() is None
+            and len(list(parts.glob("*.parquet"))) == before
+            and time.monotonic() < deadline
+        ):
+            time.sleep(0.02)
+        time.sleep(rng.uniform(0, 0.5))
+        if process.poll() is None:
+            os.kill(process.pid, number)
+            kills += 1
+        _, errors = process.communicate(timeout=60)
+        assert process.returncode in (0, -number, 130), errors
+        assert kills < 20
+    assert kills
+    again = subprocess.run([*command, "--out", str(tmp_path / "out.csv")], capture_output=True, timeout=60)
+    assert again.returncode == 2, "it is there already"
+    assert (tmp_path / "out.csv").read_bytes() == (tmp_path / "alone.csv").read_bytes()
+    assert {entry.name for entry in tmp_path.iterdir()} - {"cache"} == {"new", "alone.csv", "out.csv"}
 
 
 def test_the_command_prints_one_document(
@@ -320,3 +425,188 @@ def test_the_command_prints_one_document(
     document: dict[str, Any] = json.loads(capsys.readouterr().out)
     assert document["out"] == str(tmp_path / "o.csv")
     assert document["images"] == len(rows_of(tmp_path / "o.csv"))
+
+
+# --- how far it is to be believed
+
+
+def test_the_kept_classifier_is_calibrated_on_labels_it_did_not_see(classified: RunDirectory) -> None:
+    facts = read_calibration(classified)
+    assert facts is not None
+    labels = rundir.read_json(classified.classifier_json)["labels"]
+    assert (facts["labels"], facts["scored"], facts["folds"]) == (labels, labels, 5)
+    assert facts["scores"] == sorted(facts["scores"])
+    assert len(facts["scores"]) == labels
+    state, (classifier, _, _) = load_file(classified.classifier), load_classifier(classified)
+    torch.testing.assert_close(classifier.linear.weight * facts["temperature"], state["linear.weight"])
+    torch.testing.assert_close(classifier.linear.bias * facts["temperature"], state["linear.bias"])
+
+
+def test_calibration_of_another_classifier_is_not_used_and_made_anew(
+    run: RunDirectory, tmp_path: Path
+) -> None:
+    copy = RunDirectory(Path(shutil.copytree(run.path, tmp_path / "copy")))
+    facts = rundir.read_json(copy.calibration)
+    rundir.write_json(copy.calibration, {**facts, "classifier": "another", "temperature": 7.0})
+    assert read_calibration(copy) is None
+    again = {"methods": ("simclr",), "label_counts": ("all",), "steps": 20}
+    before = copy.classifier.stat()
+    finetune(FinetuneSettings(run=copy.path, **again))
+    assert read_calibration(copy) == facts
+    assert copy.classifier.stat() == before, "the classifier itself is not trained again"
+
+
+def test_the_last_labels_of_a_class_are_never_left_out_of_training(run: RunDirectory) -> None:
+    bench = set_up_bench(run, FinetuneSettings(run=run.path))
+    labels = np.array([0] * 6 + [1] * 2 + [2] + [3] * 3)
+    groups = np.array([0, 1, 2, 3, 4, 5, 6, 6, 7, 8, 9, 9])
+    few = dataclasses.replace(bench, labels=labels, groups=groups, labeled=np.arange(len(labels)))
+    folds = calibrating._cut(few)
+    for train, held in folds:
+        assert set(labels[train]) == {0, 1, 2, 3}
+        assert not set(groups[train]) & set(groups[held])
+        assert sorted([*train, *held]) == list(range(len(labels)))
+    scored = np.concatenate([held for _, held in folds]).tolist()
+    assert len(scored) == len(set(scored))
+    assert not {6, 7, 8} & set(scored)
+    assert {0, 1, 2, 3, 4, 5, 9, 10, 11} == set(scored)
+    lonely = dataclasses.replace(bench, labels=np.arange(3), groups=np.arange(3), labeled=np.arange(3))
+    assert calibrating._cut(lonely) == []
+
+
+def test_what_was_never_scored_counts_as_unknown_and_a_group_counts_once(run: RunDirectory) -> None:
+    bench = set_up_bench(run, FinetuneSettings(run=run.path))
+    few = dataclasses.replace(
+        bench, labels=np.array([0, 1, 1, 0]), groups=np.array([4, 5, 5, 6]), labeled=np.arange(4)
+    )
+    logits = np.log(np.array([[0.8, 0.2], [0.3, 0.7], [0.3, 0.7], [np.nan, np.nan]], np.float32))
+    assert calibrating._nonconformity(few, logits, 1.0) == pytest.approx([0.2, 0.3, 1.0], abs=1e-6)
+
+
+def test_a_set_holds_each_class_that_is_as_probable_as_the_right_one_usually_is(
+    run: RunDirectory, digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    classes, scores = load_classifier(run)[2], np.array(rundir.read_json(run.calibration)["scores"])
+    for coverage in (0.9, 0.5):
+        document = predict(run, [digits], tmp_path / f"{coverage}.csv", probabilities=True, coverage=coverage)
+        limit = scores[math.ceil((len(scores) + 1) * coverage) - 1]
+        rows = rows_of(tmp_path / f"{coverage}.csv")
+        for row in rows:
+            chances = {name: float(row[f"p_{name}"]) for name in classes}
+            sure = {name for name, chance in chances.items() if 1 - chance <= limit - 2e-6}
+            maybe = {name for name, chance in chances.items() if 1 - chance <= limit + 2e-6}
+            found = row["set"].split("|") if row["set"] else []
+            assert sure <= set(found) <= maybe
+            assert found == sorted(found, key=lambda name: -chances[name])
+            assert row["abstain"] == ("false" if len(found) == 1 else "true")
+        assert document["abstained"] == sum(row["abstain"] == "true" for row in rows)
+        assert document["sets"] == {
+            "coverage": coverage,
+            "labels": len(scores),
+            "empty": sum(not row["set"] for row in rows),
+        }
+        predict(run, [digits], tmp_path / f"{coverage}.parquet", coverage=coverage)
+        table = pq.read_table(tmp_path / f"{coverage}.parquet").to_pylist()
+        assert ["|".join(row["set"]) for row in table] == [row["set"] for row in rows]
+        assert [row["abstain"] for row in table] == [row["abstain"] == "true" for row in rows]
+        show(document)
+        assert (
+            f"hold the right class of {coverage:.0%} of images like the {len(scores)} labels"
+            in capsys.readouterr().out
+        )
+
+
+def test_fewer_than_fifty_labels_promise_no_sets(run: RunDirectory, digits: Path, tmp_path: Path) -> None:
+    copy = RunDirectory(Path(shutil.copytree(run.path, tmp_path / "copy")))
+    facts = rundir.read_json(copy.calibration)
+    rundir.write_json(copy.calibration, {**facts, "scores": facts["scores"][:49]})
+    document = predict(copy, [digits], tmp_path / "out.csv")
+    rows = rows_of(tmp_path / "out.csv")
+    assert "set" not in rows[0]
+    assert document["sets"] is None
+    assert document["abstained"] == sum(float(row["confidence"]) < 0.5 for row in rows) > 0
+    with pytest.raises(
+        UsageError,
+        match=r"--coverage 0\.9: sets of classes rest on 50 labels or more, and .* on 49; label more",
+    ):
+        predict(copy, [digits], tmp_path / "sets.csv", coverage=0.9)
+    rundir.write_json(copy.calibration, {**facts, "scores": facts["scores"][:60]})
+    for coverage in (0.99, 1.5, 0.0):
+        with pytest.raises(
+            UsageError, match=r"above 0 and at most 0\.983, which is what 60 labels can promise"
+        ):
+            predict(copy, [digits], tmp_path / "sets.csv", coverage=coverage)
+    copy.calibration.unlink()
+    document = predict(copy, [digits], tmp_path / "old.csv")
+    assert (document["calibrated_on"], document["sets"]) == (0, None)
+
+
+def test_names_of_classes_in_a_set_can_be_told_apart(run: RunDirectory, digits: Path, tmp_path: Path) -> None:
+    copy = RunDirectory(Path(shutil.copytree(run.path, tmp_path / "copy")))
+    facts = rundir.read_json(copy.classifier_json)
+    names = ["=cmd|x", "a\\", *(f"-{name}" for name in facts["classes"][2:])]
+    rundir.write_json(copy.classifier_json, {**facts, "classes": names})
+    predict(copy, [digits], tmp_path / "out.csv", coverage=0.99)
+    predict(copy, [digits], tmp_path / "out.parquet", coverage=0.99)
+    whole = pq.read_table(tmp_path / "out.parquet").to_pylist()
+    seen = {name for row in whole for name in row["set"]}
+    assert names[0] in seen and names[1] in seen
+    for row, held in zip(rows_of(tmp_path / "out.csv"), whole, strict=True):
+        text = row["set"].removeprefix("'")
+        parts = [re.sub(r"\\(.)", r"\1", part) for part in re.findall(r"(?:[^|\\]|\\.)+", text)]
+        assert parts == held["set"]
+        assert len(parts) < 2 or row["set"].startswith(("'=", "'-", "a"))
+
+
+def test_images_of_another_kind_are_far_and_those_of_the_run_are_not(
+    run: RunDirectory, tmp_path: Path, some_digits: Callable[[Path, int], Path], photo: Callable[..., Image.Image], capsys: pytest.CaptureFixture[str]
+) -> None:  # fmt: skip
+    some_digits(tmp_path / "all", 1)
+    learned = {path.name for path in Path(rundir.read_json(run.data)["root"]).rglob("*.png")}
+    for path in (tmp_path / "all").rglob("*.png"):
+        if path.name in learned:
+            path.unlink()
+    document = predict(run, [tmp_path / "all"], tmp_path / "own.csv")
+    assert document["images"] > 1000
+    assert 0 < document["far"] < 0.05 * document["images"]
+    for number in range(40):
+        photo(tmp_path / f"new/{number}.png", number, (64, 64))
+    document = predict(run, [tmp_path / "new"], tmp_path / "foreign.csv")
+    assert document["far"] >= 36
+    assert document["far"] == sum(row["far"] == "true" for row in rows_of(tmp_path / "foreign.csv"))
+    show(document)
+    assert f"far       {document['far']} of 40 are less like the images of the run" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("way", ["stdin", "file", "nul"])
+def test_a_list_of_files_is_read_and_what_is_not_there_left_out_by_name(
+    run: RunDirectory, digits: Path, tmp_path: Path, way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = [str(file) for file in sorted(digits.glob("3/*.png"))[:3]]
+    names = [files[0], str(tmp_path / "gone.png"), files[1], str(digits), files[2], "b\udcff.png"]
+    end = "\0" if way == "nul" else "\r\n"
+    text = os.fsencode("\ufeff" + end.join(names) + end)
+    given = "-"
+    if way == "file":
+        (tmp_path / "list.txt").write_bytes(text)
+        given = f"@{tmp_path / 'list.txt'}"
+    else:
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(text)))
+    document = predict(run, [Path(given)], tmp_path / "out.csv")
+    assert [row["file"] for row in rows_of(tmp_path / "out.csv")] == files
+    left_out = {entry["file"]: entry["reason"] for entry in document["left_out"]}
+    assert left_out == {
+        names[1]: "cannot be read (No such file or directory)",
+        names[3]: "not a regular file",
+        "b\\xff.png": "cannot be read (No such file or directory)",
+    }
+
+
+def test_a_list_that_names_nothing_is_refused(
+    run: RunDirectory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"\n\n")))
+    with pytest.raises(DataError, match="standard input: names no image"):
+        predict(run, [Path("-")], tmp_path / "out.csv")
+    with pytest.raises(DataError, match=r"gone\.txt: this list of images cannot be read \(No such file"):
+        predict(run, [Path("@gone.txt")], tmp_path / "out.csv")

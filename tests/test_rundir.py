@@ -31,6 +31,8 @@ def test_files_lie_where_the_contract_says() -> None:
         "head": "head.safetensors",
         "classifier": "classifier.safetensors",
         "classifier_json": "classifier.json",
+        "calibration": "calibration.json",
+        "familiar": "familiar.safetensors",
         "results": "finetune/results.jsonl",
         "predictions": "finetune/predictions.parquet",
         "report_html": "report.html",

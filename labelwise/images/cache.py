@@ -39,7 +39,7 @@ _VERSION = 6  # of what the files in a cache mean
 _SAMPLED = 10_000  # images whose mean and spread stand for the set's
 _CHUNK = 512
 _MEASURED = 2**25  # bytes of squares that are measured together; sixteen times as much is held
-_DECODED = 64  # images held at once that are not kept
+DECODED = 64  # images held at once that are not kept
 _SAVE_SECONDS = 5.0
 _SQUARES, _EVALUATIONS = "squares.npy", "evaluations.npy"
 _ABANDONED_SECONDS = 7 * 24 * 3600.0
@@ -116,7 +116,7 @@ def build_cache(
     """
     for place in _folders(images):
         check_cache_outside(place)
-    folder = cache_root() / _fingerprint(images, side, evaluation_size)
+    folder = cache_root() / fingerprint(images, side, evaluation_size)
     forms = _forms(len(images.names), side, evaluation_size)
     if not folder.exists():
         _remove_abandoned(cache_root())
@@ -161,7 +161,7 @@ def read_evaluations(
     intensity_range: Range | None,
     left_out: list[dict[str, str]] | None = None,
 ) -> Iterator[tuple[npt.NDArray[np.int64], Pixels]]:
-    """Decode images some at a time for an evaluation at another size, without keeping them.
+    """Decode images `DECODED` at a time for an evaluation at another size, without keeping them.
 
     Args:
         images: The set.
@@ -171,7 +171,7 @@ def read_evaluations(
         left_out: Takes the file and reason of each image that cannot be read; without it, all must be readable.
 
     Yields:
-        Rows, (B,), and their centres, uint8, (B, E, E, 3).
+        Of each so many rows those that can be read, (B,), maybe none, and their centres, uint8, (B, E, E, 3).
 
     Raises:
         DataError: An image cannot be read.
@@ -182,7 +182,7 @@ def read_evaluations(
     pixels: list[Pixels] = []
     with Readers("center", **arguments) as readers:
         asked = rows.tolist()
-        for row, answer in zip(asked, readers.map(asked, images.locate), strict=True):
+        for number, (row, answer) in enumerate(zip(asked, readers.map(asked, images.locate), strict=True), 1):
             if not isinstance(answer, UnreadableImage):
                 kept.append(row)
                 pixels.append(np.frombuffer(answer[1], np.uint8).reshape(size, size, 3))
@@ -190,11 +190,10 @@ def read_evaluations(
                 raise DataError(f"{images.names[row]}: could be read before, and now not: {answer}")
             else:
                 left_out.append({"file": images.names[row], "reason": str(answer)})
-            if len(kept) == _DECODED:
-                yield np.array(kept), np.stack(pixels)
+            if number % DECODED == 0 or number == len(asked):
+                none = np.zeros((0, size, size, 3), np.uint8)
+                yield np.array(kept, np.int64), np.stack(pixels) if pixels else none
                 kept, pixels = [], []
-    if kept:
-        yield np.array(kept), np.stack(pixels)
 
 
 def sample_sizes(images: ImageSet, count: int = 200) -> npt.NDArray[np.int64]:
@@ -443,7 +442,7 @@ def _folders(images: ImageSet) -> list[Path]:
     return sorted(found)
 
 
-def _fingerprint(images: ImageSet, side: int, evaluation_size: int) -> str:
+def fingerprint(images: ImageSet, side: int, evaluation_size: int) -> str:
     """Hash of what the files are and what is made of them."""
     digest = hashlib.sha256(
         f"{_VERSION} {decoding.HAS_HEIF} {side} {evaluation_size} {images.table._fingerprint if images.layout.startswith('dataset') else ''}".encode()

@@ -145,12 +145,17 @@ def _classes_alike(labels: list[str | None]) -> list[str]:
 
 
 def open_given(images: list[Path]) -> ImageSet:
-    """Take what a command was given: one folder, or files.
+    """Take what a command was given: one folder, files, `-` for a list of files on standard input, or `@FILE` for one in a file.
 
     Raises:
-        DataError: As in `open_images` and `open_files`.
+        DataError: As in `open_images` and `open_files`, or a list is empty or cannot be read.
     """
-    return open_images(images[0]) if len(images) == 1 and images[0].is_dir() else open_files(images)
+    if len(images) == 1 and images[0].is_dir():
+        return open_images(images[0])
+    is_list = len(images) == 1 and (str(images[0]) == "-" or str(images[0]).startswith("@"))
+    if is_list and not images[0].exists():
+        return _as_files(_read_list(str(images[0])))
+    return open_files(images)
 
 
 def open_files(files: list[Path]) -> ImageSet:
@@ -165,9 +170,30 @@ def open_files(files: list[Path]) -> ImageSet:
             raise DataError(f"{file}: {kind}.")
         if not is_utf8(str(file)):
             raise DataError(f"{file}: its name is not UTF-8; rename it.")
-    names = [str(file) for file in files]
+    return _as_files([str(file) for file in files])
+
+
+def _as_files(names: list[str]) -> ImageSet:
+    """Files by name, there or not."""
     none: list[str | None] = [None] * len(names)
     return ImageSet(Path(), names, none, none, "files", {}, [], _table(names, Path()))
+
+
+def _read_list(given: str) -> list[str]:
+    """Names of files, one a line, or between NULs as `find -print0` writes them; they start from the folder one is in.
+
+    A name that is not UTF-8 gets its bytes in words, by which it will be found missing.
+    """
+    try:
+        text = sys.stdin.buffer.read() if given == "-" else Path(given[1:]).read_bytes()
+    except OSError as error:
+        raise DataError(f"{given[1:]}: this list of images cannot be read ({error.strerror}).") from None
+    lines = text.removeprefix(b"\xef\xbb\xbf").split(b"\0" if b"\0" in text else b"\n")
+    names = [line.removesuffix(b"\r").decode("utf-8", "backslashreplace") for line in lines]
+    names = [name for name in names if name]
+    if not names:
+        raise DataError(f"{'standard input' if given == '-' else given[1:]}: names no image.")
+    return names
 
 
 def _open_sample(root: Path) -> ImageSet:

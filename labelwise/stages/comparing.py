@@ -30,10 +30,11 @@ from labelwise.predictions import keep_predictions, read_predictions, store_pred
 from labelwise.rundir import RunDirectory
 from labelwise.stages.alternatives import Alternative, add_alternative, find_alternatives
 from labelwise.stages.benching import remember_sources, set_up_bench
+from labelwise.stages.calibrating import calibrate, steps_to_calibrate
 from labelwise.stages.checking import check_labels, check_lookalikes
 from labelwise.stages.dealing import Dealer
 from labelwise.stages.encoders import sign
-from labelwise.stages.finetuning import Floats, Rows
+from labelwise.stages.finetuning import Floats, Rows, read_calibration
 from labelwise.stages.launching import count_devices
 from labelwise.stages.methods import (
     STOPPED,
@@ -113,7 +114,9 @@ def _compare(run: RunDirectory, settings: FinetuneSettings, devices: int) -> lis
     if waiting_steps:
         steps = steps_in_a_row(waiting_steps, 1 if bench.device.type == "cpu" else devices)
         if "simclr" in settings.methods and not bench.run.classifier.exists():
-            steps += steps_of("simclr", bench, bench.labeled)  # the classifier that is kept
+            steps += steps_of("simclr", bench, bench.labeled) + steps_to_calibrate(
+                bench
+            )  # the one that is kept
         _say_how_long(steps * time_a_step(bench), settings)
 
     def train(job: Job) -> tuple[Floats, dict[str, Any]] | None:
@@ -474,17 +477,22 @@ def _say_how_long(seconds: float, settings: FinetuneSettings) -> None:
 
 
 def _keep_classifier(bench: Bench) -> None:
-    """Save the classifier trained on every label outside the test set, and what it takes to use it."""
+    """Save the classifier trained on every label outside the test set, what it takes to use it, and how far to believe it."""
     signature = _signature(bench)
     before = rundir.read_derived(bench.run.classifier_json)
-    if before is not None and before["signature"] == signature and bench.run.classifier.exists():
-        return
+    is_kept = before is not None and before["signature"] == signature and bench.run.classifier.exists()
+    if (is_kept or _train_to_keep(bench, signature)) and read_calibration(bench.run) is None:
+        calibrate(bench, signature)
+
+
+def _train_to_keep(bench: Bench, signature: str) -> bool:
+    """Train and save the classifier; False where its training diverges, which is said."""
     terminal.say(f"training the classifier to keep on all {len(bench.labeled):,} labels")
     try:
         classifier, trial = refit(bench)
     except Diverged as error:
         terminal.warn(f"no classifier is kept, as its training diverges: {error}.")
-        return
+        return False
     bench.run.classifier_json.unlink(
         missing_ok=True
     )  # its classes are not those of the weights that come now
@@ -499,6 +507,7 @@ def _keep_classifier(bench: Bench) -> None:
         "signature": signature,
     }
     rundir.write_json(bench.run.classifier_json, facts)
+    return True
 
 
 def _write_settings(run: RunDirectory, settings: FinetuneSettings) -> None:

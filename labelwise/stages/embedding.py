@@ -19,10 +19,10 @@ from labelwise.interruption import stop_between_steps
 from labelwise.learning.precision import choose_device
 from labelwise.models.features import extract_features
 from labelwise.models.weights import load_encoder
-from labelwise.predictions import open_embeddings
 from labelwise.rundir import RunDirectory
 from labelwise.stages.benching import open_decoded, remember_sources
 from labelwise.stages.targets import check_file
+from labelwise.tables import open_embeddings
 
 _LISTED = 5
 
@@ -138,6 +138,8 @@ def _features_of(
     with terminal.track("embedding", len(rows)) as bar:
         done = 0
         for chunk, pixels in read_evaluations(found, rows, spec.image_size, deep, left_out):
+            if not len(chunk):
+                continue
             features = extract_features(encoder, pixels, np.arange(len(chunk)), spec.normalization, place)
             if not torch.isfinite(features).all():
                 raise DataError(

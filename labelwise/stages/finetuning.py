@@ -7,6 +7,7 @@ steps, and the choice between light and strong augmentation.
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -23,7 +24,7 @@ from labelwise.measures.linear import Probe
 from labelwise.models.encoder import EncoderSpec, create_encoder
 from labelwise.models.features import extract_features
 from labelwise.models.heads import keep_first_layer
-from labelwise.models.weights import load_module, read_metadata, read_spec
+from labelwise.models.weights import load_module, read_hash, read_metadata, read_spec
 from labelwise.rundir import RunDirectory
 from labelwise.views.draws import Policy
 from labelwise.views.pipeline import Normalization, Views, make_views
@@ -78,9 +79,15 @@ class Classifier(nn.Module):
         self.linear.weight.copy_(torch.from_numpy(weight))
         self.linear.bias.copy_(torch.from_numpy(bias))
 
+    @torch.no_grad()
+    def cool(self, temperature: float) -> None:
+        """Divide all scores by a temperature."""
+        self.linear.weight.div_(temperature)
+        self.linear.bias.div_(temperature)
+
 
 def load_classifier(run: RunDirectory) -> tuple[Classifier, EncoderSpec, list[str]]:
-    """Build the classifier that a run kept, in evaluation mode, with its classes in the order of its outputs.
+    """Build the classifier that a run kept, calibrated and in evaluation mode, with its classes in the order of its outputs.
 
     Raises:
         CheckpointError: It is missing or damaged.
@@ -94,7 +101,16 @@ def load_classifier(run: RunDirectory) -> tuple[Classifier, EncoderSpec, list[st
     network, width = keep_first_layer(create_encoder(spec), run.head, read_metadata(run.head))
     classifier = Classifier(network, width, len(classes))
     load_module(run.classifier, classifier)
+    calibration = read_calibration(run)
+    if calibration is not None:
+        classifier.cool(calibration["temperature"])
     return classifier.eval(), spec, classes
+
+
+def read_calibration(run: RunDirectory) -> dict[str, Any] | None:
+    """What is known of how far the kept classifier is to be believed; None where nothing is, or it is of another classifier."""
+    facts = rundir.read_derived(run.calibration)
+    return facts if facts is not None and facts["classifier"] == read_hash(run.classifier) else None
 
 
 def train_classifier(

@@ -216,19 +216,36 @@ def refit(bench: Bench) -> tuple[Classifier, Trial]:
         Diverged: As in `run_method`.
     """
     rows = bench.labeled
-    trials = _finetuning_trials(bench, len(rows))
+    trials = trials_to_keep(bench)
     trial = trials[0]
     if not is_few(bench, rows):
         best = _choose(
             bench, rows, bench.settings.seed, [_finetune("simclr", bench, each) for each in trials]
         )
         trial = next(each for each in trials if each.name == best.name)
-    classifier = _pretrained_classifier("simclr", bench, rows)
-    _train(bench, classifier, trial, rows, bench.settings.seed, bench.spec)
+    classifier = train_pretrained("simclr", bench, trial, rows, bench.settings.seed)
     predict(
         classifier, bench.cache, rows[:1], bench.spec.normalization, bench.device
     )  # it does say something
     return classifier, trial
+
+
+def trials_to_keep(bench: Bench) -> list[Trial]:
+    """The ways that `refit` chooses from."""
+    return _finetuning_trials(bench, len(bench.labeled))
+
+
+def train_pretrained(
+    method: str, bench: Bench, trial: Trial, rows: Rows, seed: int, share: float = 1.0
+) -> Classifier:
+    """Fit a linear probe, then train the whole network from there, for a share of the steps, or not at all.
+
+    Raises:
+        Diverged: As in `train_classifier`.
+    """
+    classifier = _pretrained_classifier(method, bench, rows)
+    _train(bench, classifier, trial, rows, seed, _spec(method, bench), share)
+    return classifier
 
 
 def is_few(bench: Bench, rows: Rows) -> bool:
@@ -291,8 +308,7 @@ def _finetune(method: str, bench: Bench, trial: Trial) -> Way:
     spec = _spec(method, bench)
 
     def fit(rows: Rows, asked: Rows, seed: int, share: float) -> Floats:
-        classifier = _pretrained_classifier(method, bench, rows)
-        _train(bench, classifier, trial, rows, seed, spec, share)
+        classifier = train_pretrained(method, bench, trial, rows, seed, share)
         return predict(classifier, bench.cache, asked, spec.normalization, bench.device)
 
     return Way(trial.name, fit)

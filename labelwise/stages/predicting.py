@@ -1,119 +1,174 @@
-"""`labelwise predict`: what the kept classifier says of images, one row each, however many there are."""
+"""`labelwise predict`: what the kept classifier says of images and how far to believe it, one row each, however many there are."""
 
+import hashlib
+import json
 from collections import Counter
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from labelwise import rundir, terminal
-from labelwise.errors import DataError, LabelwiseError
-from labelwise.images.cache import read_evaluations
+from labelwise.errors import DataError
+from labelwise.images.cache import DECODED, fingerprint, read_evaluations
 from labelwise.images.source import ImageSet, open_given
 from labelwise.interruption import stop_between_steps
-from labelwise.learning.optimization import Diverged
 from labelwise.learning.precision import choose_device
-from labelwise.models.features import extract_features
-from labelwise.predictions import open_table
+from labelwise.models.weights import read_hash
 from labelwise.rundir import RunDirectory
-from labelwise.stages.finetuning import chances_of, load_classifier
+from labelwise.stages.finetuning import read_calibration
+from labelwise.stages.oracle import DOUBTFUL, Oracle, load_oracle, make_promise
 from labelwise.stages.reporting import kept_classifier
 from labelwise.stages.targets import check_file
+from labelwise.tables import Columns, Parts, open_parts, open_table, remove_parts_of_whole
 
-COLUMNS = ("file", "label", "confidence", "second_label", "second_confidence")
-WORDS = frozenset({"file", "label", "second_label"})
 _LISTED = 5
 
 
+class _Summary:
+    """What a table says, counted part by part."""
+
+    def __init__(self) -> None:
+        self.labels: Counter[str] = Counter()
+        self.abstained = self.far = self.empty = 0
+        self.left_out: list[dict[str, str]] = []
+
+    def add(self, part: dict[str, list[Any]], left_out: list[dict[str, str]]) -> None:
+        """Count some rows, and those that have none."""
+        self.labels.update(part["label"])
+        self.abstained += sum(part["abstain"])
+        self.far += sum(part.get("far", ()))
+        self.empty += sum(not each for each in part.get("set", ()))
+        self.left_out += left_out
+
+
 def predict(
-    run: RunDirectory, images: list[Path], out: Path, *, probabilities: bool = False, device: str = "auto"
+    run: RunDirectory,
+    images: list[Path],
+    out: Path,
+    *,
+    probabilities: bool = False,
+    coverage: float | None = None,
+    device: str = "auto",
 ) -> dict[str, Any]:
     """Classify images with the classifier of a run and write a table; images that cannot be read are left out by name.
 
+    Interrupted or killed, the same call goes on.
+
     Args:
         run: Compared, so that it holds a classifier.
-        images: A folder, or files.
+        images: What `open_given` takes.
         out: A .csv or .parquet file that is not there yet.
         probabilities: Add a column per class, `p_CLASS`.
+        coverage: Share of images whose set shall hold the right class; default 0.9, where labels are enough for sets.
         device: Where.
 
     Returns:
-        `out`, `images` (rows written), `labels` (how many of each), `left_out` (file and reason), `expected` (mean `accuracy`
-        with the most `labels` that were compared, `n_test`, and `trained_on`; None where the classifier is an older one).
+        `out`, `images` (rows written), `labels` (how many of each), `abstained`, `far` (None where it is not known), `sets`
+        (`coverage`, `labels` that it rests on, and how many are `empty`; None without), `calibrated_on` (labels, 0 where
+        confidence is not calibrated), `left_out` (file and reason), `expected` (mean `accuracy` with the most `labels` that were
+        compared, `n_test`, and `trained_on`; None where the classifier is an older one).
 
     Raises:
         CheckpointError: The run has no classifier, or it is damaged.
         DataError: There are no images.
-        UsageError: The table cannot be written there.
+        UsageError: The table cannot be written there, or the labels are too few for the coverage asked for.
     """
-    data = rundir.read_json(run.data)
+    remove_parts_of_whole(out)
     check_file(out, (".csv", ".parquet"), run, images)
-    classifier, spec, classes = load_classifier(run)
+    deep = rundir.read_json(run.data)["intensity_range"]
+    calibration = read_calibration(run)
+    oracle = load_oracle(run, make_promise(run, calibration, coverage), choose_device(device))
     results = rundir.read_jsonl(run.results)
     kept = kept_classifier(run, results)
     if kept is None:
         terminal.warn(
             f"the classifier of {run.path} was trained before its last comparison; `labelwise finetune` trains it anew."
         )
-    place = choose_device(device)
-    classifier.to(place)
     found = open_given(images)
-    deep = data["intensity_range"]
-    names = [*COLUMNS, *(f"p_{name}" for name in classes if probabilities)]
-    left_out: list[dict[str, str]] = []
-    labels: Counter[str] = Counter()
-    rows = np.arange(len(found.names))
-
-    def write(fresh: Path) -> None:
-        unread = 0
-        with (
-            stop_between_steps() as stop,
-            open_table(fresh, out.suffix, names, WORDS) as table,
-            terminal.track("predicting", len(rows)) as bar,
-        ):
-            for chunk, pixels in read_evaluations(found, rows, spec.image_size, deep, left_out):
-                stop.check(f"{out} was not written; the same command begins again.")
-                logits = extract_features(
-                    classifier, pixels, np.arange(len(chunk)), spec.normalization, place
-                )
-                try:
-                    chances = chances_of(logits)
-                except Diverged as error:
-                    raise LabelwiseError(
-                        f"{run.classifier}: {error}; train another with `labelwise finetune`."
-                    ) from None
-                columns = _columns(found, chunk, chances, classes)
-                columns |= {f"p_{name}": chances[:, i].tolist() for i, name in enumerate(classes)}
-                table.write({name: columns[name] for name in names})
-                labels.update(columns["label"])
-                bar.advance(len(chunk) + len(left_out) - unread)
-                unread = len(left_out)
-        if not labels:
-            first = left_out[0]
-            raise DataError(
-                f"none of the {len(rows)} images can be read, e.g. {first['file']}: {first['reason']}."
-            )
-
-    rundir.write_atomically(out, write)
+    columns = oracle.columns(probabilities=probabilities)
+    deciding = [
+        *(version("labelwise"), fingerprint(found, 0, oracle.spec.image_size), read_hash(run.classifier)),
+        *(oracle.classes, calibration, coverage, deep, list(columns), oracle.place.type),
+    ]
+    identity = hashlib.sha256(json.dumps(deciding).encode()).hexdigest()
+    with open_parts(out, columns, identity) as parts:
+        _fill(parts, oracle, found, deep, columns)
+        summary = _finish(parts, out, columns)
+    if not parts.rows:
+        first = summary.left_out[0]
+        raise DataError(
+            f"none of the {parts.done} images can be read, e.g. {first['file']}: {first['reason']}."
+        )
+    sets = oracle.promise
     return {
         "out": str(out),
-        "images": sum(labels.values()),
-        "labels": dict(labels.most_common()),
-        "left_out": left_out,
+        "images": parts.rows,
+        "labels": dict(summary.labels.most_common()),
+        "abstained": summary.abstained,
+        "far": summary.far if "far" in columns else None,
+        "sets": {"coverage": sets.coverage, "labels": sets.labels, "empty": summary.empty} if sets else None,
+        "calibrated_on": calibration["scored"] if calibration and calibration["temperature"] != 1 else 0,
+        "left_out": summary.left_out,
         "expected": _expected(results, kept["labels"]) if kept is not None else None,
     }
 
 
+def _fill(parts: Parts, oracle: Oracle, images: ImageSet, deep: list[float] | None, columns: Columns) -> None:
+    """Ask about all images that were not asked about yet.
+
+    Raises:
+        Interrupted: A signal came; all that is done is saved.
+    """
+    rows = np.arange(len(images.names))
+    left_out: list[dict[str, str]] = []
+    scale = (deep[0], deep[1]) if deep else None
+    with stop_between_steps() as stop, terminal.track("predicting", len(rows), done=parts.done) as bar:
+        for chunk, pixels in read_evaluations(
+            images, rows[parts.done :], oracle.spec.image_size, scale, left_out
+        ):
+            if stop:
+                parts.save()
+                stop.check(f"{parts.done:,} of {len(rows):,} images are done; the same command goes on.")
+            names = [images.names[row] for row in chunk.tolist()]
+            told = oracle.tell(names, pixels) if names else {name: [] for name in columns}
+            done = min(parts.done + DECODED, len(rows))
+            bar.advance(done - parts.done)
+            parts.add(done, {name: told[name] for name in columns}, left_out)
+            left_out.clear()
+
+
+def _finish(parts: Parts, out: Path, columns: Columns) -> _Summary:
+    """Write the table, where it has a row."""
+    summary = _Summary()
+
+    def write(fresh: Path) -> None:
+        with open_table(fresh, out.suffix, columns) as table:
+            for part, left_out in parts.read():
+                table.write(part)
+                summary.add(part, left_out)
+
+    if parts.rows:
+        parts.finish(out, write)
+    else:
+        for part, left_out in parts.read():
+            summary.add(part, left_out)
+    return summary
+
+
 def show(document: dict[str, Any]) -> None:
     """Print what was predicted."""
-    shares = ", ".join(f"{label} {count:,}" for label, count in list(document["labels"].items())[:12])
+    count = document["images"]
+    shares = ", ".join(f"{label} {number:,}" for label, number in list(document["labels"].items())[:12])
     more = " ..." if len(document["labels"]) > 12 else ""
-    terminal.emit(f"{document['images']:,} images: {shares}{more}")
+    terminal.emit(f"{count:,} images: {shares}{more}")
     for entry in document["left_out"][:_LISTED]:
         terminal.emit(f"left out  {entry['file']}: {entry['reason']}")
     if len(document["left_out"]) > _LISTED:
         terminal.emit(f"          and {len(document['left_out']) - _LISTED:,} more; --json lists all")
+    for line in _doubts(document):
+        terminal.emit(line)
     expected = document["expected"]
     if expected is not None:
         fewer = expected["labels"] < expected["trained_on"]
@@ -123,6 +178,36 @@ def show(document: dict[str, Any]) -> None:
             f"with {expected['labels']:,} labels{more}"
         )
     terminal.emit(f"written   {document['out']}")
+
+
+def _doubts(document: dict[str, Any]) -> list[str]:
+    """How many images it does not decide on, and what that rests on."""
+    count, sets = document["images"], document["sets"]
+    if not document["calibrated_on"]:
+        lines = [
+            "confidence is not calibrated: too few labels, or `labelwise finetune` was of an earlier version"
+        ]
+    else:
+        lines = [f"confidence calibrated on {document['calibrated_on']:,} labels that were held out in turn"]
+    if sets is None:
+        lines.append(
+            f"abstain   {document['abstained']:,} of {count:,}, where confidence is below {DOUBTFUL:.0%}; labels are too few for sets"
+        )
+    else:
+        lines.append(
+            f"sets      hold the right class of {sets['coverage']:.0%} of images like the {sets['labels']:,} labels that this rests on"
+        )
+        empty = (
+            f", {sets['empty']:,} of them none; a higher --coverage makes these fewer"
+            if sets["empty"]
+            else ""
+        )
+        lines.append(f"abstain   {document['abstained']:,} of {count:,}, whose set is not one class{empty}")
+    if document["far"] is not None:
+        lines.append(
+            f"far       {document['far']:,} of {count:,} are less like the images of the run than 99 % of these are; believe nothing of them"
+        )
+    return lines  # fmt: skip
 
 
 def _expected(results: list[dict[str, Any]], trained_on: int) -> dict[str, Any]:
@@ -135,19 +220,4 @@ def _expected(results: list[dict[str, Any]], trained_on: int) -> dict[str, Any]:
         "labels": most,
         "n_test": rows[0]["n_test"],
         "trained_on": trained_on,
-    }
-
-
-def _columns(
-    images: ImageSet, rows: npt.NDArray[np.int64], chances: npt.NDArray[np.float32], classes: list[str]
-) -> dict[str, list[Any]]:
-    """The first columns of a table: file, and the two classes that are most probable."""
-    first, second = np.argsort(-chances, axis=1, kind="stable")[:, :2].T
-    place = np.arange(len(rows))
-    return {
-        "file": [images.names[row] for row in rows.tolist()],
-        "label": [classes[index] for index in first],
-        "confidence": chances[place, first].tolist(),
-        "second_label": [classes[index] for index in second],
-        "second_confidence": chances[place, second].tolist(),
     }

@@ -19,13 +19,13 @@ from labelwise.measures.typicality import Choice, choose_doubtful, choose_typica
 from labelwise.models.features import extract_features
 from labelwise.models.weights import load_encoder
 from labelwise.ownership import hold
-from labelwise.predictions import open_table
 from labelwise.reports import contact_sheet
 from labelwise.rundir import RunDirectory
 from labelwise.stages.benching import open_separated, remember_sources
 from labelwise.stages.encoders import ENCODER_METHODS
 from labelwise.stages.methods import FOLDS, PROBE_STRENGTHS, is_unbalanced
 from labelwise.stages.targets import check_file
+from labelwise.tables import TEXT, open_table
 from labelwise.views.mosaic import encode_thumbnail
 
 COLUMNS = ("rank", "file", "why", "cluster")
@@ -214,7 +214,7 @@ def _why_doubtful(chances: npt.NDArray[np.float32], classes: list[str]) -> str:
 
 
 def _write_table(suggestions: list[dict[str, Any]], fresh: Path) -> None:
-    with open_table(fresh, ".csv", list(COLUMNS), frozenset(COLUMNS)) as table:
+    with open_table(fresh, ".csv", dict.fromkeys(COLUMNS, TEXT)) as table:
         table.write(
             {
                 name: ["" if each[name] is None else str(each[name]) for each in suggestions]

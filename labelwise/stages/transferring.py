@@ -15,10 +15,10 @@ from labelwise.images.label_studio import write_label_studio
 from labelwise.images.labels import OUTSIDE
 from labelwise.images.source import ImageSet
 from labelwise.models.weights import read_spec
-from labelwise.predictions import open_table
 from labelwise.rundir import RunDirectory
 from labelwise.stages.benching import open_decoded, remember_sources
 from labelwise.stages.targets import check_file, check_folder
+from labelwise.tables import TEXT, open_table
 
 _COLUMNS = ("file", "label", "split", "who", "at")
 
@@ -101,7 +101,7 @@ def export_labels(run: RunDirectory, out: Path) -> str:
 
 
 def _write_table(said: list[Annotation], fresh: Path) -> None:
-    with open_table(fresh, ".csv", list(_COLUMNS), frozenset(_COLUMNS)) as table:
+    with open_table(fresh, ".csv", dict.fromkeys(_COLUMNS, TEXT)) as table:
         table.write(
             {
                 "file": [each.file for each in said],
