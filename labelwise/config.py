@@ -358,6 +358,11 @@ class PretrainSettings(Settings):
         description="with several devices or machines: a process that does not answer for so long is given up",
         json_schema_extra={"panel": "Training"},
     )
+    tracker: Literal["none", "tensorboard"] = Field(
+        "none",
+        description="tensorboard: the numbers of metrics.jsonl for TensorBoard too, in RUN/tensorboard",
+        json_schema_extra={"panel": "Training"},
+    )
     deterministic: bool = Field(
         False,
         description="off by default: the same bits on a GPU too however often it is interrupted; slower (a CPU always gives them)",

@@ -6,6 +6,7 @@ owner.json            which process works on the run, as long as one does
 data.json             where the images are, fingerprint, counts, quarantine
 splits/               test.json (locked) and draws-*.json (label draws)
 metrics.jsonl         a line per logged step and per epoch
+tensorboard/          the same for TensorBoard, where that was asked for
 views.png             what the augmentations do to the first images
 neighbours.json       nearest images of a few, with thumbnails
 near_copies.json      pairs of images that show the same, the first ones with thumbnails
@@ -80,6 +81,10 @@ class RunDirectory:
     @property
     def metrics(self) -> Path:
         return self.path / "metrics.jsonl"
+
+    @property
+    def tensorboard(self) -> Path:
+        return self.path / "tensorboard"
 
     @property
     def views(self) -> Path:

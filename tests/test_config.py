@@ -77,6 +77,7 @@ TYPED: dict[type[Settings], dict[str, tuple[str | None, Any]]] = {
         "device": ("cpu", "cpu"),
         "devices": ("2", "2"),
         "rank_timeout": ("90s", "90s"),
+        "tracker": ("tensorboard", "tensorboard"),
         "deterministic": (None, True),
         "seed": ("3", 3),
     },

@@ -40,6 +40,7 @@ from labelwise.reports.markdown import escape
 from labelwise.reports.text import doubts_in_words, is_too_weak
 from labelwise.rundir import RunDirectory
 from labelwise.stages import benching, comparing, concluding, methods, pretraining
+from labelwise.stages.beginning import read_plan
 from labelwise.stages.demo import write_digits
 from labelwise.stages.encoders import comparison_of
 from labelwise.stages.guarding import Guard
@@ -1190,7 +1191,7 @@ def test_a_plan_that_lacks_a_part_is_damaged(copy: RunDirectory) -> None:
     del record["plan"]["epochs"]
     rundir.write_json(copy.environment, record)
     with pytest.raises(CheckpointError, match=r"environment\.json: damaged .plan\.epochs: Field required"):
-        pretraining._read_plan(copy)
+        read_plan(copy)
 
 
 def test_one_damaged_run_does_not_hide_the_others(

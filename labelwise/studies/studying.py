@@ -18,7 +18,7 @@ from labelwise.learning.precision import choose_device, device_name
 from labelwise.ownership import beat, hold
 from labelwise.reports import study_page
 from labelwise.rundir import RunDirectory
-from labelwise.stages.pretraining import with_whole_paths
+from labelwise.stages.beginning import with_whole_paths
 from labelwise.studies import augmentations, batch, color, head, readout
 from labelwise.studies.findings import CAPTION, Findings
 from labelwise.studies.preparing import Prepared, prepare
@@ -47,6 +47,7 @@ _OF_THE_STUDY = (
     "seed",
     "devices",
     "rank_timeout",
+    "tracker",
     "stream",
     "shuffle_buffer",
 )  # a recipe's are not used

@@ -181,6 +181,15 @@ def test_two_processes_on_one_machine_end_as_one_does(
     assert "devices" not in asked  # the same command without it goes on with this run
 
 
+def test_two_processes_write_one_file_for_tensorboard(place: Workplace) -> None:
+    loader = pytest.importorskip("tensorboard.backend.event_processing.event_file_loader", reason="the extra labelwise[tensorboard] is not installed")  # fmt: skip
+    run = RunDirectory(place.folder / "run")
+    place.finish(run.path, "--devices", 2, "--tracker", "tensorboard")
+    (file,) = run.tensorboard.iterdir()
+    events = list(loader.LegacyEventFileLoader(str(file)).Load())
+    assert [event.step for event in events[2:]] == [row["step"] for row in read_jsonl(run.metrics)]
+
+
 def test_any_rank_killed_at_random_moments(
     place: Workplace,
     undisturbed: dict[str, np.ndarray],
