@@ -279,6 +279,15 @@ def export(
 def suggest(
     run: Run = Path("runs/latest"),
     budget: Annotated[int, typer.Option("--budget", min=1, help="how many images")] = 50,
+    labels: Annotated[
+        Path | None,
+        typer.Option(
+            "--labels", help="label file or folder of class folders; default that of the last comparison"
+        ),
+    ] = None,
+    labels_root: Annotated[
+        Path | None, typer.Option("--labels-root", help="folder the label file's paths start from")
+    ] = None,
     out: Annotated[
         Path | None, typer.Option("--out", help=".csv file to write; default suggestions.csv in the run")
     ] = None,
@@ -289,7 +298,7 @@ def suggest(
     from labelwise.stages.suggesting import show
     from labelwise.stages.suggesting import suggest as run_suggest
 
-    document = run_suggest(open_run(run), budget, out)
+    document = run_suggest(open_run(run), budget, out, labels=labels, labels_root=labels_root)
     terminal.emit_json(document) if json else show(document)
 
 

@@ -114,8 +114,17 @@ class _Result(_Form):
     seconds: float
     folds: int = 0
     frozen: bool = True
+    series: str = "random"
+    suggested: int = 0
     draw_sha256: str
     signature: str
+
+
+class _Suggested(_Form):
+    at: str
+    budget: int
+    files: list[str]
+    as_if_unlabeled: bool
 
 
 class _Neighbour(_Form):
@@ -228,6 +237,7 @@ _FORMS: dict[str, type[_Form]] = {
     "test.json": _TestLock,
     "metrics.jsonl": _Metric,
     "results.jsonl": _Result,
+    "suggested.jsonl": _Suggested,
     "neighbours.json": _Neighbours,
     "near_copies.json": _Pairs,
     "lookalikes.json": _Lookalikes,

@@ -16,6 +16,7 @@ finetune/             results.jsonl, predictions.parquet, label_check.json (labe
                       lookalikes.json (test images that resemble training images, the first ones with thumbnails)
 report.html, report.md, report.json, model-card.md (of the classifier)
 suggestions.csv, suggestions.html   which images to label next
+suggested.jsonl       a line per call of suggest: what it chose, in order
 """
 
 import errno
@@ -39,10 +40,21 @@ from labelwise.forms import check_form
 
 DEFAULT_RUNS = Path("runs")
 LATEST = DEFAULT_RUNS / "latest"
+RANDOM, SUGGESTED, MIXED = (
+    "random",
+    "suggested",
+    "mixed",
+)  # how the labels of a result were chosen: its series
 _LARGEST = 2.0**64  # content keys are smaller
 _DOOMED = ".labelwise-deleting-"
 _MADE_AGAIN = {"report.json": "report", "study.json": "study"}  # by which command
-_BEFORE_STEP_0 = {"splits", "data.json", "config.toml", "owner.json"}  # what a run killed early may have left
+_BEFORE_STEP_0 = {
+    "splits",
+    "data.json",
+    "config.toml",
+    "owner.json",
+    "suggested.jsonl",
+}  # left by a run killed early
 
 
 @dataclass(frozen=True)
@@ -140,6 +152,10 @@ class RunDirectory:
         return self.path / "suggestions.csv"
 
     @property
+    def suggested(self) -> Path:
+        return self.path / "suggested.jsonl"
+
+    @property
     def report_json(self) -> Path:
         return self.path / "report.json"
 
@@ -202,6 +218,12 @@ def open_run(path: Path) -> RunDirectory:
         if file.is_dir():
             raise CheckpointError(f"{file}: a folder, where a file belongs; move it away.")
     return run
+
+
+def take_over_suggested(run: RunDirectory, earlier: RunDirectory) -> None:
+    """Let a run know what `suggest` chose in an earlier one: labels of that are no random ones here either."""
+    if earlier.suggested.exists():
+        rewrite_jsonl(run.suggested, read_jsonl(earlier.suggested))
 
 
 def point_latest(run: RunDirectory) -> None:
