@@ -127,7 +127,7 @@ def scan(
 def _pretrain(recipe: Recipe = None, json: Json = False, **given: Any) -> None:
     """Train an encoder on a folder of unlabeled images (SimCLR). The same command again goes on."""
     from labelwise.learning.ranks import is_rank
-    from labelwise.reports.text import few_labels
+    from labelwise.reports.text import few_labels, has_few_labels
     from labelwise.rundir import read_json
     from labelwise.stages.launching import count_devices, launch
     from labelwise.stages.pretraining import pretrain
@@ -146,8 +146,10 @@ def _pretrain(recipe: Recipe = None, json: Json = False, **given: Any) -> None:
     else:
         data = read_json(run.data)
         labels = "" if data["classes"] else " --labels FILE"
-        how_many = few_labels(data)
-        terminal.emit(f"next: labelwise finetune --run {_shown(run.path)}{labels} {how_many}")
+        which = f"labelwise suggest --run {_shown(run.path)}: which images to label; then "
+        terminal.emit(
+            f"next: {which if has_few_labels(data) else ''}labelwise finetune --run {_shown(run.path)}{labels} {few_labels(data)}"
+        )
 
 
 def _finetune(recipe: Recipe = None, json: Json = False, **given: Any) -> None:
