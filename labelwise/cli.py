@@ -127,7 +127,7 @@ def scan(
 def _pretrain(recipe: Recipe = None, json: Json = False, **given: Any) -> None:
     """Train an encoder on a folder of unlabeled images (SimCLR). The same command again goes on."""
     from labelwise.learning.ranks import is_rank
-    from labelwise.reports.text import few_labels
+    from labelwise.reports.text import few_labels, has_few_labels
     from labelwise.rundir import read_json
     from labelwise.stages.launching import count_devices, launch
     from labelwise.stages.pretraining import pretrain
@@ -145,11 +145,11 @@ def _pretrain(recipe: Recipe = None, json: Json = False, **given: Any) -> None:
         terminal.emit_json({"run": str(run.path), "encoder": str(run.encoder)})
     else:
         data = read_json(run.data)
-        if not data["classes"]:
-            terminal.emit(
-                f"next: labelwise annotate --run {_shown(run.path)}, a page to label images on, or with labels of your own"
-            )
         labels = "" if data["classes"] else " --labels FILE"
+        if has_few_labels(data):
+            terminal.emit(
+                f"next: labelwise annotate --run {_shown(run.path)}: a page to label images on, those that matter most"
+            )
         terminal.emit(f"next: labelwise finetune --run {_shown(run.path)}{labels} {few_labels(data)}")
 
 
@@ -293,6 +293,15 @@ def export(
 def suggest(
     run: Run = Path("runs/latest"),
     budget: Annotated[int, typer.Option("--budget", min=1, help="how many images")] = 50,
+    labels: Annotated[
+        Path | None,
+        typer.Option(
+            "--labels", help="label file or folder of class folders; default that of the last comparison"
+        ),
+    ] = None,
+    labels_root: Annotated[
+        Path | None, typer.Option("--labels-root", help="folder the label file's paths start from")
+    ] = None,
     out: Annotated[
         Path | None, typer.Option("--out", help=".csv file to write; default suggestions.csv in the run")
     ] = None,
@@ -303,7 +312,7 @@ def suggest(
     from labelwise.stages.suggesting import show
     from labelwise.stages.suggesting import suggest as run_suggest
 
-    document = run_suggest(open_run(run), budget, out)
+    document = run_suggest(open_run(run), budget, out, labels=labels, labels_root=labels_root)
     terminal.emit_json(document) if json else show(document)
 
 

@@ -114,8 +114,17 @@ class _Result(_Form):
     seconds: float
     folds: int = 0
     frozen: bool = True
+    series: str = "random"
+    suggested: int = 0
     draw_sha256: str
     signature: str
+
+
+class _Suggested(_Form):
+    at: str
+    budget: int
+    files: list[str]
+    as_if_unlabeled: bool
 
 
 class _Neighbour(_Form):
@@ -249,6 +258,7 @@ _FORMS: dict[str, type[_Form]] = {
     "metrics.jsonl": _Metric,
     "results.jsonl": _Result,
     "annotations.jsonl": _Annotation,
+    "suggested.jsonl": _Suggested,
     "neighbours.json": _Neighbours,
     "near_copies.json": _Pairs,
     "lookalikes.json": _Lookalikes,

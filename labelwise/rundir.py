@@ -19,6 +19,7 @@ finetune/             results.jsonl, predictions.parquet, label_check.json (labe
 report.html, report.md, report.json, model-card.md (of the classifier)
 suggestions.csv, suggestions.html   which images to label next
 annotations.jsonl     what people said of images on the page of `labelwise annotate`
+suggested.jsonl       a line per call of suggest: what it chose, in order
 """
 
 import errno
@@ -42,10 +43,21 @@ from labelwise.forms import check_form
 
 DEFAULT_RUNS = Path("runs")
 LATEST = DEFAULT_RUNS / "latest"
+RANDOM, SUGGESTED, MIXED = (
+    "random",
+    "suggested",
+    "mixed",
+)  # how the labels of a result were chosen: its series
 _LARGEST = 2.0**64  # content keys are smaller
 _DOOMED = ".labelwise-deleting-"
 _MADE_AGAIN = {"report.json": "report", "study.json": "study"}  # by which command
-_BEFORE_STEP_0 = {"splits", "data.json", "config.toml", "owner.json"}  # what a run killed early may have left
+_BEFORE_STEP_0 = {
+    "splits",
+    "data.json",
+    "config.toml",
+    "owner.json",
+    "suggested.jsonl",
+}  # left by a run killed early
 
 
 @dataclass(frozen=True)
@@ -159,6 +171,10 @@ class RunDirectory:
         return self.path / "annotations.jsonl"
 
     @property
+    def suggested(self) -> Path:
+        return self.path / "suggested.jsonl"
+
+    @property
     def report_json(self) -> Path:
         return self.path / "report.json"
 
@@ -223,6 +239,13 @@ def open_run(path: Path) -> RunDirectory:
         if file.is_dir():
             raise CheckpointError(f"{file}: a folder, where a file belongs; move it away.")
     return run
+
+
+def take_over_labels(run: RunDirectory, earlier: RunDirectory) -> None:
+    """Let a run have the labels of the page of an earlier one, and know what `suggest` chose there: those are no random ones here either."""
+    for ours, theirs in ((run.suggested, earlier.suggested), (run.annotations, earlier.annotations)):
+        if theirs.exists():
+            rewrite_jsonl(ours, read_jsonl(theirs))
 
 
 def point_latest(run: RunDirectory) -> None:

@@ -778,9 +778,12 @@ def test_advice_fits_the_verdict(low: float, high: float, words: str, finished: 
         "classes": [{"name": "x", "labels": 9, "agreed": 0.4}],
     }
     more = concluding.next_steps(finished, computed, check, {}, {}, has_classifier=False)
-    assert more == [*said, "class x has 9 labels and 40% of them fit: label more of it first"]
+    suggested = f"labelwise suggest --run {finished.path}: which images to label next"
+    assert more == [*said, "class x has 9 labels and 40% of them fit: label more of it first", suggested]
     weak = {**check, "doubted": 11}
-    assert concluding.next_steps(finished, computed, weak, {}, {}, has_classifier=False) == said
+    assert concluding.next_steps(finished, computed, weak, {}, {}, has_classifier=False) == [*said, suggested]
+    nothing_left = {**weak, "unlabeled": 0}
+    assert concluding.next_steps(finished, computed, nothing_left, {}, {}, has_classifier=False) == said
 
 
 def test_labels_are_not_judged_by_an_encoder_that_doubts_a_third_of_them() -> None:

@@ -463,9 +463,8 @@ def test_a_gain_over_encoders_is_left_as_open_as_that_of_one(by_class: bool) -> 
     right = {
         10: {"simclr": dict.fromkeys(range(3), better), "supervised": dict.fromkeys(range(3), 0 * better)}
     }
-    scores = Scores(
-        right, TestSet(truth, None), [f"{n}" for n in range(len(truth))], None, ["a", "b"], [], by_class
-    )
+    names, series = [f"{n}" for n in range(len(truth))], {10: {"series": "random"}}
+    scores = Scores(right, TestSet(truth, None), names, None, ["a", "b"], [], by_class, series)
     (over,) = gains_over_encoders([scores] * 3)
     one = scores.difference(10, "simclr", "supervised")
     assert one is not None

@@ -167,8 +167,33 @@ def test_labels_written_beside_the_suggestions_count_the_next_time(run: RunDirec
     names = {row["file"].removeprefix("./") for row in labeled}
     assert document["labels"] == len(names)
     assert names.isdisjoint(files_of(document))
-    assert "the 1" in document["next"]  # earlier ones are not to be forgotten
-    assert "earlier ones too" in document["next"]
+    assert document["next"] == (
+        f"add them to {tmp_path / 'mine.csv'}; then labelwise finetune --run {run.path} --labels {tmp_path / 'mine.csv'}."
+    )
+
+
+def test_labels_given_since_the_last_comparison_count(run: RunDirectory, tmp_path: Path) -> None:
+    names = files_of(suggest(run, 30))
+    file = give_labels(run, names[:10]).rename(tmp_path / "earlier.csv")
+    remember(run, file)
+    later = give_labels(run, names[:20])
+    remember(run, file)
+    assert suggest(run, 5)["labels"] == 10
+    before = run.config.read_text()
+    document = suggest(run, 5, labels=later)
+    assert document["labels"] == 20
+    assert f"finetune --run {run.path} --labels {later}" in document["next"]
+    assert run.config.read_text() == before
+
+
+def test_what_was_suggested_is_remembered_once_and_in_order(run: RunDirectory, tmp_path: Path) -> None:
+    for budget, out in ((5, None), (5, tmp_path / "again.csv"), (7, None)):
+        suggest(run, budget, out)
+    found = rundir.read_jsonl(run.suggested)
+    assert [each["budget"] for each in found] == [5, 7]
+    assert found[1]["files"] == files_of(suggest(run, 7))
+    assert found[0]["files"] == found[1]["files"][:5]
+    assert {each["as_if_unlabeled"] for each in found} == {False}
 
 
 def test_a_table_that_somebody_wrote_labels_into_is_not_written_over(run: RunDirectory) -> None:

@@ -30,6 +30,8 @@ def render(document: dict[str, Any], run: RunDirectory) -> str:
         "report.html.jinja",
         percent=text.percent,
         count=lambda value: f"{value:,}",
+        with_chosen=text.labels_in_words,
+        together=text.together,
         doubts=text.doubts_in_words,
         suspicion=text.suspicion_in_words,
     )
@@ -47,6 +49,7 @@ def render(document: dict[str, Any], run: RunDirectory) -> str:
         rows=_table_rows(document, rows),
         note=text.table_note(document),
         interval_of=text.interval_of(document),
+        repeats=text.repeats_in_words(document["summary"]),
         saved=[text.saved_in_words(saved, document["label_cost"]) for saved in document["labels_saved"]],
         over_encoders=[text.over_encoders_in_words(gain) for gain in document["over_encoders"]["gains"]],
         accuracy_plot=_figure(plots.accuracy_against_labels(document) if document["summary"] else ""),
@@ -154,8 +157,9 @@ def _of_whom(document: dict[str, Any]) -> str:
     confusion = document["confusion"]
     if confusion is None:
         return ""
+    last = document["summary"][-1]
     return (
-        f"{document['arm_names'][confusion['arm']]} with {confusion['labels']:,} labels, all draws together"
+        f"{document['arm_names'][confusion['arm']]} with {text.labels_in_words(last)}, {text.together(last)}"
     )
 
 

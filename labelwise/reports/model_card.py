@@ -45,7 +45,7 @@ def render(document: dict[str, Any], classifier: dict[str, Any], short_side: int
         "## How good it is",
         "",
         f"Measured on {text.test_line(document)}. Every row is a classifier made as this one was, from so many labels drawn "
-        "at random.",
+        f"at random{', or where it says so chosen by suggest' if any('suggested' in entry for entry in summary) else ''}.",
         "",
         *write_table(
             ["labels", f"accuracy, %{words}", f"gain over training from scratch, points{words}"],
@@ -98,7 +98,7 @@ def _rows(summary: list[dict[str, Any]], key: str) -> list[list[str]]:
     """Labels, accuracy and gain; key: as of `text.measured`."""
     return [
         [
-            f"{entry['labels']:,}",
+            text.labels_in_words(entry).replace(" labels", ""),
             text.with_interval(entry[key]["simclr"]),
             text.points(entry["gain"]).replace(" points", "") if entry["gain"] else "",
         ]

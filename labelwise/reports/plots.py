@@ -9,6 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from labelwise.reports import text
+from labelwise.rundir import SUGGESTED
 
 # Okabe and Ito 2008: told apart with any colour vision.
 COLORS = {
@@ -23,6 +24,16 @@ COLORS = {
 }
 OTHER = "#6A51A3"  # networks of the user's own
 INK = "#123456"  # stands for the page's text colour; replaced in the SVG
+LINES: dict[bool, Any] = {  # of labels drawn at random, and of those that `suggest` chose
+    False: {"marker": "o", "linestyle": "-", "linewidth": 2, "markersize": 5},
+    True: {
+        "marker": "s",
+        "linestyle": (0, (2, 1.5)),
+        "linewidth": 2,
+        "markersize": 6,
+        "markerfacecolor": "none",
+    },
+}
 STYLE: Any = {
     "svg.fonttype": "none",
     "font.family": "sans-serif",
@@ -38,34 +49,30 @@ STYLE: Any = {
 
 
 def accuracy_against_labels(document: dict[str, Any]) -> str:
-    """Accuracy of every method at every number of labels, each line named at its end."""
+    """Accuracy of every method at every number of labels, each line named at its end; chosen labels have lines of their own."""
     key, words = text.measured(document)
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(7.6, 4.2))
         axes = figure.add_subplot()
         ends: list[tuple[float, str, str]] = []
         counts = [entry["labels"] for entry in document["summary"]]
+        is_chosen = [entry["series"] == SUGGESTED for entry in document["summary"]]
         for arm, name in document["arm_names"].items():
-            entries = [entry for entry in document["summary"] if arm in entry[key]]
-            labels = [entry["labels"] for entry in entries]
-            means = [100 * entry[key][arm]["mean"] for entry in entries]
             color = COLORS.get(arm, OTHER)
-            axes.plot(labels, means, "o-", color=color, linewidth=2, markersize=5)
-            banded = [
-                (x, entry[key][arm])
-                for x, entry in zip(labels, entries, strict=True)
-                if entry[key][arm]["low"] is not None
-            ]
-            if banded:
-                axes.fill_between(
-                    [x for x, _ in banded],
-                    [100 * a["low"] for _, a in banded],
-                    [100 * a["high"] for _, a in banded],
-                    color=color,
-                    alpha=0.14,
-                    linewidth=0,
-                )
-            ends.append((means[-1], name, color))
+            for chosen in (False, True):
+                found = [
+                    (entry["labels"], entry[key][arm])
+                    for entry, is_one in zip(document["summary"], is_chosen, strict=True)
+                    if arm in entry[key] and is_one == chosen
+                ]
+                _draw_line(axes, found, color, LINES[chosen])
+            last = next(entry for entry in reversed(document["summary"]) if arm in entry[key])
+            ends.append((100 * last[key][arm]["mean"], name, color))
+        if any(is_chosen):
+            for chosen, which in ((False, "labels drawn at random"), (True, "labels chosen by suggest")):
+                if chosen in is_chosen:
+                    axes.plot([], [], color=INK, label=which, **LINES[chosen])
+            axes.legend(frameon=False, loc="lower right")
         axes.set_xscale("log")
         axes.set_xticks(counts, [f"{count:,}" for count in counts])
         axes.minorticks_off()
@@ -75,6 +82,21 @@ def accuracy_against_labels(document: dict[str, Any]) -> str:
         axes.margins(x=0.04)
         _label_ends(axes, ends)
         return as_svg(figure)
+
+
+def _draw_line(axes: Axes, found: list[tuple[int, dict[str, Any]]], color: str, line: dict[str, Any]) -> None:
+    """One method's accuracies, by number of labels, with the band of their intervals."""
+    axes.plot([x for x, _ in found], [100 * each["mean"] for _, each in found], color=color, **line)
+    banded = [(x, each) for x, each in found if each["low"] is not None]
+    if banded:
+        axes.fill_between(
+            [x for x, _ in banded],
+            [100 * each["low"] for _, each in banded],
+            [100 * each["high"] for _, each in banded],
+            color=color,
+            alpha=0.14,
+            linewidth=0,
+        )
 
 
 def reliability_diagram(entries: list[dict[str, Any]], names: dict[str, str]) -> str:

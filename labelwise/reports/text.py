@@ -1,17 +1,59 @@
 """Numbers as people read them: in the terminal, in Markdown, in HTML."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from statistics import median
 from typing import Any
 
+from labelwise.rundir import MIXED, RANDOM, SUGGESTED
 from labelwise.terminal import duration
 
 MACRO = ", mean over classes"
+_OVER_SEEDS = "over training seeds and test images"
 _UNEQUAL = 0.002  # of the two sides of an interval
+
+
+def draw_in_words(entry: dict[str, Any]) -> str:
+    """What is repeated at a number of labels: a random draw of them, or the training alone where `suggest` chose them."""
+    return "training" if entry.get("series") == SUGGESTED else "draw"
+
+
+def repeats_in_words(entries: Iterable[dict[str, Any]], many: str = "s") -> str:
+    """`draws`, `trainings`, or `draws or trainings`; of one each without the s."""
+    return " or ".join(f"{what}{many}" for what in sorted(set(map(draw_in_words, entries))))
+
+
+def labels_in_words(entry: dict[str, Any], *notes: str) -> str:
+    """`32 labels (2 % of the images; 12 chosen by suggest)`: how many, notes, and how many of them were not drawn at random."""
+    chosen = _chosen(entry)
+    return _with_notes(entry, *notes, f"{chosen} by suggest" if chosen else "")
+
+
+def _chosen(entry: dict[str, Any]) -> str:
+    """`12 chosen`; empty where all labels were drawn at random."""
+    series = entry.get("series", RANDOM)
+    if series == SUGGESTED:
+        return f"{'all' if entry['suggested'] == entry['labels'] else format(entry['suggested'], ',')} chosen"
+    return "some chosen" if series == MIXED else ""
+
+
+def _with_notes(entry: dict[str, Any], *notes: str) -> str:
+    said = "; ".join(filter(None, notes))
+    return f"{entry['labels']:,} labels" + (f" ({said})" if said else "")
 
 
 def interval_of(document: dict[str, Any]) -> str:
     """What the intervals of a report let be drawn again."""
+    series = {entry["series"] for entry in document["summary"]}
+    if SUGGESTED not in series:
+        return _over_draws(document)
+    return (
+        f"{_over_draws(document)} ({_OVER_SEEDS} where suggest chose the labels)"
+        if RANDOM in series
+        else _OVER_SEEDS
+    )
+
+
+def _over_draws(document: dict[str, Any]) -> str:
     return (
         "over draws, each tested on a fold of the labels"
         if document["folds"]
@@ -21,9 +63,19 @@ def interval_of(document: dict[str, Any]) -> str:
 
 def table_note(document: dict[str, Any]) -> str:
     """What stands under the table of methods."""
+    series = {entry["series"] for entry in document["summary"]}
+    some = ", some of labels chosen by suggest" if MIXED in series else ""
+    means = (
+        [f"random label draws{some} [95 % interval {_over_draws(document)}]"] if series != {SUGGESTED} else []
+    )
+    if SUGGESTED in series:
+        means.append(
+            f"trainings on the same labels, chosen by suggest [95 % interval {_OVER_SEEDS}, not over other labels]"
+        )
     return (
-        f"Accuracy in %, mean over random label draws [95 % interval {interval_of(document)}]. "
-        f"Gain: fine-tuned SimCLR minus from scratch{MACRO if document['by_class'] else ''}, same draws."
+        f"Accuracy in %, mean over {', or over '.join(means)}. "
+        f"Gain: fine-tuned SimCLR minus from scratch{MACRO if document['by_class'] else ''}, "
+        f"same {'draws' if series != {SUGGESTED} else 'labels'}."
     )
 
 
@@ -86,7 +138,7 @@ def over_encoders_in_words(gain: dict[str, Any]) -> str:
     Fewer than three encoders or draws claim nothing, and say so.
     """
     each = ", ".join(f"{100 * mean:+.1f}" for mean in gain["of_each"])
-    over = f"gain over {len(gain['of_each'])} encoders with {gain['labels']:,} labels{MACRO if gain['by_class'] else ''}"
+    over = f"gain over {len(gain['of_each'])} encoders with {labels_in_words(gain)}{MACRO if gain['by_class'] else ''}"
     return f"{over}: {points(gain)} (each: {each}): {gain['verdict'] if gain['claims'] else 'nothing is claimed'}"
 
 
@@ -196,6 +248,11 @@ def few_labels(data: dict[str, Any]) -> str:
     return "--fraction 0.01" if few <= data["pool"] / 100 else f"--label-counts {few}"
 
 
+def has_few_labels(data: dict[str, Any]) -> bool:
+    """Whether less than a tenth of the images have a label."""
+    return bool(sum(data["classes"].values()) < data["images"] / 10)
+
+
 def pretrained_on(data: dict[str, Any]) -> int:
     """Images that the encoder was trained on: of a stream more than the sample that labels come from."""
     images: int = data.get("pretrained_on", data["pool"])
@@ -238,10 +295,10 @@ def lookalikes_in_words(document: dict[str, Any]) -> str:
     if other:
         of_it = "It has another label" if count == 1 else f"{other:,} of these pairs have two labels"
         words += f" {of_it}, which speaks for the latter."
-    gains = {entry["labels"]: entry["gain"] for entry in document["summary"]}
+    entries = {entry["labels"]: entry for entry in document["summary"]}
     without = [
-        f"{points(each)} with {each['labels']:,} labels (with {'it' if count == 1 else 'them'} {100 * gains[each['labels']]['mean']:+.1f})"
-        for each in found["gains"]
+        f"{points(each)} with {labels_in_words(entry)} (with {'it' if count == 1 else 'them'} {100 * entry['gain']['mean']:+.1f})"
+        for each, entry in ((each, entries[each["labels"]]) for each in found["gains"])
     ]
     return (
         f"{words} Without {'it' if count == 1 else 'them'} the gain is {', '.join(without)}."
@@ -296,6 +353,11 @@ def table(document: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
 
 
 def column_name(entry: dict[str, Any]) -> str:
-    """`10 labels (1%)`."""
-    share = f" ({100 * entry['fraction']:.3g}%)" if entry["fraction"] is not None else ""
-    return f"{entry['labels']:,} labels{share}"
+    """`10 labels (1%)`, `32 labels (2%; 12 chosen)`."""
+    share = f"{100 * entry['fraction']:.3g}%" if entry["fraction"] is not None else ""
+    return _with_notes(entry, share, _chosen(entry))
+
+
+def together(entry: dict[str, Any]) -> str:
+    """`all draws together`."""
+    return f"all {repeats_in_words([entry])} together"

@@ -137,6 +137,8 @@ def write_start(
 ) -> None:
     """Write what is known before step 0: lock, data, settings, and last of all the environment."""
     rundir.write_json(run.test_lock, lock)
+    if is_run(settings.init):
+        rundir.take_over_labels(run, rundir.open_run(Path(str(settings.init))))
     counts = Counter(label for label in images.labels if label is not None)
     sources = {
         name: whole_path(path) if path else None

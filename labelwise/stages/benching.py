@@ -91,10 +91,21 @@ def set_up_bench(run: RunDirectory, settings: FinetuneSettings) -> Bench:
     policy = _view_policy(read_run_config(run.config), plan)
     device = choose_device(settings.device)
     return Bench(
-        run=run, settings=settings, images=images, cache=cache, groups=groups.of, names=images.names, labels=labels, classes=classes, labeled=labeled, test=test, folds=folds, test_method=test_method, pool=pool,
+        run=run, settings=settings, images=images, cache=cache, groups=groups.of, names=images.names, labels=labels, classes=classes, labeled=labeled, suggested=_suggested(run, images.names, labeled), test=test, folds=folds, test_method=test_method, pool=pool,
         spec=spec, policy=policy, precision=_precision(plan, device), device=device,
         unbalanced=is_unbalanced(labels[labeled], len(classes)),
     )  # fmt: skip
+
+
+def _suggested(run: RunDirectory, names: list[str], labeled: Rows) -> list[Rows]:
+    """Labeled rows that each call of `labelwise suggest` named first, in its order."""
+    place = {names[row]: row for row in labeled.tolist()}
+    found = []
+    for line in rundir.read_jsonl(run.suggested):
+        rows = [] if line["as_if_unlabeled"] else [place.pop(name) for name in line["files"] if name in place]
+        if rows:
+            found.append(np.array(rows, dtype=np.int64))
+    return found
 
 
 def open_separated(

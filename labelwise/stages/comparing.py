@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 
 from labelwise import environment, rundir, terminal
-from labelwise.config import MOST_DRAWS, FinetuneSettings, parse_duration, read_run_config, to_toml
+from labelwise.config import FinetuneSettings, parse_duration, read_run_config, to_toml
 from labelwise.errors import DataError, Interrupted, LabelwiseError, UsageError
-from labelwise.images.splits import draw_labels, hash_names
+from labelwise.images.splits import hash_names
 from labelwise.interruption import stop_between_steps
 from labelwise.learning.optimization import Diverged
 from labelwise.learning.workers import side_by_side
@@ -27,12 +27,21 @@ from labelwise.measures.statistics import FEWEST_DRAWS
 from labelwise.models.weights import save_module
 from labelwise.ownership import hold
 from labelwise.predictions import keep_predictions, read_predictions, store_predictions
+from labelwise.reports import text
 from labelwise.rundir import RunDirectory
 from labelwise.stages.alternatives import Alternative, add_alternative, find_alternatives
 from labelwise.stages.benching import remember_sources, set_up_bench
 from labelwise.stages.calibrating import calibrate, steps_to_calibrate
 from labelwise.stages.checking import check_labels, check_lookalikes
 from labelwise.stages.dealing import Dealer
+from labelwise.stages.drawing import (
+    Job,
+    announce_labels,
+    draw_orders,
+    draws_of,
+    label_counts,
+    series_of,
+)
 from labelwise.stages.encoders import sign
 from labelwise.stages.finetuning import Floats, Rows, read_calibration
 from labelwise.stages.launching import count_devices
@@ -50,8 +59,6 @@ from labelwise.stages.methods import (
 )
 from labelwise.stages.scoring import classifier_of
 
-Job = tuple[str, int, int]  # method, number of labels, draw
-LADDER = (2, 5, 10, 25, 50, 100)  # labels per class when nothing is asked
 _LONG = 1800.0  # seconds
 
 
@@ -91,11 +98,11 @@ def _compare(run: RunDirectory, settings: FinetuneSettings, devices: int) -> lis
     """
     pace = _Pace(settings.time_limit)
     bench = set_up_bench(run, settings)
-    counts = _label_counts(settings, bench)
+    counts = label_counts(settings, bench)
     alternatives = find_alternatives(settings.methods, bench.spec)
     finished = _finished(bench, alternatives)
-    orders = _draw(bench, counts.keys(), finished)
-    draws = {count: 1 if count == len(bench.labeled) else settings.draws for count in counts}  # all are one
+    orders = draw_orders(bench, counts.keys(), finished)
+    draws = {count: draws_of(bench, count) for count in counts}
     jobs = [
         (method, count, draw)
         for method in _methods_in_order(settings.methods, alternatives)
@@ -218,65 +225,6 @@ class _Pace:
         return time.monotonic() + steps * seconds / done <= self.deadline
 
 
-def _label_counts(settings: FinetuneSettings, bench: Bench) -> dict[int, float]:
-    """Numbers of labels to try, ascending, each with its share of the images outside the test set, as it was asked for if it was.
-
-    Each is at least one per class, and at most all there are.
-    """
-    there, classes, pool = len(bench.labeled), len(bench.classes), len(bench.pool)
-    if bench.folds:  # the same whatever the number of draws
-        there -= max(len(tested_in(bench, draw)) for draw in range(MOST_DRAWS))
-    if settings.fraction and settings.label_counts:
-        raise UsageError("--fraction and --label-counts say the same thing twice; give one.")
-    asked: list[tuple[str, int, float | None]]
-    if settings.fraction:
-        asked = [
-            (f"{share:.3g} of {pool:,} images", round(share * pool), share) for share in settings.fraction
-        ]
-    elif settings.label_counts:
-        asked = [
-            (str(count), there if count == "all" else int(count), None) for count in settings.label_counts
-        ]
-    else:
-        asked = [(f"{each} per class", each * classes, None) for each in LADDER if each * classes < there]
-        asked.append(("all", there, None))
-    counts: dict[int, float] = {}
-    for words, count, share in asked:
-        if count < classes:
-            terminal.warn(f"{words} is {count} labels for {classes} classes; using {classes}, one per class.")
-        elif count > there:
-            terminal.warn(f"{words} is {count:,} labels and {there:,} can be had; using all of them.")
-        used = max(classes, min(there, count))
-        if used in counts:
-            terminal.warn(f"{words}: {used:,} labels are compared already; once is enough.")
-            continue
-        counts[used] = share if share is not None and used == count else used / pool
-    return dict(sorted(counts.items()))
-
-
-def _draw(bench: Bench, asked: Collection[int], finished: Collection[Job]) -> list[list[int]]:
-    """Draw the label sets, asked for now or trained on before, and write them down, nested and hashed."""
-    counts = sorted({*asked, *(count for _, count, _ in finished)})
-    draws = max([bench.settings.draws, *(draw + 1 for _, _, draw in finished)])
-    names = [bench.names[row] for row in bench.labeled]
-    labels = [bench.classes[bench.labels[row]] for row in bench.labeled]
-    orders = []
-    for draw in range(draws):
-        free = np.flatnonzero(~np.isin(bench.labeled, tested_in(bench, draw))).tolist()
-        drawn = draw_labels(
-            [names[each] for each in free], [labels[each] for each in free], draw, bench.settings.seed
-        )
-        order = [free[each] for each in drawn]
-        orders.append(order)
-        file = bench.run.splits / f"draw-{bench.settings.seed}-{draw}.json"
-        ordered = [names[index] for index in order]
-        before = rundir.read_json(file) if file.exists() else {"order": [], "sha256": {}}
-        known = before["sha256"] if before["order"] == ordered else {}
-        hashes = known | {str(count): hash_names(ordered[:count]) for count in counts}
-        rundir.write_json(file, {"order": ordered, "sha256": hashes})
-    return orders
-
-
 def _methods_in_order(methods: Sequence[str], alternatives: Collection[str]) -> list[str]:
     """Cheap methods first."""
     order = ["simclr_probe", "pixels", "random_probe", *alternatives, "simclr", "supervised"]
@@ -320,6 +268,7 @@ def _signature(bench: Bench) -> str:
     group, _ = one_of_each(bench.groups[rows], bench.labels[rows])
     special = [] if len(np.unique(group)) == len(group) else [f"groups={group.tolist()}"]
     special += [f"folds={bench.folds}"] if bench.folds else []
+    special += [f"suggested={bench.names[row]}" for each in bench.suggested for row in each]
     special += [f"tries={TRIES}"]
     deciders = [*(f"{key}={value}" for key, value in sorted(settings.items())), *known, *special]
     return sign(hash_names(deciders)[:16], bench.run)
@@ -402,7 +351,7 @@ def _store(
         "draw": draw,
         "seed": bench.settings.seed,
         "n_test": len(truth),
-        "labels_there": len(bench.labeled),
+        **series_of(bench, rows),
         "test_method": bench.test_method,
         "folds": bench.folds,
         "accuracy": accuracy(predicted, truth),
@@ -428,12 +377,13 @@ def _store(
 
 def _line(bench: Bench, method: str, count: int) -> str:
     """One method at one number of labels, in one line."""
-    scores = [
-        row["accuracy"]
+    rows = [
+        row
         for row in rundir.read_jsonl(bench.run.results)
         if (row["method"], row["labels"]) == (method, count)
     ]
-    drawn = f" over {len(scores)} draws" if len(scores) > 1 else ", one draw"
+    scores, what = [row["accuracy"] for row in rows], text.draw_in_words(rows[0])
+    drawn = f" over {len(scores)} {what}s" if len(scores) > 1 else f", one {what}"
     spread = f", standard deviation {100 * np.std(scores, ddof=1):.1f} points" if len(scores) > 1 else ""
     return f"{count:>6,} labels  {method:<13} {np.mean(scores):.1%}{drawn}{spread}"
 
@@ -443,11 +393,7 @@ def _announce(bench: Bench, counts: Sequence[int], jobs: int, done: int) -> None
         f"classes    {len(bench.classes)}"
         + (", unbalanced: weighed by size, macro accuracy beside accuracy" if bench.unbalanced else "")
     )
-    terminal.say(
-        f"labels     {', '.join(f'{count:,}' for count in counts)} of {len(bench.labeled):,}, {bench.settings.draws} random draws each, written to {bench.run.splits}"
-    )
-    if len(bench.labeled) in counts:
-        terminal.say(f"           all {len(bench.labeled):,} labels are one draw: no interval there")
+    announce_labels(bench, counts)
     test = np.unique(np.concatenate([tested_in(bench, draw) for draw in range(bench.settings.draws)]))
     tested, independent = len(test), len(np.unique(bench.groups[test]))
     share = 1.96 * math.sqrt(0.25 / independent)

@@ -14,7 +14,7 @@ from labelwise.measures.statistics import (
     left_open_by_images,
 )
 from labelwise.reports import text
-from labelwise.rundir import RunDirectory
+from labelwise.rundir import MIXED, RANDOM, SUGGESTED, RunDirectory
 from labelwise.stages.scoring import ARMS, OURS, Result, classifier_of, counts_of_all_labels
 
 FEW_TEST_IMAGES = 100  # an accuracy is known to about ten points then (Wilson 1927)
@@ -45,13 +45,16 @@ def verdict_in_words(
         if best is None:
             continue
         is_first = entry["fraction"] is not None and not any(said.values())
-        share = f" ({100 * entry['fraction']:.3g} % of the images)" if is_first else ""
+        with_labels = text.labels_in_words(
+            entry, f"{100 * entry['fraction']:.3g} % of the images" if is_first else ""
+        )
         if best["low"] is None or best["n"] < FEWEST_DRAWS:
-            few.append((best, f"{100 * best['mean']:+.1f} points with {entry['labels']:,} labels"))
+            words = f"{100 * best['mean']:+.1f} points with {text.labels_in_words(entry)}"
+            few.append(({**best, "series": entry.get("series")}, words))
             continue
         if best["verdict"] == HELPS and "supervised" in entry["guesses"]:
             guesses.append(f"{entry['labels']:,}")
-        said[best["verdict"]].append(f"{text.gain_in_words(best)} with {entry['labels']:,} labels{share}")
+        said[best["verdict"]].append(f"{text.gain_in_words(best)} with {with_labels}")
     claims = any(said.values())
     against_others = [*_against_pixels_in_words(summary), *_against_others(summary)]
     sentences = []
@@ -74,6 +77,10 @@ def verdict_in_words(
     sentences += _over_encoders_in_words(over_encoders)
     sentences += against_others
     claims = claims or bool(against_others)
+    if claims and any(entry.get("series") == SUGGESTED for entry in summary):
+        sentences.append(
+            "Labels chosen by suggest are the same in each training: those intervals are over training seeds and test images, not over other labels."
+        )
     if by_class and claims:
         sentences.append("Classes differ in size: these are differences of the mean over classes.")
     elif any("macro" in entry for entry in summary) and claims:
@@ -111,12 +118,18 @@ def _ours_against(entry: dict[str, Any], other: str) -> dict[str, Any] | None:
 def _of_few_draws(few: list[tuple[dict[str, Any], str]], tested: int, *, claims: bool) -> str:
     """Differences that claim nothing, and why."""
     found = ", ".join(words for _, words in few)
+    single, several = (_repeats([best for best, _ in few], many) for many in ("", "s"))
     if claims:
-        return f"Too few label draws to claim anything: {found}."
+        return f"Too few {several} to claim anything: {found}."
     most = max(best["n"] for best, _ in few)
-    one = "One test image or group, no interval" if tested == 1 else "One label draw, no interval"
-    why = one if tested == 1 or most == 1 else f"{most} label draws where {FEWEST_DRAWS} are needed"
+    one = "One test image or group, no interval" if tested == 1 else f"One {single}, no interval"
+    why = one if tested == 1 or most == 1 else f"{most} {several} where {FEWEST_DRAWS} are needed"
     return f"{why}, so nothing is claimed: {found}."
+
+
+def _repeats(entries: list[dict[str, Any]], many: str) -> str:
+    """`label draws or trainings`."""
+    return text.repeats_in_words(entries, many).replace("draw", "label draw")
 
 
 def _classes(names: Sequence[str]) -> str:
@@ -129,7 +142,7 @@ def _over_encoders_in_words(gains: list[dict[str, Any]]) -> list[str]:
     said: dict[str, list[str]] = defaultdict(list)
     for gain in gains:
         if gain["claims"]:
-            said[gain["verdict"]].append(f"{text.gain_in_words(gain)} with {gain['labels']:,} labels")
+            said[gain["verdict"]].append(f"{text.gain_in_words(gain)} with {text.labels_in_words(gain)}")
     findings = {HELPS: "it helps", UNCLEAR: "no difference is shown", HURTS: "it hurts"}
     found = "; ".join(f"{findings[finding]}, {', '.join(words)}" for finding, words in said.items())
     return [f"Over {len(gains[0]['of_each'])} encoders: {found}."] if found else []
@@ -146,7 +159,7 @@ def _against_others(summary: list[dict[str, Any]]) -> list[str]:
         ]
         if rivals:
             best = min(rivals, key=lambda c: float(c["mean"]))  # that where ours leads least
-            words = f"{text.gain_in_words(best)} with {entry['labels']:,} labels"
+            words = f"{text.gain_in_words(best)} with {text.labels_in_words(entry)}"
             said[best["against"], best["verdict"]].append(words)
     findings = {HELPS: "it is better", UNCLEAR: "no difference is shown", HURTS: "it is worse"}
     return [
@@ -184,6 +197,7 @@ def limits_in_words(
     """What these numbers do not say, in plain sentences."""
     summary, results = computed["summary"], computed["results"]
     found = []
+    series = {entry["series"] for entry in summary}
     left, wanted = _left_to_compare(surroundings, results)
     diverged = [
         f"{each['method']} with {each['labels']:,} labels, draw {each['draw']}"
@@ -198,7 +212,8 @@ def limits_in_words(
         if len(set(draws.values())) > 1:
             each = ", ".join(f"{ARMS.get(arm, arm)} {n}" for arm, n in draws.items())
             found.append(
-                f"With {entry['labels']:,} labels the numbers in one column are means over different draws ({each}); the gain is over those that both have."
+                f"With {text.labels_in_words(entry)} the numbers in one column are means over different {text.draw_in_words(entry)}s ({each}); "
+                "the gain is over those that both have."
             )
     if computed["by_class"]:
         found.append(
@@ -248,16 +263,21 @@ def limits_in_words(
                 f"{tested:,} test images belong to {groups:,} groups (copies, bursts, group column); intervals let whole groups "
                 "be drawn again, so a few large groups make them wide, and more groups make them narrower, not more images of these."
             )
-        single = [entry for entry in summary if 1 in {arm["n"] for arm in entry["arms"].values()}]
         everything = counts_of_all_labels(results)
-        if any(entry["labels"] not in everything for entry in single):
+        single = [
+            entry
+            for entry in summary
+            if entry["labels"] not in everything and 1 in {arm["n"] for arm in entry["arms"].values()}
+        ]
+        if single:
             found.append(
-                "With one label draw there is no interval, and no verdict can be more than 'no difference shown'."
+                f"With one {_repeats(single, '')} there is no interval, and no verdict can be more than 'no difference shown'."
             )
         if everything:
             found.append(
-                "All labels are one draw: there is no interval there, no verdict, and in labels saved no spread of its own."
+                f"All labels {'that were not chosen ' if SUGGESTED in series else ''}are one draw: there is no interval there, no verdict, and in labels saved no spread of its own."
             )
+        found += _limits_of_chosen(series)
         if computed["labels_saved"]:
             found.append(
                 "Labels saved are read off a smooth curve through the measured numbers of labels. Where those are far apart, more than "
@@ -291,6 +311,27 @@ def limits_in_words(
             f"Training was taken back from epoch {back['from']} to epoch {back['to']} and ended there: {back['reason']}."
         )
     return found
+
+
+def _limits_of_chosen(series: set[str]) -> list[str]:
+    """What labels that `suggest` chose do not say."""
+    if MIXED in series:
+        return [
+            "Some of the labels were chosen by suggest, not drawn at random: here they are trained on and tested in turn like the others, and "
+            "accuracy on such a choice is not that on all images. Label test images that were held out, or give --test FOLDER, to know that."
+        ]
+    if SUGGESTED not in series:
+        return []
+    beside = (
+        "Labels saved are of labels drawn at random alone."
+        if RANDOM in series
+        else "Labels saved are not told, as those are of labels drawn at random."
+    )
+    return [
+        "Labels chosen by suggest are a series of their own: all others and the first ones that it named, the same in each training. How much other "
+        "choices would change is not in their intervals, and the encoder that is compared chose them: its lead over training from scratch may be "
+        f"larger than with labels drawn at random. {beside}"
+    ]
 
 
 def _limit_of_encoders(computed: dict[str, Any]) -> str:
@@ -343,8 +384,10 @@ def next_steps(
         if run.path.is_relative_to(Path.cwd())
         else f"--run {run.path}"
     )
+    which = f"labelwise annotate {where}: a page to label images on, those that matter most"
     if not summary:
-        return [f"labelwise finetune {where} {text.few_labels(data)}"]
+        first = [which] if text.has_few_labels(data) else []
+        return [*first, f"labelwise finetune {where} {text.few_labels(data)}"]
     steps = []
     gain = summary[0]["gain"]
     left, asked = _left_to_compare(surroundings, computed["results"])
@@ -358,7 +401,7 @@ def next_steps(
         )
     elif gain and gain["low"] is not None and gain["low"] <= 0 and _against_pixels(summary[0]) != HURTS:
         steps.append(
-            f"the few-label gain is not clear: pretrain longer (--epochs), or take more draws (--draws {4 * computed['folds'] or 10})"
+            f"the few-label gain is not clear: pretrain longer (--epochs), or take more {text.repeats_in_words(summary[:1])} (--draws {4 * computed['folds'] or 10})"
         )
     if (
         check
@@ -369,6 +412,8 @@ def next_steps(
         labels = f"{weakest['labels']:,} label{'s' if weakest['labels'] > 1 else ''}"
         fit = f" and {weakest['agreed']:.0%} of them fit" if weakest["agreed"] is not None else ""
         steps.append(f"class {weakest['name']} has {labels}{fit}: label more of it first")
+    if check and check["unlabeled"]:
+        steps.append(which)
     if has_classifier:
         steps.append(
             f"labelwise predict NEW_IMAGES {where}: what the classifier trained on all labels says of them"

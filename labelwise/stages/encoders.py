@@ -10,7 +10,7 @@ from labelwise.config import FinetuneSettings, PretrainSettings, read_run_config
 from labelwise.images.splits import hash_names
 from labelwise.measures.statistics import FEWEST_DRAWS, by_group, interval_over_encoders, verdict
 from labelwise.models.weights import read_hash
-from labelwise.rundir import RunDirectory
+from labelwise.rundir import RANDOM, RunDirectory
 from labelwise.stages.scoring import Result, Scores, classifier_of
 
 ENCODER_METHODS = ("simclr", "simclr_probe")  # whose results are an encoder's own
@@ -133,7 +133,8 @@ def gains_over_encoders(scores: list[Scores]) -> list[Result]:
             gain = scores[0].left_open(interval_over_encoders(values), plain)
             each_mean = values.mean(axis=(1, 2)).tolist()
             claims = gain.low is not None and gain.n >= FEWEST_DRAWS
-            entry = {"labels": labels, **gain.to_json(), "verdict": verdict(gain), "claims": claims}
+            chosen = {} if scores[0].series[labels]["series"] == RANDOM else scores[0].series[labels]
+            entry = {"labels": labels, **chosen, **gain.to_json(), "verdict": verdict(gain), "claims": claims}
             entry["by_class"] = scores[0].by_class
             found.append({**entry, "of_each": each_mean})
     return found

@@ -78,7 +78,8 @@ class Bench:
         groups: Number of the group of every image, (N,); a group is never split over folds.
         names, labels: Of every image of the set, (N,); label -1 where unknown.
         classes: Their names; a label is a place in this list.
-        labeled, test, pool: Rows that may be drawn as labels, that are tested, that were pretrained on.
+        labeled, test, pool: Rows that have a label to learn from, that are tested, that were pretrained on.
+        suggested: Of `labeled`, those that `labelwise suggest` chose: of each call those that none before named, in its order.
         folds: Into so many the labeled images are cut, where no others are there to test on; else 0.
         test_method: In words, where the test images come from.
         policy: Views of pretraining.
@@ -101,6 +102,7 @@ class Bench:
     labels: npt.NDArray[np.int64]
     classes: list[str]
     labeled: Rows
+    suggested: list[Rows]
     test: Rows
     folds: int
     test_method: str

@@ -143,6 +143,7 @@ def _compare_alike(run: RunDirectory, other: RunDirectory, left: float) -> None:
     """Give another encoder, pretrained, the comparison that this run has had, in the seconds that are left."""
     with hold(other):
         _lend(run, other)
+        rundir.take_over_labels(other, run)
     table = read_run_config(run.config, FinetuneSettings)
     given = {} if math.isinf(left) else {"time_limit": f"{left:.0f}s"}
     compare(FinetuneSettings.resolve({"run": other.path, **given}, table))

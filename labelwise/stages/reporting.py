@@ -22,7 +22,7 @@ from labelwise.models.encoder import EncoderSpec
 from labelwise.ownership import hold
 from labelwise.predictions import CONFIDENCE, read_predictions
 from labelwise.reports import html, markdown, model_card, text
-from labelwise.rundir import RunDirectory
+from labelwise.rundir import RANDOM, RunDirectory
 from labelwise.stages.concluding import limits_in_words, next_steps, verdict_in_words
 from labelwise.stages.encoders import ENCODER_METHODS, find_siblings, gains_over_encoders
 from labelwise.stages.scoring import (
@@ -252,6 +252,7 @@ def _summarize(results: list[Result], scores: Scores) -> list[dict[str, Any]]:
         entry: dict[str, Any] = {
             "fraction": fractions.get(labels),
             "labels": labels,
+            **scores.series[labels],
             "arms": {arm: scores.test.accuracy(draws).to_json() for arm, draws in arms.items()},
             "gain": gain,
             "comparisons": comparisons,
@@ -269,7 +270,7 @@ def _summarize(results: list[Result], scores: Scores) -> list[dict[str, Any]]:
 
 
 def _labels_saved(results: list[Result], scores: Scores) -> list[dict[str, Any]]:
-    """How many labels training from scratch needs for what fine-tuned SimCLR reaches, at each number of labels."""
+    """How many labels training from scratch needs for what fine-tuned SimCLR reaches, at each number of labels drawn at random."""
     arm, against, test = "simclr", "supervised", scores.test
     if isinstance(test, Folds):
         return []  # draws that are tested on different images have no common curve
@@ -282,12 +283,15 @@ def _labels_saved(results: list[Result], scores: Scores) -> list[dict[str, Any]]
         values = scores.counted(draws)
         return {draw: by_group(each[None], test.groups)[0] for draw, each in values.items()}
 
-    curves = {labels: drawn_again(arms[against]) for labels, arms in scores.right.items() if against in arms}
+    random = {
+        labels: arms for labels, arms in scores.right.items() if scores.series[labels]["series"] == RANDOM
+    }
+    curves = {labels: drawn_again(arms[against]) for labels, arms in random.items() if against in arms}
     draws = set().union(*curves.values())
     for labels in everything & curves.keys():  # all labels are the same in every draw
         curves[labels] = dict.fromkeys(draws, curves[labels][0])
     saved = []
-    for labels, arms in sorted(scores.right.items()):
+    for labels, arms in sorted(random.items()):
         found = (
             labels_saved(curves, labels, drawn_again(arms[arm]))
             if arm in arms and labels not in everything

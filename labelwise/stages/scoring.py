@@ -10,7 +10,7 @@ from labelwise import rundir
 from labelwise.errors import CheckpointError
 from labelwise.measures.statistics import FEWEST_PER_CLASS, Floats, Folds, Interval, TestSet, macro_values
 from labelwise.predictions import CONFIDENCE, read_predictions
-from labelwise.rundir import RunDirectory
+from labelwise.rundir import RANDOM, SUGGESTED, RunDirectory
 
 PREDICTED = ("method", "labels", "draw", "name", "label", "group", "prediction", CONFIDENCE)  # columns
 
@@ -41,8 +41,22 @@ def without_result(results: list[Result], predictions: dict[str, list[Any]]) -> 
 
 
 def counts_of_all_labels(results: list[Result]) -> set[int]:
-    """The number of labels that was all there were, if it was measured."""
-    return {row["labels"] for row in results if row["labels"] >= row["labels_there"]}
+    """The number of labels that was all that could be drawn, if it was measured."""
+    return {
+        row["labels"]
+        for row in results
+        if row["labels"] >= row["labels_there"] and row.get("series", RANDOM) == RANDOM
+    }
+
+
+def series_by_labels(results: list[Result]) -> dict[int, dict[str, Any]]:
+    """At each number of labels the `series`, and where `suggest` chose labels how many (`suggested`); earlier versions noted none."""
+    return {
+        row["labels"]: {"series": row["series"], "suggested": row["suggested"]}
+        if row.get("series") == SUGGESTED
+        else {"series": row.get("series", RANDOM)}
+        for row in results
+    }
 
 
 @dataclass(frozen=True)
@@ -57,6 +71,7 @@ class Scores:
         classes: That were tested; the truth of `test` is a place in this list.
         untested: Classes without a test image.
         by_class: Differences are of the mean over classes: classes differ in size, and each has test images enough.
+        series: See `series_by_labels`.
     """
 
     right: dict[int, dict[str, dict[int, Floats]]]
@@ -66,6 +81,7 @@ class Scores:
     classes: list[str]
     untested: list[str]
     by_class: bool
+    series: dict[int, dict[str, Any]]
 
     def difference(self, labels: int, first: str, second: str) -> Interval | None:
         """One method minus another at a number of labels, over the draws both have; None if they share none."""
@@ -142,6 +158,5 @@ def score(results: list[Result], predictions: dict[str, list[Any]]) -> Scores:
     untested = sorted({name for row in results for name in row.get("untested", [])})
     fewest = 0 if untested else min(independent.values(), default=0)
     by_class = not all(row["balanced"] for row in results) and fewest >= FEWEST_PER_CLASS
-    return Scores(
-        right, test, there, len(set(number.values())) if tied else None, classes, untested, by_class
-    )
+    count = len(set(number.values())) if tied else None
+    return Scores(right, test, there, count, classes, untested, by_class, series_by_labels(results))

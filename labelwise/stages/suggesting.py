@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from labelwise import rundir, terminal
+from labelwise import environment, rundir, terminal
 from labelwise.config import FinetuneSettings
 from labelwise.errors import DataError, UsageError
 from labelwise.images.splits import pool_indices
@@ -20,7 +20,7 @@ from labelwise.models.features import extract_features
 from labelwise.models.weights import load_encoder
 from labelwise.ownership import hold
 from labelwise.reports import contact_sheet
-from labelwise.rundir import RunDirectory
+from labelwise.rundir import MIXED, RANDOM, SUGGESTED, RunDirectory
 from labelwise.stages.benching import open_separated, remember_sources
 from labelwise.stages.encoders import ENCODER_METHODS
 from labelwise.stages.methods import FOLDS, PROBE_STRENGTHS, is_unbalanced
@@ -36,16 +36,24 @@ _LISTED = 5
 _PICTURED = 500
 
 
-def suggest(run: RunDirectory, budget: int, out: Path | None = None) -> dict[str, Any]:
-    """Choose images to label next, and write them as a table and as a page of pictures.
+def suggest(
+    run: RunDirectory,
+    budget: int,
+    out: Path | None = None,
+    *,
+    labels: Path | None = None,
+    labels_root: Path | None = None,
+) -> dict[str, Any]:
+    """Choose images to label next, and write them as a table and as a page of pictures; the run remembers which.
 
     Test images, what belongs with them and what has a label or belongs with what has one are never chosen, nor two that belong
     together. The first of more are the answer for fewer. Where everything has a label, images are chosen as if nothing had.
 
     Args:
-        run: Pretrained, compared or not; labels are those of its last comparison, else those of pretraining.
+        run: Pretrained, compared or not.
         budget: How many.
         out: A .csv file that is not there yet; default `suggestions.csv` in the run. The page lies beside it.
+        labels, labels_root: As in `finetune`; default those of the last comparison, else those of pretraining.
 
     Returns:
         `suggestions` (rank, file, why, cluster), `out`, `page`, `labels` (images that have one), `as_if_unlabeled`, `expected` (see
@@ -57,7 +65,8 @@ def suggest(run: RunDirectory, budget: int, out: Path | None = None) -> dict[str
     """
     _check_target(run, out)
     with hold(run):
-        settings = remember_sources(run, FinetuneSettings.resolve({"run": run.path}))
+        given = {"run": run.path, "labels": labels, "labels_root": labels_root}
+        settings = remember_sources(run, FinetuneSettings.resolve(given))
         encoder, spec = load_encoder(run.path)
         images, cache, groups, lock, _ = open_separated(run, settings, spec)
         pool = pool_indices(images, cache.readable, lock)
@@ -93,11 +102,13 @@ def suggest(run: RunDirectory, budget: int, out: Path | None = None) -> dict[str
             labels=int(labeled.sum()),
             as_if_unlabeled=as_if_unlabeled,
             untested=sum(label_of[name] is None for name in lock["names"]),
+            label_file=settings.labels or rundir.read_json(run.data)["sources"]["labels"],
         )
         thumbnails = [
             encode_thumbnail(cache.evaluations[rows[place]]) for place, *_ in suggestions[:_PICTURED]
         ]
         page = contact_sheet.render(document, thumbnails)
+        _remember(run, document, budget)  # first: what is on the page is never taken for a random label
         rundir.write_together(
             {
                 Path(document["out"]): partial(_write_table, document["suggestions"]),
@@ -213,6 +224,15 @@ def _why_doubtful(chances: npt.NDArray[np.float32], classes: list[str]) -> str:
     return f"{classes[first]} ({chances[first]:.0%}) or {classes[second]} ({chances[second]:.0%})?"
 
 
+def _remember(run: RunDirectory, document: dict[str, Any], budget: int) -> None:
+    """Add what was chosen to the history of the run, unless it is there."""
+    files = [each["file"] for each in document["suggestions"]]
+    line = {"budget": budget, "files": files, "as_if_unlabeled": document["as_if_unlabeled"]}
+    before = [{key: each[key] for key in line} for each in rundir.read_jsonl(run.suggested)]
+    if line not in before:
+        rundir.append_jsonl(run.suggested, {"at": environment.now(), **line})
+
+
 def _write_table(suggestions: list[dict[str, Any]], fresh: Path) -> None:
     with open_table(fresh, ".csv", dict.fromkeys(COLUMNS, TEXT)) as table:
         table.write(
@@ -233,6 +253,7 @@ def _describe(
     labels: int,
     as_if_unlabeled: bool,
     untested: int,
+    label_file: Path | str | None,
 ) -> dict[str, Any]:
     """What was chosen and what it means.
 
@@ -241,6 +262,7 @@ def _describe(
         left: Images that could be chosen.
         labels, as_if_unlabeled: See `suggest`.
         untested: Test images without a label.
+        label_file: Where labels are, if that was said.
     """
     number = len(suggestions)
     expected = _expect(run, labels, number)
@@ -255,7 +277,10 @@ def _describe(
         )
     if expected is not None:
         notes.append(_expected_in_words(expected))
-    all_labels = f" FILE holds all labels, the {labels:,} earlier ones too." if labels else ""
+    write = f"add them to {label_file}" if label_file else "write a CSV with the columns file,label"
+    all_labels = (
+        f" FILE holds all labels, the {labels:,} earlier ones too." if labels and not label_file else ""
+    )
     return {
         "suggestions": suggestions,
         "out": str(out),
@@ -265,18 +290,23 @@ def _describe(
         "expected": expected,
         "summary": f"{number:,} of {left:,} images to label next, the first ones matter most",
         "notes": notes,
-        "next": f"write a CSV with the columns file,label; then labelwise finetune --run {run.path} --labels FILE.{all_labels}",
+        "next": f"{write}; then labelwise finetune --run {run.path} --labels {label_file or 'FILE'}.{all_labels}",
     }
 
 
 def _expect(run: RunDirectory, labels: int, more: int) -> dict[str, Any] | None:
     """What so many more labels bring, if they were drawn at random: read off the curve of the run's last comparison.
 
+    Where no labels were drawn at random it is the curve of those chosen before.
+
     Returns:
-        `method`, `labels`, `more`, accuracy `before` (None where the curve begins later) and `after`, and the `most` labels of the
-        curve; None without a curve that reaches so far down.
+        `method`, `labels`, `more`, accuracy `before` (None where the curve begins later) and `after`, the `most` labels of the
+        curve, and its `series`; None without a curve that reaches so far down.
     """
-    results = rundir.read_jsonl(run.results)
+    everything = rundir.read_jsonl(run.results)
+    series = [row.get("series", RANDOM) for row in everything]
+    of_curve = RANDOM if RANDOM in series else SUGGESTED if SUGGESTED in series else MIXED
+    results = [row for row, each in zip(everything, series, strict=True) if each == of_curve]
     for method in ENCODER_METHODS:
         rows = [row for row in results if row["method"] == method]
         counts = {row["labels"] for row in rows}
@@ -294,6 +324,7 @@ def _expect(run: RunDirectory, labels: int, more: int) -> dict[str, Any] | None:
                 "before": before,
                 "after": after,
                 "most": max(counts),
+                "series": of_curve,
             }
     return None
 
@@ -305,7 +336,11 @@ def _expected_in_words(expected: dict[str, Any]) -> str:
         if total > expected["most"]
         else ""
     )
-    luck = "labels drawn at random; chosen ones may do better or worse"
+    luck = (
+        "labels drawn at random; chosen ones may do better or worse"
+        if expected["series"] == RANDOM
+        else "a curve with labels that `suggest` chose"
+    )
     if expected["before"] is None:
         return f"the curve of the last comparison has {expected['after']:.1%} right with {total:,} labels{beyond}: {luck}"
     points = 100 * (expected["after"] - expected["before"])

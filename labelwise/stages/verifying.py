@@ -15,7 +15,7 @@ from labelwise.images.splits import hash_names
 from labelwise.measures.statistics import macro_values
 from labelwise.ownership import check_is_free
 from labelwise.predictions import read_predictions, read_probabilities
-from labelwise.rundir import RunDirectory
+from labelwise.rundir import RANDOM, SUGGESTED, RunDirectory
 from labelwise.stages.encoders import sign
 from labelwise.stages.reporting import compose, pages
 from labelwise.stages.scoring import PREDICTED, Scores, score, without_result
@@ -47,6 +47,8 @@ def verify(run: RunDirectory) -> dict[str, Any]:
     if not run.report_json.exists():
         raise CheckpointError(f"{run.path}: has no report.json; run `labelwise report --run {run.path}`.")
     document = rundir.read_json(run.report_json)
+    for entry in document["summary"]:
+        entry.setdefault("series", RANDOM)  # an earlier version knew no other
     _check_encoders_are_there(run, document)
     results, predictions = rundir.read_jsonl(run.results), read_predictions(run.predictions, PREDICTED)
     scores = score(results, predictions)
@@ -142,6 +144,39 @@ def _check_draws(
                 problems.append(f"{file.name}: {len(shared)} of its labels are test images, as {min(shared)}")
         if hash_names(orders[file][: row["labels"]]) != row["draw_sha256"]:
             problems.append(f"{_name(row)}: was trained on other labels than the first of {file.name}")
+    return problems + _check_series(run, results, orders)
+
+
+def _check_series(
+    run: RunDirectory, results: list[dict[str, Any]], orders: dict[Path, list[str]]
+) -> list[str]:
+    """Chosen labels are ones that `suggest` named, with the same others in each draw, and no part of a random draw."""
+    named = {
+        name
+        for line in rundir.read_jsonl(run.suggested)
+        if not line["as_if_unlabeled"]
+        for name in line["files"]
+    }
+    chosen, others, problems = set[str](), set[frozenset[str]](), []
+    for row in results:
+        if row.get("series") == SUGGESTED:
+            order, first = orders[run.splits / f"draw-{row['seed']}-{row['draw']}.json"], row["labels"]
+            mine = set(order[first - row["suggested"] : first])
+            others.add(frozenset(order[: first - row["suggested"]]))
+            chosen |= mine
+            if not mine <= named:
+                problems.append(
+                    f"{_name(row)}: {min(mine - named)} was not suggested, as {run.suggested.name} says"
+                )
+    if len(others) > 1:
+        problems.append("labels chosen by suggest: not the same others are beside them in every draw")
+    for row in results:
+        if row.get("series", RANDOM) == RANDOM and chosen:
+            drawn = orders[run.splits / f"draw-{row['seed']}-{row['draw']}.json"][: row["labels"]]
+            if chosen & set(drawn):
+                problems.append(
+                    f"{_name(row)}: drawn at random, with {min(chosen & set(drawn))} that suggest chose"
+                )
     return problems
 
 
