@@ -778,7 +778,7 @@ def test_advice_fits_the_verdict(low: float, high: float, words: str, finished: 
         "classes": [{"name": "x", "labels": 9, "agreed": 0.4}],
     }
     more = concluding.next_steps(finished, computed, check, {}, {}, has_classifier=False)
-    suggested = f"labelwise suggest --run {finished.path}: which images to label next"
+    suggested = f"labelwise annotate --run {finished.path}: a page to label images on, those that matter most"
     assert more == [*said, "class x has 9 labels and 40% of them fit: label more of it first", suggested]
     weak = {**check, "doubted": 11}
     assert concluding.next_steps(finished, computed, weak, {}, {}, has_classifier=False) == [*said, suggested]

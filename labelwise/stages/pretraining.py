@@ -6,6 +6,7 @@ import shutil
 import signal
 import socket
 import time
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -52,6 +53,7 @@ from labelwise.models.weights import save_encoder, save_module
 from labelwise.ownership import beat, hold
 from labelwise.rundir import RunDirectory
 from labelwise.stages.beginning import find_run, lock_of, pool_hash, read_plan, write_start
+from labelwise.stages.drifting import say_how_new
 from labelwise.stages.feeding import feed
 from labelwise.stages.guarding import Guard
 from labelwise.stages.monitoring import (
@@ -70,6 +72,7 @@ from labelwise.stages.planning import (
     choose_sizes,
     few_steps_in_words,
     inherit_model,
+    is_run,
     keep_on_device,
     make_learner,
     make_plan,
@@ -184,6 +187,8 @@ def _pretrain(settings: PretrainSettings, ranks: Ranks) -> RunDirectory:
         if not run.near_copies.exists():
             save_near_copies(run, images, cache, groups.near, lock)
         announce(run, settings, plan, spec, pool, lock, images, groups, is_new, ranks)
+        if is_new and is_run(settings.init):
+            say_how_new(rundir.open_run(Path(str(settings.init))), images, pool, device)
         save_mosaic(run, view_policy(settings, plan, plan.image_size), pool, settings.seed)
 
         learner = make_learner(settings, plan, spec, precision, device, ranks)
