@@ -16,7 +16,7 @@ from labelwise.errors import CheckpointError
 from labelwise.measures.label_savings import labels_saved
 from labelwise.reports import plots
 from labelwise.rundir import RunDirectory
-from labelwise.stages import comparing, drawing, reporting
+from labelwise.stages import comparing, concluding, drawing, reporting
 from labelwise.stages.benching import set_up_bench
 from labelwise.stages.methods import Bench
 from labelwise.stages.pretraining import pretrain
@@ -281,6 +281,20 @@ def test_both_series_stand_beside_each_other_and_are_never_mixed(
         verify(run)
 
 
+def test_too_few_trainings_are_not_called_draws() -> None:
+    pair = {"arm": "simclr", "against": "supervised", "mean": 0.1, "low": None, "high": None, "n": 1}
+    entry: dict[str, Any] = {"labels": 12, "fraction": None, "guesses": [], "arms": {"simclr": {}}}
+    entry["comparisons"] = [{**pair, "verdict": "no difference shown"}]
+    chosen = {**entry, "labels": 24, "series": "suggested", "suggested": 12}
+    assert concluding.verdict_in_words([chosen], 200, []) == (
+        "One training, no interval, so nothing is claimed: +10.0 points with 24 labels (12 chosen by suggest)."
+    )
+    two = {**chosen, "comparisons": [{**chosen["comparisons"][0], "n": 2, "low": 0.0, "high": 0.2}]}
+    assert concluding.verdict_in_words([two], 200, []).startswith("2 trainings where 3 are needed, ")
+    both = concluding.verdict_in_words([entry, two], 200, [])
+    assert both.startswith("2 label draws or trainings where 3 are needed, ")
+
+
 def test_results_of_an_earlier_version_are_random(run: RunDirectory) -> None:
     document = compare(run, label(run, *names_of(run, 3)), label_counts=(20,))
     assert document["summary"][0]["series"] == "random"
@@ -334,9 +348,13 @@ def test_from_unlabeled_images_to_a_curve_of_chosen_labels(
     assert {each["series"] for each in document["summary"]} == {"suggested"}
     assert [each["labels"] for each in document["summary"]][-2:] == [30, 50]
     random = [name for name in names_of(run, 8) if name not in labels]
-    file = ("--labels", str(label(run, *labels, *random).labels))
-    document = labelwise("finetune", *file, *short)
+    counts = ("--label-counts", f"20,{len(random) + 30},all")
+    document = labelwise("finetune", "--labels", str(label(run, *labels, *random).labels), *short, *counts)
     series = {each["labels"]: each["series"] for each in document["summary"]}
-    assert series[len(random)] == series[20] == "random"
-    assert series[len(random) + 30] == series[len(random) + 50] == "suggested"
+    assert series == {20: "random", len(random) + 30: "suggested", len(random) + 50: "suggested"}
+    verify(run)
+    document = labelwise("finetune", *short, *counts, "--pretrain-seeds", "2")
+    gains = document["over_encoders"]["gains"]
+    assert [each.get("suggested") for each in gains] == [None, 30, 50]
+    assert "(50 chosen by suggest)" in run.report_md.read_text().split("gain over 2 encoders")[3]
     verify(run)

@@ -18,6 +18,7 @@ from labelwise.errors import DataError, UsageError
 from labelwise.rundir import RunDirectory
 from labelwise.stages import suggesting
 from labelwise.stages.pretraining import pretrain
+from labelwise.stages.reporting import report
 from labelwise.stages.suggesting import ENOUGH, show, suggest
 
 HOSTILE = ("=1+1.png", "-2.png", "@x.png", "<b>&.png", '"q".png')
@@ -272,6 +273,26 @@ def test_what_more_labels_bring_is_read_off_the_curve(run: RunDirectory) -> None
         "40 more labels: about +10.0 points, 80.0% instead of 70.0%, read off the curve of the last comparison (drawn on beyond its end "
         "at 40, which is rather too much): labels drawn at random; chosen ones may do better or worse"
     )
+
+
+def test_where_few_labels_are_there_suggest_is_the_next_step(
+    run: RunDirectory,
+    pretrained: RunDirectory,
+    small_network: dict[str, Any],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "small.toml").write_text(to_toml({"pretrain": small_network}))
+    for each, is_named in ((run, True), (pretrained, False)):
+        sources = rundir.read_json(each.data)["sources"]
+        test = ["--test", sources["test"]] if sources["test"] else []
+        recipe = ["--recipe", str(tmp_path / "small.toml"), "--out", str(each.path)]
+        app(["pretrain", sources["images"], *test, *recipe], standalone_mode=False)  # it is there
+        (last,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("next: "))
+        first = f"next: labelwise suggest --run {each.path}: which images to label; then "
+        assert last.startswith(first) == is_named
+        assert f"labelwise finetune --run {each.path} " in last
+    assert report(run)["next"][0] == f"labelwise suggest --run {run.path}: which images to label next"
 
 
 def test_where_nothing_is_left_to_label_that_is_said(run: RunDirectory) -> None:
