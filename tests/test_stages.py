@@ -77,6 +77,8 @@ EVERY_FILE = {
     "encoder.safetensors",
     "head.safetensors",
     "classifier.safetensors",
+    "calibration.json",
+    "familiar.safetensors",
     "classifier.json",
     "finetune/results.jsonl",
     "finetune/predictions.parquet",
