@@ -159,6 +159,8 @@ def test_weights_as_they_are_carry_what_it_takes(classified: RunDirectory, tmp_p
     facts = json.loads((tmp_path / "out" / "preprocessing.json").read_text())
     assert (facts["classes"], facts["image_size"], facts["stem"]) == (classes, spec.image_size, "half")
     assert (document["classes"], document["difference"]) == (classes, None)
+    temperature = json.loads(classified.calibration.read_text())["temperature"]
+    assert f"divided by a temperature of {temperature:.3g}," in (tmp_path / "out" / "README.md").read_text()
 
 
 def test_a_run_without_labels_gives_its_encoder(

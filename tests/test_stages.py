@@ -78,6 +78,8 @@ EVERY_FILE = {
     "encoder.safetensors",
     "head.safetensors",
     "classifier.safetensors",
+    "calibration.json",
+    "familiar.safetensors",
     "classifier.json",
     "finetune/results.jsonl",
     "finetune/predictions.parquet",

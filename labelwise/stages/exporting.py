@@ -15,7 +15,7 @@ from labelwise.models.outside import as_timm, write_onnx
 from labelwise.models.weights import load_encoder, save_module
 from labelwise.reports.text import pretrained_on
 from labelwise.rundir import RunDirectory
-from labelwise.stages.finetuning import load_classifier
+from labelwise.stages.finetuning import load_classifier, read_calibration
 from labelwise.stages.planning import is_run
 from labelwise.stages.targets import check_folder
 
@@ -199,8 +199,23 @@ def _card(run: RunDirectory, form: str, example: str) -> str:
         "# Data and licences", "",
         f"- Trained on {pretrained_on(data):,} images; SHA-256 of their names and pixels: `{data['pool_sha256']}`. Their licence is for you to know.",
         *(f"- {line}" for line in _licences(run)), "",
+        *_calibrated(run),
         own,
     ])  # fmt: skip
+
+
+def _calibrated(run: RunDirectory) -> list[str]:
+    """That a temperature is in the weights, where it is."""
+    facts = read_calibration(run) if run.classifier.exists() else None
+    if facts is None:
+        return []
+    words = f"its scores are divided by a temperature of {facts['temperature']:.3g}, in the weights of its last layer"
+    return [
+        "# Calibration",
+        "",
+        f"Fitted on {facts['scored']:,} labels that were held out in turn: {words}.",
+        "",
+    ]
 
 
 def _licences(run: RunDirectory) -> list[str]:

@@ -205,7 +205,7 @@ def _doubts(document: dict[str, Any]) -> list[str]:
         lines.append(f"abstain   {document['abstained']:,} of {count:,}, whose set is not one class{empty}")
     if document["far"] is not None:
         lines.append(
-            f"far       {document['far']:,} of {count:,} are less like the images of the run than 99 % of these are; believe nothing of them"
+            f"far       {document['far']:,} of {count:,} are less like the images of the run than 99 % of these are"
         )
     return lines  # fmt: skip
 

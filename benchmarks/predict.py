@@ -1,0 +1,83 @@
+"""`labelwise predict` against the forward pass of its own network alone, in one process.
+
+    python benchmarks/predict.py RUN IMAGES      # a run with a classifier; a folder of JPEG files, 10,000 or more of CIFAR-10
+
+Two figures, 1.00 where nothing but the forward pass takes time. `decoded`: pixels are in memory; what is left is calibration, sets,
+distances, parts and the table. `from files`: the whole command, which reads and decodes beside the forward pass. The rival is the
+network on the same pixels, normalised, 256 at once, and nothing else. Cost: seconds per image.
+"""
+
+import tempfile
+from pathlib import Path
+
+import numpy as np
+from paired import compare, parser, seconds, show
+from pipeline import link_some
+
+from labelwise.images.cache import DECODED, read_evaluations
+from labelwise.images.source import open_images
+from labelwise.learning.memory import keep_freed_memory
+from labelwise.learning.precision import choose_device
+from labelwise.models.features import extract_features
+from labelwise.rundir import open_run, read_json
+from labelwise.stages.finetuning import read_calibration
+from labelwise.stages.oracle import load_oracle, make_promise
+from labelwise.stages.predicting import predict
+from labelwise.tables import open_parts, open_table
+
+
+def main() -> None:
+    options = parser(__doc__)
+    options.add_argument("run", type=Path)
+    options.add_argument("images", type=Path)
+    options.add_argument("--count", type=int, default=10_000, help="images")
+    options.add_argument("--device", default="auto")
+    given = options.parse_args()
+    keep_freed_memory()
+    run = open_run(given.run)
+    place = choose_device(given.device)
+    oracle = load_oracle(run, make_promise(run, read_calibration(run), None), place)
+    with tempfile.TemporaryDirectory() as folder:
+        images = open_images(link_some(given.images, Path(folder) / "images", given.count))
+        rows = np.arange(len(images.names))
+        deep = read_json(run.data)["intensity_range"]
+        pixels = np.concatenate(
+            [each for _, each in read_evaluations(images, rows, oracle.spec.image_size, deep, [])]
+        )
+        out = Path(folder) / "out.csv"
+
+        def forward() -> float:
+            network, normalization = oracle.speaker.classifier, oracle.spec.normalization
+            return seconds(lambda: extract_features(network, pixels, rows, normalization, place)) / len(rows)
+
+        def decoded() -> float:
+            return seconds(lambda: fill_from_memory(oracle, pixels, images.names, out)) / len(rows)
+
+        def whole() -> float:
+            cost = seconds(lambda: predict(run, [images.root], out, device=given.device)) / len(rows)
+            out.unlink()
+            return cost
+
+        figures = [
+            compare("decoded", decoded, forward, 0.9),
+            compare("from files", whole, forward, 0.7),
+        ]
+    show(figures, given.json)
+
+
+def fill_from_memory(oracle, pixels: np.ndarray, names: list[str], out: Path) -> None:
+    """What `predict` does once files are decoded."""
+    columns = oracle.columns(probabilities=False)
+    with open_parts(out, columns, "") as parts:
+        for start in range(0, len(pixels), DECODED):
+            stop = min(start + DECODED, len(pixels))
+            told = oracle.tell(names[start:stop], pixels[start:stop])
+            parts.add(stop, {name: told[name] for name in columns}, [])
+        with open_table(out, out.suffix, columns) as table:
+            for part, _ in parts.read():
+                table.write(part)
+    out.unlink()
+
+
+if __name__ == "__main__":
+    main()
