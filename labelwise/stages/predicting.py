@@ -40,7 +40,8 @@ def predict(
 
     Returns:
         `out`, `images` (rows written), `labels` (how many of each), `left_out` (file and reason), `expected` (mean `accuracy`
-        with the most `labels` that were compared, `n_test`, and `trained_on`; None where the classifier is an older one).
+        with the most `labels` that were compared, `n_test`, and `trained_on`; None where the classifier is an older one; of a distilled
+        one its own, None where it was not tested).
 
     Raises:
         CheckpointError: The run has no classifier, or it is damaged.
@@ -101,7 +102,7 @@ def predict(
         "images": sum(labels.values()),
         "labels": dict(labels.most_common()),
         "left_out": left_out,
-        "expected": _expected(results, kept["labels"]) if kept is not None else None,
+        "expected": _expected(results, kept) if kept is not None else None,
     }
 
 
@@ -125,8 +126,12 @@ def show(document: dict[str, Any]) -> None:
     terminal.emit(f"written   {document['out']}")
 
 
-def _expected(results: list[dict[str, Any]], trained_on: int) -> dict[str, Any]:
-    """How good the comparison found classifiers of this kind, with the most labels that it tried."""
+def _expected(results: list[dict[str, Any]], kept: dict[str, Any]) -> dict[str, Any] | None:
+    """How good the comparison found classifiers of this kind, with the most labels that it tried; a distilled one is none of them."""
+    if distilled := kept.get("distilled"):
+        test, labels = distilled["test"], kept["labels"]
+        known = {"labels": labels, "trained_on": labels}
+        return test and {"accuracy": test["after"], "n_test": test["n_test"], **known}
     rows = [row for row in results if row["method"] == "simclr"]
     most = max(row["labels"] for row in rows)
     scores = [row["accuracy"] for row in rows if row["labels"] == most]
@@ -134,7 +139,7 @@ def _expected(results: list[dict[str, Any]], trained_on: int) -> dict[str, Any]:
         "accuracy": float(np.mean(scores)),
         "labels": most,
         "n_test": rows[0]["n_test"],
-        "trained_on": trained_on,
+        "trained_on": kept["labels"],
     }
 
 
