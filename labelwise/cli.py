@@ -387,6 +387,27 @@ def annotate(
 
 
 @app.command()
+def distill(
+    run: Run = Path("runs/latest"),
+    force: Annotated[
+        bool, typer.Option("--force", help="also where labels are too few to show a gain, or show none")
+    ] = False,
+    json: Json = False,
+) -> None:
+    """Teach the kept classifier on all images, also those without a label, where that is shown to help."""
+    from labelwise.rundir import open_run
+    from labelwise.stages.distilling import distill as run_distill
+    from labelwise.stages.distilling import show
+    from labelwise.stages.reporting import report as run_report
+
+    found = open_run(run)
+    document = run_distill(found, force=force)
+    if document["distilled"]:
+        run_report(found)
+    terminal.emit_json(document) if json else show(document)
+
+
+@app.command()
 def status(
     folder: Annotated[Path, typer.Argument(help="run folder, or folder of runs")] = Path("runs"),
     max_age: Annotated[

@@ -186,12 +186,32 @@ class _Encoder(_Form):
     std: Json[list[float]]
 
 
+class _Gain(_Form):
+    mean: float
+    low: float | None
+    high: float | None
+
+
+class _OnTest(_Gain):
+    before: float
+    after: float
+    n_test: int
+
+
+class _Distilled(_Form):
+    images: int
+    gain: _Gain | None
+    test: _OnTest | None
+
+
 class _Classifier(_Derived):
     classes: list[str]
     labels: int
     encoder: _Encoder
+    method: str = "simclr"
     steps: int
     way: str
+    distilled: _Distilled | None = None
 
 
 class _Annotation(_Form):

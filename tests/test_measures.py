@@ -169,7 +169,7 @@ def test_a_healthy_run_is_left_in_peace() -> None:
 
 def test_nearest_rows_are_those_that_one_row_at_a_time_finds(monkeypatch: pytest.MonkeyPatch) -> None:
     features, _ = _clusters(50, 4, 8, seed=1)
-    monkeypatch.setattr(knn, "_CHUNK", 16)
+    monkeypatch.setattr(knn, "_BLOCK", 16 * 50)
     rows = nearest_rows(features, 5)
     assert [[near for near, _ in nearest(features, row, 5)] for row in range(50)] == rows.tolist()
     assert nearest_rows(features[:3], 5).shape == (3, 2)

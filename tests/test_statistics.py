@@ -16,6 +16,7 @@ from labelwise.measures.statistics import (
     TestSet,
     accuracy_interval,
     by_group,
+    difference_on_images,
     interval,
     interval_over_encoders,
     macro_interval,
@@ -507,3 +508,18 @@ def test_no_difference_of_accuracies_is_beyond_a_hundred_points() -> None:
     found = paired_difference(first, second)
     assert found is not None
     assert (found.low, found.high) == (-1.0, 1.0)
+
+
+def test_two_classifiers_differ_by_what_their_test_images_alone_leave_open() -> None:
+    rng = np.random.default_rng(0)
+    after, before = (rng.random((2, 400)) < [[0.9], [0.8]]).astype(float)
+    found = difference_on_images(after, before, np.arange(400))
+    oracle = stats.ttest_rel(after, before).confidence_interval()
+    assert found.mean == pytest.approx(after.mean() - before.mean())
+    assert (found.low, found.high) == pytest.approx((oracle.low, oracle.high), abs=0.003)
+    twice = difference_on_images(np.tile(after, 2), np.tile(before, 2), np.tile(np.arange(400), 2))
+    assert twice == found, "copies of an image are one"
+    same = difference_on_images(before[:5], before[:5], np.arange(5))
+    assert same.low is not None
+    assert same.high is not None
+    assert same.low < -0.3 < 0.3 < same.high, "five that agree prove nothing"

@@ -88,8 +88,9 @@ def resembling(queries: Tensor, altered: Tensor, bank: Tensor) -> list[tuple[int
 def nearest_rows(features: Tensor, count: int) -> Tensor:
     """The rows most similar to each row by cosine similarity, itself left out, (N, min(count, N - 1))."""
     unit, found = F.normalize(features, dim=1), []
-    for start in range(0, len(unit), _CHUNK):
-        similarity = unit[start : start + _CHUNK] @ unit.T  # (chunk, N)
+    chunk = max(1, min(_CHUNK, _BLOCK // len(unit)))
+    for start in range(0, len(unit), chunk):
+        similarity = unit[start : start + chunk] @ unit.T  # (chunk, N)
         similarity[:, start:].fill_diagonal_(-torch.inf)
         found.append(similarity.topk(min(count, len(unit) - 1), dim=1).indices)
     return torch.cat(found)

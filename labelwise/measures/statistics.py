@@ -212,6 +212,18 @@ def paired_difference(
     return _of_a_difference(found, _means_of_groups(values.mean(axis=0), own))
 
 
+def difference_on_images(first: Floats, second: Floats, groups: Groups) -> Interval:
+    """Mean of first minus second, two classifiers, with an interval that lets test images alone be drawn again.
+
+    Args:
+        first, second: One value per test image, 1 where it was right, (T,).
+        groups: Number of each image's group, (T,).
+    """
+    values = first - second
+    low, high = _difference_of_few(_means_of_groups(values, groups))
+    return _within(Interval(float(values.mean()), low, high, 1), -1.0)
+
+
 def _of_a_difference(found: Interval, values: Floats) -> Interval:
     """An interval of a difference: never past -1 and 1, and where fewer than ten images disagree, or agree, as wide as few allow.
 

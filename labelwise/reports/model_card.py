@@ -22,6 +22,7 @@ def render(document: dict[str, Any], classifier: dict[str, Any], short_side: int
     spec = {key: json.loads(value) for key, value in classifier["encoder"].items()}
     key, words = text.measured(document)
     name = escape(Path(data["root"]).name)
+    made = "'s start" if classifier.get("distilled") else ""
     lines = [
         f"# Image classifier: {name}",
         "",
@@ -44,7 +45,7 @@ def render(document: dict[str, Any], classifier: dict[str, Any], short_side: int
         "",
         "## How good it is",
         "",
-        f"Measured on {text.test_line(document)}. Every row is a classifier made as this one was, from so many labels drawn "
+        f"Measured on {text.test_line(document)}. Every row is a classifier made as this one{made} was, from so many labels drawn "
         f"at random{', or where it says so chosen by suggest' if any('suggested' in entry for entry in summary) else ''}.",
         "",
         *write_table(
@@ -82,6 +83,11 @@ def render(document: dict[str, Any], classifier: dict[str, Any], short_side: int
 
 def _trained(classifier: dict[str, Any]) -> str:
     """How labels were learned from; cross-validation may find the network best as it is."""
+    if distilled := classifier.get("distilled"):
+        return (
+            f"left as it was (frozen), with a linear probe distilled from another classifier on {distilled['images']:,} images: each has the "
+            "class that its neighbours, the labels among them, make most probable. The labels:"
+        )
     if classifier["steps"]:
         return "fine-tuned on"
     return "left as it was (frozen), with a linear probe trained on"
@@ -89,6 +95,8 @@ def _trained(classifier: dict[str, Any]) -> str:
 
 def _steps(classifier: dict[str, Any]) -> str:
     """What was trained with labels."""
+    if classifier.get("distilled"):
+        return f"the classifier it was distilled from: {_steps({**classifier, 'distilled': None})}"
     if classifier["steps"]:
         return f"{classifier['steps']:,} steps of fine-tuning, {classifier['way']}"
     return "no steps of fine-tuning, a linear probe on the frozen network"
@@ -109,6 +117,11 @@ def _rows(summary: list[dict[str, Any]], key: str) -> list[list[str]]:
 
 def _of_itself(document: dict[str, Any], classifier: dict[str, Any]) -> str:
     """What is known of the very classifier that is kept."""
+    if distilled := classifier.get("distilled"):
+        measured = (
+            text.distilled_in_words(distilled["test"]) if distilled["test"] else "it was not tested itself"
+        )
+        return f"The classifier that is kept was distilled from one of these: {measured}."
     most = max((row["labels"] for row in document["results"] if row["method"] == "simclr"), default=0)
     if document["folds"]:
         return (

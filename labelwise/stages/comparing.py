@@ -195,8 +195,8 @@ def _compare(run: RunDirectory, settings: FinetuneSettings, devices: int) -> lis
             )
         )
     if {"simclr", "simclr_probe"} & set(settings.methods):
-        check_labels(bench, _signature(bench))
-        check_lookalikes(bench, _signature(bench))
+        check_labels(bench, signature_of(bench))
+        check_lookalikes(bench, signature_of(bench))
     _write_settings(run, settings)
     lost = [dict(zip(("method", "labels", "draw"), job, strict=True)) for job in sorted(diverged)]
     environment.note(run, diverged=lost)
@@ -259,7 +259,7 @@ def _known(bench: Bench) -> Rows:
     return bench.labeled if bench.folds else np.concatenate([bench.labeled, bench.test])
 
 
-def _signature(bench: Bench) -> str:
+def signature_of(bench: Bench) -> str:
     """Hash of what decides a result besides method, number of labels and draw: settings, labels, pixels, groups, encoder."""
     deciding = {"seed", "batch_size", "crop_scale", "steps", "scratch_steps", "scratch_rate"}
     settings = bench.settings.model_dump(mode="json", include=deciding)
@@ -279,7 +279,7 @@ def _finished(bench: Bench, alternatives: dict[str, Alternative]) -> set[Job]:
 
     Those of other weights under a name that is used now are dropped.
     """
-    rows = set_aside(bench.run, _signature(bench))
+    rows = set_aside(bench.run, signature_of(bench))
     predictions = read_predictions(bench.run.predictions, ("method", "labels", "draw"))
     predicted = set(zip(*predictions.values(), strict=True))
     kept = [
@@ -367,7 +367,7 @@ def _store(
         "balanced": not bench.unbalanced,
         **facts,
         "draw_sha256": hash_names([bench.names[row] for row in rows]),
-        "signature": _signature(bench),
+        "signature": signature_of(bench),
     }
     others = [
         old for old in rundir.read_jsonl(bench.run.results) if classifier_of(old) != classifier_of(result)
@@ -424,7 +424,7 @@ def _say_how_long(seconds: float, settings: FinetuneSettings) -> None:
 
 def _keep_classifier(bench: Bench) -> None:
     """Save the classifier trained on every label outside the test set, what it takes to use it, and how far to believe it."""
-    signature = _signature(bench)
+    signature = signature_of(bench)
     before = rundir.read_derived(bench.run.classifier_json)
     is_kept = before is not None and before["signature"] == signature and bench.run.classifier.exists()
     if (is_kept or _train_to_keep(bench, signature)) and read_calibration(bench.run) is None:

@@ -250,6 +250,16 @@ def train_pretrained(
     return classifier
 
 
+def fit_again(bench: Bench, way: str, rows: Rows, asked: Rows) -> Floats:
+    """Class probabilities of the rows asked for, (M, C), by `simclr` trained on these labels in a way that was chosen before.
+
+    Raises:
+        Diverged: The training does.
+    """
+    trial = next(each for each in _finetuning_trials(bench, len(rows)) if each.name == way)
+    return _finetune("simclr", bench, trial).fit(rows, asked, bench.settings.seed, 1.0)
+
+
 def is_few(bench: Bench, rows: Rows) -> bool:
     """Whether these labels are too few to choose anything by cross-validation."""
     _, kept = one_of_each(bench.groups[rows], bench.labels[rows])

@@ -68,7 +68,8 @@ def predict(
         `out`, `images` (rows written), `labels` (how many of each), `abstained`, `far` (None where it is not known), `sets`
         (`coverage`, `labels` that it rests on, and how many are `empty`; None without), `calibrated_on` (labels, 0 where
         confidence is not calibrated), `left_out` (file and reason), `expected` (mean `accuracy` with the most `labels` that were
-        compared, `n_test`, and `trained_on`; None where the classifier is an older one).
+        compared, `n_test`, and `trained_on`; None where the classifier is an older one; of a
+        distilled one its own, None where it was not tested).
 
     Raises:
         CheckpointError: The run has no classifier, or it is damaged.
@@ -111,7 +112,7 @@ def predict(
         "sets": {"coverage": sets.coverage, "labels": sets.labels, "empty": summary.empty} if sets else None,
         "calibrated_on": calibration["scored"] if calibration and calibration["temperature"] != 1 else 0,
         "left_out": summary.left_out,
-        "expected": _expected(results, kept["labels"]) if kept is not None else None,
+        "expected": _expected(results, kept) if kept is not None else None,
     }
 
 
@@ -185,7 +186,7 @@ def _doubts(document: dict[str, Any]) -> list[str]:
     count, sets = document["images"], document["sets"]
     if not document["calibrated_on"]:
         lines = [
-            "confidence is not calibrated: too few labels, or `labelwise finetune` was of an earlier version"
+            "confidence is not calibrated: too few labels, a distilled classifier, or one of an earlier version"
         ]
     else:
         lines = [f"confidence calibrated on {document['calibrated_on']:,} labels that were held out in turn"]
@@ -210,8 +211,12 @@ def _doubts(document: dict[str, Any]) -> list[str]:
     return lines  # fmt: skip
 
 
-def _expected(results: list[dict[str, Any]], trained_on: int) -> dict[str, Any]:
-    """How good the comparison found classifiers of this kind, with the most labels that it tried."""
+def _expected(results: list[dict[str, Any]], kept: dict[str, Any]) -> dict[str, Any] | None:
+    """How good the comparison found classifiers of this kind, with the most labels that it tried; a distilled one is none of them."""
+    if distilled := kept.get("distilled"):
+        test, labels = distilled["test"], kept["labels"]
+        known = {"labels": labels, "trained_on": labels}
+        return test and {"accuracy": test["after"], "n_test": test["n_test"], **known}
     rows = [row for row in results if row["method"] == "simclr"]
     most = max(row["labels"] for row in rows)
     scores = [row["accuracy"] for row in rows if row["labels"] == most]
@@ -219,5 +224,5 @@ def _expected(results: list[dict[str, Any]], trained_on: int) -> dict[str, Any]:
         "accuracy": float(np.mean(scores)),
         "labels": most,
         "n_test": rows[0]["n_test"],
-        "trained_on": trained_on,
+        "trained_on": kept["labels"],
     }

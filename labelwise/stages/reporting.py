@@ -47,6 +47,7 @@ _COMPARED = (
     ("simclr_probe", "random_probe"),
 )
 
+DISTILLED = "-distilled"  # ends the signature of a classifier that came from the one with the rest of it
 _HARDLY = 0.03  # better than naming one class, and still no more than that
 _FEWEST_TESTED = 20  # independent test images, for labels saved
 SUSPECTS = 24  # labels that look wrong which the report names
@@ -98,8 +99,11 @@ def compose(
         surroundings.get("trouble"),
     )
     summary, check = computed["summary"], _label_check(run, results)
+    kept = kept_classifier(run, results)
+    distilled = kept and kept.get("distilled")
     test_uses = _test_uses(run, computed["over_encoders"]["runs"][1:])
-    has_classifier = kept_classifier(run, results) is not None
+    if distilled and distilled["test"]:
+        test_uses += 2  # it, and the one it came from
     return {
         **computed,
         "data": data,
@@ -109,8 +113,9 @@ def compose(
         "arm_names": _arm_names(summary, results),
         "studies": _studies(run, data["root"]),
         "test_uses": test_uses,
+        "distilled": distilled,
         "limits": limits_in_words(computed, data, surroundings, test_uses),
-        "next": next_steps(run, computed, check, surroundings, data, has_classifier=has_classifier),
+        "next": next_steps(run, computed, check, surroundings, data, has_classifier=kept is not None),
         "run": str(run.path),
     }
 
@@ -221,6 +226,8 @@ def show(document: dict[str, Any]) -> None:
         terminal.emit(
             f"alike  {alike:,} of {tested:,} test images resemble an image outside the test set, see the page"
         )
+    if document["distilled"] and document["distilled"]["test"]:
+        terminal.emit(f"used   distilled: {text.distilled_in_words(document['distilled']['test'])}")
     for step in document["next"]:
         terminal.emit(f"next   {step}")
     terminal.emit(f"page   {Path(document['run']) / 'report.html'}")
@@ -434,10 +441,11 @@ def _without_pictures(entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def kept_classifier(run: RunDirectory, results: list[Result]) -> dict[str, Any] | None:
-    """What is known of the kept classifier, if it was trained as those that were compared."""
+    """What is known of the kept classifier, if it was trained as those that were compared, or distilled from one that was."""
     facts = rundir.read_derived(run.classifier_json)
     compared = {row["signature"] for row in results if row["method"] == "simclr"}
-    return facts if facts is not None and facts["signature"] in compared else None
+    known = facts is not None and facts["signature"].removesuffix(DISTILLED) in compared
+    return facts if known else None
 
 
 def _studies(run: RunDirectory, root: str) -> list[dict[str, Any]]:
