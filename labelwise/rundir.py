@@ -315,6 +315,15 @@ def write_together(files: dict[Path, Callable[[Path], object]]) -> None:
             filled.unlink(missing_ok=True)
 
 
+def delete_half_written(run: RunDirectory) -> None:
+    """Delete what a kill inside `write_together` left beside the files of a run, which nobody else may be writing."""
+    names = [name for name, what in vars(RunDirectory).items() if isinstance(what, property)]
+    files = [getattr(run, name) for name in names if name != "owner"]  # that one others try to get
+    for file in (*files, run.splits / "draw-*.json"):
+        for left in file.parent.glob(f".{file.name}-????????"):
+            left.unlink(missing_ok=True)
+
+
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """Let `write` fill a file beside `path`, then move it into place, so `path` is never half written."""
     write_together({path: write})
