@@ -540,6 +540,10 @@ def _is_somewhere() -> bool:
 def _resolve(settings: type[S], recipe: str | None, given: dict[str, Any]) -> S:
     """Merge defaults, recipe and options into settings."""
     table = read_recipe(find_recipe(recipe), settings) if recipe else {}
+    if recipe and not table and settings is not StudySettings:  # which takes its [pretrain] too
+        terminal.warn(
+            f"--recipe {recipe}: has nothing for this command, as it sets nothing under [{settings.table}]."
+        )
     return settings.resolve(parse(settings, given), table)
 
 

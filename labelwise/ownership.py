@@ -13,7 +13,7 @@ from typing import Any
 
 from labelwise.environment import command_line, now
 from labelwise.errors import ResourceError, UsageError
-from labelwise.rundir import RunDirectory, write_text
+from labelwise.rundir import RunDirectory, delete_half_written, write_text
 
 _CONSENT_SECONDS = 0.3  # longer than a file takes to be seen by others
 _BEAT_SECONDS = 5.0
@@ -54,6 +54,7 @@ def hold(run: RunDirectory, *, is_new: bool = False) -> Iterator[None]:
             os.pwrite(file, ours.encode(), 0)
         if is_new and run.environment.exists():
             raise UsageError(f"{run.path}: another command began a run there just now; run this one again.")
+        delete_half_written(run)
         yield
     finally:
         if _read(run.owner) == ours:

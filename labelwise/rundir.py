@@ -354,6 +354,15 @@ def write_together(files: dict[Path, Callable[[Path], object]]) -> None:
             filled.unlink(missing_ok=True)
 
 
+def delete_half_written(run: RunDirectory) -> None:
+    """Delete what a kill inside `write_together` left beside the files of a run, which nobody else may be writing."""
+    names = [name for name, what in vars(RunDirectory).items() if isinstance(what, property)]
+    files = [getattr(run, name) for name in names if name != "owner"]  # that one others try to get
+    for file in (*files, run.splits / "draw-*.json"):
+        for left in file.parent.glob(f".{file.name}-????????"):
+            left.unlink(missing_ok=True)
+
+
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """Let `write` fill a file beside `path`, then move it into place, so `path` is never half written."""
     write_together({path: write})
@@ -547,17 +556,17 @@ def check_output_folder(path: Path, *inputs: Path | None) -> None:
     """Refuse an output folder that touches the user's images, or that holds anything but a run.
 
     Raises:
-        DataError: `path` lies in a folder of images, or one lies in it; neither is ever written to.
-        UsageError: It holds files that are not ours.
+        UsageError: `path` lies in a folder of images, or one lies in it; neither is ever written to; or it holds files
+            that are not ours.
     """
     out = path.resolve()
     for folder in (given.resolve() for given in inputs if given is not None):
         if out.is_relative_to(folder):
-            raise DataError(
+            raise UsageError(
                 f"{path}: lies inside the image folder {folder}, which is never written to; choose another --out."
             )
         if folder.is_relative_to(out):
-            raise DataError(f"{path}: holds the images {folder}; choose another --out, a folder of its own.")
+            raise UsageError(f"{path}: holds the images {folder}; choose another --out, a folder of its own.")
     there = next(parent for parent in (out, *out.parents) if parent.exists())
     try:
         with tempfile.TemporaryFile(dir=there):  # rights do not tell: a disk is mounted to be read, or /proc

@@ -1,6 +1,7 @@
 """Fixtures of all tests: a cache of one's own, and images to put into folders."""
 
 import io
+import json
 import os
 import shutil
 import tarfile
@@ -14,6 +15,8 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 if TYPE_CHECKING:
     from labelwise.rundir import RunDirectory
@@ -132,6 +135,22 @@ def small_network() -> dict[str, Any]:
         "epochs": 1,
         "precision": "fp32",
     }
+
+
+@pytest.fixture(scope="session")
+def rename_classes() -> Callable[["RunDirectory", list[str]], None]:
+    """Give a classifier other names of classes, as one of an earlier version, whose weights do not tell them."""
+
+    def rename(run: "RunDirectory", names: list[str]) -> None:
+        with safe_open(run.classifier, framework="pt") as file:
+            header = {
+                key: value for key, value in file.metadata().items() if key not in ("classes", "sha256")
+            }
+        save_file(load_file(run.classifier), run.classifier, header)
+        facts = json.loads(run.classifier_json.read_text(encoding="utf-8"))
+        run.classifier_json.write_text(json.dumps({**facts, "classes": names}), encoding="utf-8")
+
+    return rename
 
 
 @pytest.fixture(scope="session")

@@ -714,3 +714,14 @@ def test_a_disk_that_fills_up_while_space_is_taken_is_told(
     monkeypatch.setattr(os, "posix_fallocate", full)
     with pytest.raises(ResourceError, match="the image cache needs"):
         build_cache(open_images(tmp_path / "images"), side=8, evaluation_size=8)
+
+
+def test_a_file_where_a_cache_is_built_is_named(root: Path, photo: Photo, cache: Path) -> None:
+    photo(root / "a.png", 0)
+    built = build(root).folder
+    built.rename(built.with_name("elsewhere"))
+    (cache / f".building-{built.name}").touch()
+    with pytest.raises(
+        ResourceError, match=r"\.building-.*: a file, where a folder of the image cache belongs"
+    ):
+        build(root)

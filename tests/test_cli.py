@@ -184,9 +184,22 @@ def test_a_wrong_setting_ends_with_2_and_leaves_nothing_behind(
     assert [path for path in left if "cache" not in path.parts] == []
 
 
-def test_an_output_folder_among_the_images_ends_with_3(labelwise: Command, photos: Path) -> None:
+def test_a_recipe_that_has_nothing_for_a_command_is_told(
+    labelwise: Command, photos: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "other.toml").write_text("[finetune]\ndraws = 2\n")
+    (tmp_path / "both.toml").write_text("[finetune]\ndraws = 2\n[pretrain]\nepochs = 1\n")
+    for name in ("other", "both"):
+        _, _, err = labelwise(
+            "pretrain", str(photos), "--recipe", str(tmp_path / f"{name}.toml"), "--batch-size", "64"
+        )
+        words = "other.toml: has nothing for this command, as it sets nothing under [pretrain]."
+        assert (words in " ".join(err.split())) == (name == "other")
+
+
+def test_an_output_folder_among_the_images_ends_with_2(labelwise: Command, photos: Path) -> None:
     code, _, err = labelwise("pretrain", str(photos), "--out", str(photos / "run"))
-    assert code == 3
+    assert code == 2
     assert "lies inside the image folder" in err
     assert not (photos / "run").exists()
 

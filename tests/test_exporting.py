@@ -16,7 +16,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import nn
 
-from labelwise.errors import DataError, UsageError
+from labelwise.errors import UsageError
 from labelwise.models.encoder import EncoderSpec, create_encoder
 from labelwise.models.heads import create_head
 from labelwise.models.outside import TOLERANCE, as_timm, write_onnx
@@ -177,12 +177,13 @@ def test_a_run_without_labels_gives_its_encoder(
     assert "how good it is, is not known" in card
 
 
-def test_names_of_classes_run_nowhere(classified: RunDirectory, tmp_path: Path) -> None:
-    facts = json.loads(classified.classifier_json.read_text())
+def test_names_of_classes_run_nowhere(
+    classified: RunDirectory, tmp_path: Path, rename_classes: Callable[..., None]
+) -> None:
     names = ["'''", '"""', "{size}", "\n", "```", "__import__('os')", "é", "\\", "8", "9"]
     other = RunDirectory(tmp_path / "run")
     shutil.copytree(classified.path, other.path)
-    other.classifier_json.write_text(json.dumps({**facts, "classes": names}))
+    rename_classes(other, names)
     export(other, "timm", tmp_path / "out")
     space: dict[str, object] = {"__name__": "imported"}
     program = (tmp_path / "out" / "example.py").read_text().replace('load_file("model', f'load_file("{tmp_path}/out/model')  # fmt: skip
@@ -195,6 +196,6 @@ def test_nothing_is_written_over_or_into_images(classified: RunDirectory, tmp_pa
     with pytest.raises(UsageError, match="is there already"):
         export(classified, "timm", tmp_path / "there")
     images = Path(json.loads(classified.data.read_text())["sources"]["images"])
-    with pytest.raises(DataError, match="never written to"):
+    with pytest.raises(UsageError, match="never written to"):
         export(classified, "timm", images / "out")
     assert not list(tmp_path.glob(".*"))

@@ -1,6 +1,7 @@
 """What belongs together stays on one side of the split: copies, near-copies, bursts, and what a column says."""
 
 import io
+import shutil
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -25,6 +26,7 @@ from labelwise.reports import html, markdown
 from labelwise.stages.pretraining import pretrain
 from labelwise.stages.repeating import finetune
 from labelwise.stages.reporting import report
+from labelwise.stages.scanning import scan
 from labelwise.stages.verifying import verify
 
 Photo = Callable[..., Image.Image]
@@ -415,3 +417,20 @@ def test_a_damaged_search_is_made_again(photographs: Path) -> None:
     for file in folder.glob("near-copies-*"):
         file.write_bytes(file.read_bytes()[:40])
     assert grouped(photographs)[0] == before
+
+
+def test_pictures_that_carry_two_labels_are_counted_with_an_example(tmp_path: Path, photo: Photo) -> None:
+    for seed in range(3):
+        photo(tmp_path / "skirt" / f"{seed}.png", seed)
+        photo(tmp_path / "coat" / f"{seed}.png", seed + 10)
+    shutil.copy(tmp_path / "coat" / "0.png", tmp_path / "coat" / "again.png")
+
+    def said() -> list[str]:
+        notes = scan(tmp_path)["notes"], grouped(tmp_path)[1].notes
+        return [note for each in notes for note in each if "two labels" in note]
+
+    assert said() == []
+    shutil.copytree(tmp_path / "skirt", tmp_path / "skirt copy")
+    assert said() == 2 * [
+        "3 images carry two labels, e.g. skirt/0.png (skirt) and skirt copy/0.png (skirt copy) are the same picture"
+    ]

@@ -347,7 +347,10 @@ def test_a_base_name_is_matched_where_it_is_unique(root: Path, tmp_path: Path) -
     found = rows(("/mnt/disk/2.jpg", "cat"), ("3.jpg", "dog"), ("old/place/1.jpg", "cat"))
     labels, note = matched(found, tmp_path / "labels.csv", NAMES, root)
     assert labels == {"a/2.jpg": "cat", "b/3.jpg": "dog"}
-    assert note == "3 rows: 2 matched (2 of them by file name alone), 1 unknown: old/place/1.jpg (line 4)"
+    assert note == (
+        "3 rows: 2 matched (2 of them by file name alone), 0 unknown, "
+        "1 ambiguous: old/place/1.jpg (line 4; 2 images of that name)"
+    )
 
 
 def test_a_name_without_its_suffix_is_matched_where_it_is_unique(root: Path) -> None:
@@ -358,7 +361,8 @@ def test_a_name_without_its_suffix_is_matched_where_it_is_unique(root: Path) -> 
     labels, note = matched(found, root / "labels.csv", names, root)
     assert labels == {"a/1.jpg": "cat", "b/3.jpg": "dog", "c/img.v2.jpg": "owl"}
     assert note == (
-        "6 rows: 3 matched (2 of them by file name alone), 3 unknown: c/x (line 4), 1 (line 6), c/3.png (line 7)"
+        "6 rows: 3 matched (2 of them by file name alone), 1 unknown: c/3.png (line 7), "
+        "2 ambiguous: c/x (line 4; 2 images of that name), 1 (line 6; 2 images of that name)"
     )
 
 

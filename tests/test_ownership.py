@@ -193,3 +193,21 @@ def test_of_two_that_take_over_at_once_the_later_one_is_it(
     with pytest.raises(UsageError, match="process 7 on elsewhere"), hold(run):
         pass
     assert json.loads(run.owner.read_text())["pid"] == 7, "it is not ours to delete"
+
+
+def test_what_a_kill_left_of_a_runs_files_is_deleted_and_nothing_else(tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path / "run")
+    left = [".data.json-ab12_xyz", ".report.html-abcdefgh", "splits/.draw-3-0.json-abcdefgh", "finetune/.results.jsonl-abcdefgh"]  # fmt: skip
+    others = [
+        ".notes.txt-abcdefgh",
+        ".owner.json-abcdefgh",
+        ".data.json-mine",
+        "data.json",
+        "finetune/x-abcdefgh",
+    ]
+    for name in (*left, *others):
+        (run.path / name).parent.mkdir(parents=True, exist_ok=True)
+        (run.path / name).touch()
+    with hold(run):
+        found = {file.relative_to(run.path).as_posix() for file in run.path.rglob("*") if file.is_file()}
+    assert found == {*others, "owner.json"}

@@ -15,16 +15,9 @@ from labelwise.images.cache import build_cache
 from labelwise.images.duplicates import unique_keys
 from labelwise.images.source import open_images
 from labelwise.rundir import read_json
-from labelwise.stages import planning, pretraining
-from labelwise.stages.planning import (
-    Plan,
-    Pool,
-    batch_size_for,
-    choose_sizes,
-    copy_squares,
-    keep_on_device,
-    size_at,
-)
+from labelwise.stages import pooling, pretraining
+from labelwise.stages.planning import Plan, size_at
+from labelwise.stages.pooling import Pool, batch_size_for, choose_sizes, copy_squares, keep_on_device
 from labelwise.stages.pretraining import pretrain
 from labelwise.views.draws import Policy
 
@@ -43,7 +36,7 @@ def pool(tmp_path: Path, photo: Callable[..., Image.Image]) -> Pool:
 def test_squares_copied_to_a_device_are_those_of_the_cache(
     pool: Pool, monkeypatch: pytest.MonkeyPatch, at_a_time: int
 ) -> None:
-    monkeypatch.setattr(planning, "_COPIED", at_a_time)
+    monkeypatch.setattr(pooling, "_COPIED", at_a_time)
     device = torch.device("cpu")
     resident = Pool(pool.cache, pool.rows, pool.keys, pool.labels, copy_squares(pool, device))
     members = np.array([7, 0, 4])
@@ -58,10 +51,10 @@ def test_a_cpu_reads_the_cache_itself(pool: Pool) -> None:
 
 def test_a_gpu_holds_the_squares_that_fit(pool: Pool, monkeypatch: pytest.MonkeyPatch) -> None:
     meta = torch.device("meta")  # stands for a GPU: it has shapes, and no memory
-    monkeypatch.setattr(planning, "copy_squares", lambda pool, device: torch.empty(1, device=meta))
+    monkeypatch.setattr(pooling, "copy_squares", lambda pool, device: torch.empty(1, device=meta))
     bytes_needed = 8 * 16 * 16 * 3
     for free, fits in ((4 * bytes_needed, True), (4 * bytes_needed - 4, False)):
-        monkeypatch.setattr(planning, "available_memory", lambda device, free=free: float(free))
+        monkeypatch.setattr(pooling, "available_memory", lambda device, free=free: float(free))
         kept = keep_on_device(pool, torch.device("cuda"))
         assert (kept.resident is not None) == fits
 

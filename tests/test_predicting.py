@@ -34,6 +34,7 @@ from labelwise.models.weights import read_metadata, save_module
 from labelwise.rundir import RunDirectory
 from labelwise.stages import calibrating, comparing, predicting
 from labelwise.stages.benching import set_up_bench
+from labelwise.stages.exporting import export
 from labelwise.stages.finetuning import load_classifier, read_calibration
 from labelwise.stages.finetuning import predict as probabilities_of
 from labelwise.stages.predicting import predict, show
@@ -176,7 +177,7 @@ def test_files_that_are_not_there_are_named(run: RunDirectory, digits: Path, tmp
 def test_a_run_without_a_classifier_says_what_makes_one(
     pretrained: RunDirectory, digits: Path, tmp_path: Path
 ) -> None:
-    with pytest.raises(CheckpointError, match=r"has no classifier yet; `labelwise finetune --run"):
+    with pytest.raises(UsageError, match=r"has no classifier yet; `labelwise finetune --run"):
         predict(pretrained, [digits], tmp_path / "out.csv")
 
 
@@ -204,7 +205,7 @@ def test_new_weights_are_never_read_with_the_classes_of_the_ones_before(
     monkeypatch.setattr(comparing, "save_module", save_and_be_killed)
     with pytest.raises(KeyboardInterrupt):
         finetune(FinetuneSettings(run=copy.path, methods=("simclr",), label_counts=("all",), steps=1, seed=1))
-    with pytest.raises(CheckpointError, match="has no classifier yet"):
+    with pytest.raises(UsageError, match="has no classifier yet"):
         load_classifier(copy)
 
 
@@ -275,18 +276,35 @@ def test_how_good_the_classifier_is_is_told(
     assert predict(copy, [digits], tmp_path / "copy.csv")["expected"] is None
 
 
-def test_a_table_holds_no_formula(run: RunDirectory, digits: Path, tmp_path: Path) -> None:
+def test_classes_of_other_weights_are_refused(run: RunDirectory, digits: Path, tmp_path: Path) -> None:
+    copy = RunDirectory(Path(shutil.copytree(run.path, tmp_path / "copy")))
+    facts = rundir.read_json(copy.classifier_json)
+    rundir.write_json(copy.classifier_json, {**facts, "classes": facts["classes"][::-1]})
+    for command in (
+        lambda: predict(copy, [digits], tmp_path / "out.csv"),
+        lambda: export(copy, "timm", tmp_path / "out"),
+    ):
+        with pytest.raises(
+            CheckpointError,
+            match=r"classifier\.json: its classes are not those that classifier\.safetensors was trained on",
+        ):
+            command()
+
+
+def test_a_table_holds_no_formula(
+    run: RunDirectory, digits: Path, tmp_path: Path, rename_classes: Callable[..., None]
+) -> None:
     (tmp_path / "new").mkdir()
     for name in ("=1+1.png", "-rf.png", "@x.png", "plain.png"):
         shutil.copy(next(digits.glob("*/*.png")), tmp_path / "new" / name)
     copy = RunDirectory(Path(shutil.copytree(run.path, tmp_path / "copy")))
-    facts = rundir.read_json(copy.classifier_json)
-    rundir.write_json(copy.classifier_json, {**facts, "classes": [f"={name}" for name in facts["classes"]]})
+    classes = rundir.read_json(copy.classifier_json)["classes"]
+    rename_classes(copy, [f"={name}" for name in classes])
     predict(copy, [tmp_path / "new"], tmp_path / "out.csv")
     rows = rows_of(tmp_path / "out.csv")
     assert [row["file"] for row in rows] == ["./-rf.png", "./=1+1.png", "./@x.png", "plain.png"]
     assert all(row["label"].startswith("'=") and row["second_label"].startswith("'=") for row in rows)
-    rundir.write_json(copy.classifier_json, {**facts, "classes": [f"-{name}" for name in facts["classes"]]})
+    rename_classes(copy, [f"-{name}" for name in classes])
     predict(copy, [tmp_path / "new"], tmp_path / "numbers.csv")
     assert all(row["label"].startswith("-") for row in rows_of(tmp_path / "numbers.csv")), (
         "a number is no formula"

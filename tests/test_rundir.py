@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from labelwise import rundir
-from labelwise.errors import CheckpointError, DataError, UsageError
+from labelwise.errors import CheckpointError, UsageError
 from labelwise.rundir import RunDirectory
 
 
@@ -260,7 +260,7 @@ def test_an_output_folder_among_the_images_is_refused(tmp_path: Path, out: str) 
     (tmp_path / "photos" / "a").mkdir(parents=True)
     (tmp_path / "link").symlink_to("photos")
     with pytest.raises(
-        DataError, match=r"lies inside the image folder .*, which is never written to; choose"
+        UsageError, match=r"lies inside the image folder .*, which is never written to; choose"
     ):
         rundir.check_output_folder(tmp_path / out, tmp_path / "photos")
 
@@ -273,7 +273,7 @@ def test_an_output_folder_beside_the_images_is_accepted(tmp_path: Path, out: str
 
 def test_an_output_folder_that_holds_the_images_is_refused(tmp_path: Path) -> None:
     (tmp_path / "photos").mkdir()
-    with pytest.raises(DataError, match=r"holds the images .*; choose another --out"):
+    with pytest.raises(UsageError, match=r"holds the images .*; choose another --out"):
         rundir.check_output_folder(tmp_path, tmp_path / "photos")
 
 

@@ -586,7 +586,7 @@ def test_what_cannot_be_studied_is_refused_in_words(
     assert not (tmp_path / "out").exists()
     with pytest.raises(UsageError, match="holds a study or run with epochs = 1, now 2"):
         run_study(digits, Path(done["folder"]), "head", epochs=2)
-    with pytest.raises(DataError, match="never written to"):
+    with pytest.raises(UsageError, match="never written to"):
         run_study(digits, digits / "out", "head")
 
 

@@ -43,6 +43,11 @@ def run(tmp_path: Path) -> RunDirectory:
 def test_nobody_works_on_a_run_that_waits(run: RunDirectory) -> None:
     (found,) = status(run.path)
     assert (found["owner"], found["epoch"], found["epochs"], found["encoder"]) == (None, 2, 7, False)
+    assert found["saved"] == 0
+    for name in ("step-00000004", ".step-00000009-1", "damaged-step-00000009"):
+        (run.checkpoints / name).mkdir(parents=True)
+    assert status(run.path)[0]["saved"] == 1
+    assert "epoch 2 of 7 reached, 1 saved" in CliRunner().invoke(app, ["status", str(run.path)]).output
     check([found], 1)  # nobody is stuck
     assert status(run.path.parent) == []
 

@@ -232,9 +232,18 @@ def channel_statistics(
 
 @contextmanager
 def _alone_in(folder: Path) -> Iterator[None]:
-    """Make a folder, or go on with it, while no other process does; wait for one that does."""
+    """Make a folder, or go on with it, while no other process does; wait for one that does.
+
+    Raises:
+        ResourceError: A file is in its place.
+    """
     while True:
-        folder.mkdir(exist_ok=True)
+        try:
+            folder.mkdir(exist_ok=True)
+        except FileExistsError:
+            raise ResourceError(
+                f"{folder}: a file, where a folder of the image cache belongs; delete it."
+            ) from None
         try:
             descriptor = os.open(folder, os.O_RDONLY)
         except FileNotFoundError:  # another process has just finished it

@@ -28,6 +28,28 @@ def exact_duplicates(names: list[str], keys: Keys) -> list[list[str]]:
     return list(groups.values())
 
 
+def say_two_labels(names: list[str], keys: Keys, labels: list[str | None]) -> list[str]:
+    """What to say of pictures that are there twice, with another label each, as where a class folder was copied; nothing where there are none.
+
+    Args:
+        names: (N,).
+        keys: Content keys; 0 for images that could not be read, (N,).
+        labels: None where unknown, (N,).
+    """
+    label_of = {name: label for name, label in zip(names, labels, strict=True) if label is not None}
+    torn = []
+    for group in exact_duplicates(names, keys):
+        by_label = {label_of[name]: name for name in reversed(group) if name in label_of}
+        if len(by_label) > 1:
+            torn.append(sorted(by_label.items())[:2])
+    if not torn:
+        return []
+    (one, first), (other, second) = torn[0]
+    return [
+        f"{len(torn):,} images carry two labels, e.g. {first} ({one}) and {second} ({other}) are the same picture"
+    ]
+
+
 def unique_keys(keys: Keys) -> Keys:
     """Make the keys of copies differ, so that two copies in one batch never share a random draw."""
     before = count_before(keys)

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from labelwise.images.cache import ImageCache
-from labelwise.images.duplicates import connect
+from labelwise.images.duplicates import connect, say_two_labels
 from labelwise.images.near_copies import NearCopies, find_near_copies
 from labelwise.images.source import ImageSet
 from labelwise.rundir import write_atomically
@@ -63,6 +63,7 @@ def group_images(
     bursts, standing = _bursts(cache.shots, readable)
     if standing:
         notes.append(f"{standing:,} images carry the same time of shooting as many others; it is not used")
+    notes += say_two_labels(images.names, cache.keys, images.labels)
     numbers: dict[str | None, int] = {None: -1}
     number = np.array([numbers.setdefault(group, len(numbers)) for group in images.groups], np.int64)
     in_group = np.flatnonzero(number >= 0)

@@ -183,16 +183,20 @@ def match_labels(
     splits: dict[str, str] = {}
     groups: dict[str, str] = {}
     matched: set[str] = set()
-    unknown: list[LabelRow] = []
+    unknown: list[str] = []
+    ambiguous: list[str] = []
     by_name_alone = 0
     for row in rows:
         match = _find_path(row.path, starts, by_path)
         if match is None:
-            match = _find_base(row.path, by_base)
-            by_name_alone += match is not None
-        if match is None:
-            unknown.append(row)
-            continue
+            same = by_base.get(_normal(os.path.basename(row.path.replace("\\", "/"))), [])
+            if len(same) != 1:
+                what = f"{row.path} (line {row.line}"
+                ambiguous.append(f"{what}; {len(same)} images of that name)") if same else unknown.append(
+                    f"{what})"
+                )
+                continue
+            match, by_name_alone = same[0], by_name_alone + 1
         matched.add(match)
         said_of_it = (
             (row.label, labels, "labeled"),
@@ -208,11 +212,16 @@ def match_labels(
         raise DataError(
             f"{file}: none of its {len(rows)} paths matches an image in {root}, e.g. {rows[0].path}; name their folder with --labels-root."
         )
-    listed = ", ".join(f"{row.path} (line {row.line})" for row in unknown[:_LISTED])
-    more = f" and {len(unknown) - _LISTED} more" if len(unknown) > _LISTED else ""
     alone = f" ({by_name_alone} of them by file name alone)" if by_name_alone else ""
-    outcome = f"{len(rows)} rows: {len(rows) - len(unknown)} matched{alone}, {len(unknown)} unknown"
-    return Matched(labels, splits, groups, [outcome + (f": {listed}{more}" if unknown else "")])
+    count = len(rows) - len(unknown) - len(ambiguous)
+    outcome = f"{len(rows)} rows: {count} matched{alone}, {len(unknown)} unknown{_list(unknown)}"
+    outcome += f", {len(ambiguous)} ambiguous{_list(ambiguous)}" if ambiguous else ""
+    return Matched(labels, splits, groups, [outcome])
+
+
+def _list(found: list[str]) -> str:
+    more = f" and {len(found) - _LISTED} more" if len(found) > _LISTED else ""
+    return f": {', '.join(found[:_LISTED])}{more}" if found else ""
 
 
 def _text(cell: object) -> str | None:
@@ -227,11 +236,6 @@ def _text(cell: object) -> str | None:
 def _find_path(path: str, starts: list[Path], by_path: dict[str, str]) -> str | None:
     places = (_normal(os.path.normpath(start / path.replace("\\", "/"))) for start in starts)
     return next((by_path[place] for place in places if place in by_path), None)
-
-
-def _find_base(path: str, by_base: dict[str, list[str]]) -> str | None:
-    same = by_base.get(_normal(os.path.basename(path.replace("\\", "/"))), [])
-    return same[0] if len(same) == 1 else None
 
 
 def _stem(path: str) -> str:

@@ -21,7 +21,8 @@ from labelwise.images.splits import OWN_TEST_SPLIT, hash_names, lock_test
 from labelwise.learning.optimization import DEFAULTS
 from labelwise.learning.precision import device_name
 from labelwise.rundir import RunDirectory
-from labelwise.stages.planning import Plan, Pool, is_run
+from labelwise.stages.planning import Plan, is_run
+from labelwise.stages.pooling import Pool
 
 _OF_THE_MACHINE = ("devices", "rank_timeout", "tracker")  # a run goes on with others
 

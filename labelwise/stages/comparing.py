@@ -5,6 +5,7 @@ whole network from the pretrained weights, the same network from random weights,
 plain pixels. Probes come first, so that a first verdict shows within a minute.
 """
 
+import json
 import math
 import time
 from collections import Counter
@@ -442,7 +443,8 @@ def _train_to_keep(bench: Bench, signature: str) -> bool:
     bench.run.classifier_json.unlink(
         missing_ok=True
     )  # its classes are not those of the weights that come now
-    save_module(bench.run.classifier, classifier, bench.spec.to_metadata())
+    header = {**bench.spec.to_metadata(), "classes": json.dumps(bench.classes, ensure_ascii=False)}
+    save_module(bench.run.classifier, classifier, header)
     facts = {
         "classes": bench.classes,
         "labels": len(bench.labeled),

@@ -6,7 +6,7 @@ from labelwise import seeding, terminal
 from labelwise.images.source import ImageSet
 from labelwise.rundir import RunDirectory
 from labelwise.stages.oracle import load_oracle
-from labelwise.stages.planning import Pool
+from labelwise.stages.pooling import Pool
 
 _LISTED = 3
 _SAMPLED = 2000

@@ -13,7 +13,8 @@ from labelwise.images import decoding
 from labelwise.images.streaming import Batch, Rows, Stream
 from labelwise.learning.checkpoint import Position
 from labelwise.learning.ranks import Ranks
-from labelwise.stages.planning import Plan, Pool
+from labelwise.stages.planning import Plan
+from labelwise.stages.pooling import Pool
 
 _PATIENCE_SECONDS = 1.0
 Draw = Callable[[Position], tuple[Pool | Batch, Rows] | None]

@@ -5,6 +5,7 @@ steps, and the choice between light and strong augmentation.
 """
 
 import dataclasses
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from labelwise import rundir, seeding
-from labelwise.errors import CheckpointError
+from labelwise.errors import CheckpointError, UsageError
 from labelwise.images.cache import ImageCache
 from labelwise.learning.optimization import Diverged, create_optimizer, set_rate, update, warmup_cosine
 from labelwise.learning.precision import Precision, arrange_images
@@ -90,17 +91,25 @@ def load_classifier(run: RunDirectory) -> tuple[Classifier, EncoderSpec, list[st
     """Build the classifier that a run kept, calibrated and in evaluation mode, with its classes in the order of its outputs.
 
     Raises:
-        CheckpointError: It is missing or damaged.
+        UsageError: None was trained yet.
+        CheckpointError: It is damaged, or its classes are those of other weights.
     """
     facts = rundir.read_derived(run.classifier_json)
     if facts is None or not run.classifier.exists():
-        raise CheckpointError(
+        kind = CheckpointError if run.classifier_json.exists() else UsageError
+        raise kind(
             f"{run.path}: has no classifier yet; `labelwise finetune --run {run.path}` trains one on your labels."
         )
     spec, classes = read_spec(run.classifier), list(facts["classes"])
     network, width = keep_first_layer(create_encoder(spec), run.head, read_metadata(run.head))
     classifier = Classifier(network, width, len(classes))
     load_module(run.classifier, classifier)
+    learned = read_metadata(run.classifier).get("classes")  # earlier versions wrote none
+    if learned is not None and learned != json.dumps(classes, ensure_ascii=False):
+        raise CheckpointError(
+            f"{run.classifier_json}: its classes are not those that {run.classifier.name} was trained on; put both back from one copy, or delete "
+            f"them and run `labelwise finetune --run {run.path}` again."
+        )
     calibration = read_calibration(run)
     if calibration is not None:
         classifier.cool(calibration["temperature"])

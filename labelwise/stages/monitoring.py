@@ -15,7 +15,7 @@ from labelwise.measures.knn import knn_accuracy, nearest
 from labelwise.models.encoder import Encoder
 from labelwise.models.features import extract_features
 from labelwise.rundir import RunDirectory
-from labelwise.stages.planning import Pool
+from labelwise.stages.pooling import Pool
 from labelwise.views.draws import Policy
 from labelwise.views.mosaic import draw_mosaic, encode_thumbnail
 from labelwise.views.pipeline import Normalization, make_views

@@ -66,22 +66,18 @@ from labelwise.stages.monitoring import (
 from labelwise.stages.planning import (
     FEW_STEPS,
     Plan,
-    Pool,
     announce,
     check_divisible,
-    choose_sizes,
     few_steps_in_words,
     inherit_model,
     is_run,
-    keep_on_device,
     make_learner,
     make_plan,
-    make_pool,
-    open_sources,
     size_at,
     specify_encoder,
     view_policy,
 )
+from labelwise.stages.pooling import Pool, choose_sizes, keep_on_device, make_pool, open_sources
 from labelwise.stages.tracking import check_tracker, recording
 from labelwise.views.pipeline import Normalization, make_views
 

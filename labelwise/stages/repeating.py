@@ -14,7 +14,7 @@ from labelwise.rundir import RunDirectory
 from labelwise.stages.beginning import find_run, pool_hash
 from labelwise.stages.comparing import compare, set_aside
 from labelwise.stages.encoders import ENCODER_METHODS, comparison_of, sibling, sign, why_not_alike
-from labelwise.stages.planning import make_pool, open_sources
+from labelwise.stages.pooling import make_pool, open_sources
 from labelwise.stages.pretraining import pretrain
 from labelwise.stages.reporting import report
 from labelwise.stages.scoring import classifier_of

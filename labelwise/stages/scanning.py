@@ -10,7 +10,7 @@ import numpy.typing as npt
 from labelwise import terminal
 from labelwise.config import SMALLEST_POOL
 from labelwise.images.decoding import UnreadableImage
-from labelwise.images.duplicates import exact_duplicates
+from labelwise.images.duplicates import exact_duplicates, say_two_labels
 from labelwise.images.readers import Readers
 from labelwise.images.source import open_images
 
@@ -52,7 +52,7 @@ def scan(images: Path, *, labels: Path | None = None, labels_root: Path | None =
     return {
         "images": count,
         "quarantined": quarantined,
-        "notes": found.notes,
+        "notes": found.notes + say_two_labels(found.names, keys, found.labels),
         "duplicates": exact_duplicates(found.names, keys),
         "layout": found.layout,
         "estimate": _estimate(shapes[readable]),

@@ -39,8 +39,7 @@ def check_folder(out: Path, run: RunDirectory) -> None:
     """Refuse a folder that is there, or that touches the images of the run.
 
     Raises:
-        DataError: It touches them.
-        UsageError: It is there, or cannot be written.
+        UsageError: It is there, touches them, or cannot be written.
     """
     if out.exists():
         raise UsageError(f"--out {out}: is there already; remove it, or name another folder.")

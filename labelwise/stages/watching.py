@@ -15,7 +15,7 @@ def status(folder: Path) -> list[dict[str, Any]]:
 
     Returns:
         Of each: `run`; `owner`, of the command that works on it (`command`, `host`, `pid`, `since`), or None; `silent`, seconds since it
-        last did a step; `epoch` and `epochs` of pretraining; `classifiers`, trained so far; `encoder`, whether it is there.
+        last did a step; `epoch` that pretraining reached, those `saved`, and all `epochs`; `classifiers`, trained so far; `encoder`, whether it is there.
 
     Raises:
         UsageError: There is no such folder.
@@ -51,7 +51,11 @@ def show(found: list[dict[str, Any]]) -> None:
     for each in found:
         terminal.emit(f"run        {each['run']}")
         if each["epochs"] is not None:
-            state = "encoder saved" if each["encoder"] else f"epoch {each['epoch']:,} of {each['epochs']:,}"
+            state = (
+                "encoder saved"
+                if each["encoder"]
+                else f"epoch {each['epoch']:,} of {each['epochs']:,} reached, {each['saved']:,} saved"
+            )
             terminal.emit(f"pretrain   {state}")
         if each["classifiers"]:
             terminal.emit(f"finetune   {each['classifiers']:,} classifiers trained")
@@ -75,12 +79,15 @@ def _describe(run: RunDirectory) -> dict[str, Any]:
         except FileNotFoundError:  # it ended this moment
             owner = None
     plan = rundir.read_json(run.environment).get("plan", {}) if run.environment.exists() else {}
-    epochs = [row["epoch"] for row in rundir.read_metrics(run) if row["kind"] == "epoch"]
+    epochs = {row["epoch"] + 1: row["step"] for row in rundir.read_metrics(run) if row["kind"] == "epoch"}
+    steps = [folder.name.removeprefix("step-") for folder in run.checkpoints.glob("step-*")]
+    saved = max((int(step) for step in steps if step.isdecimal()), default=0)
     return {
         "run": str(run.path),
         "owner": owner,
         "silent": silent,
-        "epoch": max(epochs, default=-1) + 1,
+        "epoch": max(epochs, default=0),
+        "saved": max((epoch for epoch, step in epochs.items() if step <= saved), default=0),
         "epochs": plan.get("epochs"),
         "classifiers": len(rundir.read_jsonl(run.results)),
         "encoder": run.encoder.exists(),

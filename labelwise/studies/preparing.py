@@ -21,17 +21,8 @@ from labelwise.measures.linear import one_of_each
 from labelwise.measures.statistics import FEWEST_DRAWS
 from labelwise.models.encoder import create_encoder
 from labelwise.stages.methods import is_unbalanced
-from labelwise.stages.planning import (
-    Plan,
-    Pool,
-    choose_sizes,
-    keep_on_device,
-    make_plan,
-    make_pool,
-    open_sources,
-    specify_encoder,
-    view_policy,
-)
+from labelwise.stages.planning import Plan, make_plan, specify_encoder, view_policy
+from labelwise.stages.pooling import Pool, choose_sizes, keep_on_device, make_pool, open_sources
 from labelwise.studies.trials import FOLDS, Material, Rows, Trial, features_of, linear_answers
 from labelwise.views.pipeline import Views, make_views
 

@@ -27,7 +27,8 @@ from labelwise.models.encoder import EncoderSpec, create_encoder
 from labelwise.models.features import SETTLING, extract_features, settle_statistics
 from labelwise.stages import finetuning
 from labelwise.stages.finetuning import Classifier, class_weights, predict, train_classifier
-from labelwise.stages.planning import Plan, Pool, make_learner, view_policy
+from labelwise.stages.planning import Plan, make_learner, view_policy
+from labelwise.stages.pooling import Pool
 from labelwise.views.pipeline import Views, make_views
 
 Rows = npt.NDArray[np.int64]
