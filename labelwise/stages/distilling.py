@@ -30,7 +30,7 @@ from labelwise.measures.statistics import (
     difference_on_images,
     verdict,
 )
-from labelwise.models.weights import save_module
+from labelwise.models.weights import read_metadata, save_module
 from labelwise.ownership import beat, hold
 from labelwise.reports import text
 from labelwise.rundir import RunDirectory
@@ -257,7 +257,9 @@ def _keep(bench: Bench, kept: dict[str, Any], student: Probe, document: dict[str
     }
     rundir.write_together(
         {
-            bench.run.classifier: partial(save_module, module=classifier, metadata=bench.spec.to_metadata()),
+            bench.run.classifier: partial(
+                save_module, module=classifier, metadata=read_metadata(bench.run.classifier)
+            ),
             bench.run.classifier_json: partial(
                 Path.write_text, data=rundir.json_text(facts), encoding="utf-8"
             ),
