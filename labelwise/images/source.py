@@ -28,6 +28,7 @@ from labelwise.images.shards import (
 from labelwise.rundir import is_utf8
 
 _IGNORED_FOLDERS = ("__MACOSX",)
+_READ = 8  # rows of a table at once; they may hold whole files
 _TOGETHER = 10_000  # files put into a table at once
 
 
@@ -58,6 +59,9 @@ class ImageSet:
     table: datasets.Dataset = field(repr=False)
     groups: list[str | None] = field(default_factory=list)
     shards: Shards | None = None
+    _read: tuple[int, list[dict[str, Any] | None]] = field(
+        default=(0, []), init=False, repr=False, compare=False
+    )
 
     def __post_init__(self) -> None:
         if not self.groups:
@@ -69,11 +73,18 @@ class ImageSet:
         Raises:
             FileNotFoundError: The table holds neither.
         """
-        image: dict[str, Any] = self.table[row]["image"] or {"bytes": None, "path": None}
+        start, some = self._read
+        if not start <= row < start + len(some):
+            start = row - row % _READ
+            some = self.table[start : start + _READ]["image"]
+            object.__setattr__(
+                self, "_read", (start, some)
+            )  # rows are asked for one after the other, and one is as dear as some
+        image: dict[str, Any] = some[row - start] or {"bytes": None, "path": None}
         inside: bytes | None = image["bytes"]
         if inside is None and image["path"] is None:
             raise FileNotFoundError(errno.ENOENT, "no image in this row")
-        return inside if inside is not None else str(Path(image["path"]).absolute())
+        return inside if inside is not None else os.path.join(Path.cwd(), image["path"])
 
 
 def open_images(
