@@ -78,6 +78,16 @@ def reply(session: Session, answer: str = "label", label: str | None = None) -> 
     return session.answer({**given, "label": label or (truth(state) if answer == "label" else None)})
 
 
+def own_images(run: RunDirectory, tmp_path: Path) -> Path:
+    """Give a run a copy of its images to change."""
+    images = tmp_path / "images"
+    shutil.copytree(rundir.read_json(run.data)["root"], images)
+    data = rundir.read_json(run.data)
+    data["sources"]["images"] = data["root"] = str(images)
+    rundir.write_json(run.data, data)
+    return images
+
+
 def lines(run: RunDirectory) -> list[dict[str, Any]]:
     return [json.loads(line) for line in run.annotations.read_text(encoding="utf-8").splitlines()]
 
@@ -257,11 +267,7 @@ def test_labels_of_the_page_are_taken_by_finetune(run: RunDirectory) -> None:
 
 
 def test_a_label_goes_where_the_image_goes_and_not_to_another_one(run: RunDirectory, tmp_path: Path) -> None:
-    images = tmp_path / "images"
-    shutil.copytree(rundir.read_json(run.data)["root"], images)
-    data = rundir.read_json(run.data)
-    data["sources"]["images"] = data["root"] = str(images)
-    rundir.write_json(run.data, data)
+    images = own_images(run, tmp_path)
     session = start(run, tests=3, budget=0)
     moved, overwritten, kept = [(session.state()["file"], reply(session))[0] for _ in range(3)]
     (images / moved).rename(images / "elsewhere.png")
@@ -271,6 +277,41 @@ def test_a_label_goes_where_the_image_goes_and_not_to_another_one(run: RunDirect
     assert labels["elsewhere.png"] == moved[-5]
     assert labels[overwritten] is None
     assert labels[kept] == kept[-5]
+
+
+def test_what_was_moved_stays_answered_and_what_was_overwritten_is_asked_again(
+    run: RunDirectory, tmp_path: Path
+) -> None:
+    images = own_images(run, tmp_path)
+    session = start(run, tests=2, budget=2)
+    moved, lost, overwritten, kept = [(session.state()["file"], reply(session))[0] for _ in range(4)]
+    (images / moved).rename(images / "elsewhere.png")
+    for angle, name in enumerate((lost, overwritten)):
+        Image.linear_gradient("L").resize((8, 8)).rotate(90 * angle).save(images / name)
+    state = start(run, tests=1, budget=2).state()
+    assert state["file"] == overwritten
+    assert [each["labels"] for each in state["parts"]] == [1, 1]
+    assert state["neighbours"][0]["file"] == kept
+    assert (
+        start(run, tests=1_000, budget=0).state()["parts"][0]["of"] == 39
+    )  # what is lost is no test image now
+    (images / "elsewhere.png").rename(images / "first.png")
+    session = start(run, tests=1, budget=0)
+    assert session.undo()["file"] == "first.png"
+    assert start(run, tests=1, budget=0).state()["file"] == "first.png"
+
+
+def test_the_test_images_are_those_that_finetune_tests_on(run: RunDirectory, tmp_path: Path) -> None:
+    (tmp_path / "tests").mkdir()
+    for number in range(3):
+        Image.effect_noise((8, 8), 90).save(tmp_path / "tests" / f"{number}.png")
+    run.config.write_text(f'{run.config.read_text()}\n[finetune]\ntest = "{tmp_path / "tests"}"\n')
+    session = start(run, tests=10, budget=0)
+    asked = []
+    while (state := session.state())["number"] is not None:
+        asked.append(state["file"])
+        reply(session)
+    assert sorted(asked) == ["test:0.png", "test:1.png", "test:2.png"]
 
 
 def test_a_label_file_has_the_last_word(

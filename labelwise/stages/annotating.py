@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from labelwise import rundir, seeding, terminal
-from labelwise.annotations import read_annotations
+from labelwise import terminal
+from labelwise.annotations import find_rows, read_annotations
 from labelwise.config import FinetuneSettings
 from labelwise.environment import this_user
 from labelwise.errors import DataError, LabelwiseError, UsageError
@@ -18,6 +18,7 @@ from labelwise.images.cache import ImageCache
 from labelwise.images.decoding import UnreadableImage
 from labelwise.images.pictures import read_picture
 from labelwise.images.source import ImageSet
+from labelwise.images.splits import hash_names
 from labelwise.interruption import stop_between_steps
 from labelwise.learning.precision import choose_device
 from labelwise.models.features import extract_features
@@ -26,7 +27,7 @@ from labelwise.reports.html import get_template
 from labelwise.rundir import RunDirectory
 from labelwise.serving import Reply, choose_token, is_loopback, refuse, reply_json, serve
 from labelwise.stages.asking import Hints, Item, Session, check_class
-from labelwise.stages.benching import open_decoded, remember_sources
+from labelwise.stages.benching import open_separated, remember_sources
 from labelwise.stages.finetuning import chances_of, load_classifier
 from labelwise.stages.suggesting import suggest
 
@@ -123,17 +124,18 @@ def open_session(
         raise UsageError(f"--classes: {error}") from None
     settings = remember_sources(run, FinetuneSettings.resolve({"run": run.path}))
     encoder, spec = load_encoder(run.path)
-    images, cache = open_decoded(run, settings, spec)
-    said = read_annotations(run)
+    images, cache, _, lock, _ = open_separated(run, settings, spec)
+    answers = read_annotations(run)
+    said = {row: answers[name] for name, row in find_rows(answers.values(), images.names, cache.keys).items()}
     may_ask = [
-        bool(cache.readable[row]) and (images.labels[row] is None or name in said)
-        for row, name in enumerate(images.names)
+        bool(cache.readable[row]) and (label is None or row in said)
+        for row, label in enumerate(images.labels)
     ]
-    tests = _test_items(run, images, may_ask, test_images)
+    tests = _test_items(images, cache, lock, may_ask, test_images)
     chosen = _suggested_items(run, images, may_ask, said.keys(), budget)
     if not tests and not chosen:
         raise DataError(f"{images.root}: every image that could be asked about has a label.")
-    locked = set(rundir.read_json(run.test_lock)["names"])
+    locked = set(lock["names"])
     known = [
         row
         for row, name in enumerate(images.names)
@@ -163,6 +165,7 @@ def open_session(
         images,
         cache,
         tests + chosen,
+        said,
         [*named, *everything],
         who,
         Hints(rows.tolist(), features, guesses),
@@ -170,13 +173,14 @@ def open_session(
     return session, images, cache
 
 
-def _test_items(run: RunDirectory, images: ImageSet, may_ask: list[bool], count: int) -> list[Item]:
-    """The first of the locked test images in an order that is random and always the same."""
-    lock = rundir.read_json(run.test_lock)
-    row_of = {name: row for row, name in enumerate(images.names)}
-    order = seeding.generator(lock["seed"], "annotate").permutation(len(lock["names"]))
-    rows = [row_of[name] for name in (lock["names"][place] for place in order) if name in row_of]
-    return [Item(row, "test", "drawn at random to test on") for row in rows if may_ask[row]][:count]
+def _test_items(
+    images: ImageSet, cache: ImageCache, lock: dict[str, Any], may_ask: list[bool], count: int
+) -> list[Item]:
+    """The first of the test images in an order that is random and stays the same, whatever is moved, added or taken away."""
+    locked = set(lock["names"])
+    rows = [row for row, name in enumerate(images.names) if name in locked and may_ask[row]]
+    rows.sort(key=lambda row: (hash_names([str(lock["seed"]), str(cache.keys[row])]), images.names[row]))
+    return [Item(row, "test", "drawn at random to test on") for row in rows][:count]
 
 
 def _suggested_items(
@@ -186,7 +190,7 @@ def _suggested_items(
     if not budget:
         return []
     items = _read_suggestions(run, images, may_ask)
-    if not any(images.names[item.row] not in said for item in items):
+    if not any(item.row not in said for item in items):
         try:
             suggest(run, budget)
         except DataError as error:

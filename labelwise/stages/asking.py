@@ -10,7 +10,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
-from labelwise.annotations import UNDO, Annotation, add_annotations, read_annotations
+from labelwise.annotations import UNDO, Annotation, add_annotations
 from labelwise.environment import now
 from labelwise.images.cache import ImageCache
 from labelwise.images.labels import holds_several
@@ -58,6 +58,7 @@ class Session:
         run: Where answers are kept.
         images, cache: Of the run, with the labels that are known.
         items: What to ask, in order; what was answered before is among it.
+        said: Answer that was given before, by row.
         classes: Known ones.
         who: Answers.
         hints: Never used for test images.
@@ -69,6 +70,7 @@ class Session:
         images: ImageSet,
         cache: ImageCache,
         items: list[Item],
+        said: dict[int, Annotation],
         classes: list[str],
         who: str,
         hints: Hints,
@@ -77,16 +79,15 @@ class Session:
         self._items, self._unit = items, F.normalize(hints.features, dim=1)
         self._hints, self._place = hints, {row: place for place, row in enumerate(hints.rows)}
         self._lock = threading.Lock()
-        said = read_annotations(run)
-        number_of = {images.names[item.row]: number for number, item in enumerate(items)}
-        self._said = {number_of[name]: each for name, each in said.items() if name in number_of}
+        number_of = {item.row: number for number, item in enumerate(items)}
+        self._said = {number_of[row]: each for row, each in said.items() if row in number_of}
         self._skipped = {number for number, each in self._said.items() if each.answer == "skip"}
         self._history = [number for number in self._said if number not in self._skipped]
         self._labels = {
             item.row: self._said[number].label if number in self._said else None
             for number, item in enumerate(items)
         }
-        self._classes = dict.fromkeys([*classes, *(each.label for each in said.values() if each.label)])
+        self._classes = dict.fromkeys(classes)
 
     def state(self) -> dict[str, Any]:
         """What the page shows: the image to ask about, classes, guess, neighbours, progress."""
@@ -141,6 +142,8 @@ class Session:
     def _keep(self, number: int, answer: str, label: str | None, seconds: float | None) -> None:
         item = self._items[number]
         name, key = self._images.names[item.row], int(self._cache.keys[item.row])
+        if number in self._said:  # it may have been moved since
+            name = self._said[number].file
         said = Annotation(name, key, answer, label, item.part, self._who, now(), seconds)
         add_annotations(self._run, [said])
         self._skipped.discard(number)
