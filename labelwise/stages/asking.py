@@ -98,7 +98,7 @@ class Session:
         """Keep an answer, and give the state after it.
 
         Args:
-            given: `number` of the image, `answer`, `label`, and for how many `seconds` it was looked at.
+            given: `number` and `file` of the image, `answer`, `label`, and for how many `seconds` it was looked at.
 
         Raises:
             CheckpointError: The run is gone.
@@ -107,6 +107,8 @@ class Session:
         number, answer, seconds = given.get("number"), given.get("answer"), given.get("seconds")
         if type(number) is not int or not 0 <= number < len(self._items):
             raise ValueError("number: none of the images.")
+        if given.get("file") != self._images.names[self._items[number].row]:
+            raise ValueError("file: since a new start another image has this number; reload the page.")
         if answer not in _ANSWERS:
             raise ValueError(f"answer: one of {', '.join(_ANSWERS)}.")
         if (
