@@ -35,6 +35,7 @@ from labelwise.stages.benching import open_decoded
 from labelwise.stages.pretraining import pretrain
 from labelwise.stages.repeating import finetune
 from labelwise.stages.reporting import report
+from labelwise.stages.suggesting import suggest
 from labelwise.stages.transferring import export_labels, import_labels
 
 
@@ -198,6 +199,58 @@ def test_answers_that_are_none_are_refused_and_nothing_is_kept(run: RunDirectory
     for seconds in (-1, 1e9, "1", None, True, float("nan")):
         session.answer({"number": 0, "file": name, "answer": "skip", "seconds": seconds})
         assert lines(run)[-1]["seconds"] is None
+
+
+def test_what_is_not_sure_is_not_chosen_again(run: RunDirectory) -> None:
+    session = start(run, tests=0, budget=4)
+    unsure = [(session.state()["file"], reply(session, "unsure"))[0] for _ in range(4)]
+    session = start(run, tests=0, budget=4)
+    fresh = set()
+    while (state := session.state())["number"] is not None:
+        fresh.add(state["file"])
+        reply(session, "unsure")
+    assert len(fresh) == 4
+    assert not fresh & set(unsure)
+
+
+def test_what_is_skipped_comes_again_before_others_are_chosen(run: RunDirectory) -> None:
+    session = start(run, tests=0, budget=3)
+    skipped = session.state()["file"]
+    reply(session, "skip")
+    reply(session)
+    reply(session)
+    session = start(run, tests=0, budget=3)
+    assert session.state()["file"] == skipped
+    assert reply(session)["number"] is None
+    assert start(run, tests=0, budget=3).state()["parts"][1]["labels"] == 0
+
+
+def test_more_suggestions_than_the_budget_are_asked_in_turns(run: RunDirectory) -> None:
+    suggest(run, 5)
+    table = run.suggestions.read_bytes()
+    counts = []
+    for _ in range(2):
+        reply(start(run, tests=0, budget=2))
+        session = start(run, tests=0, budget=2)
+        reply(session)
+        assert session.state()["number"] is None
+        counts.append(session.labeled())
+    assert counts == [2, 2]
+    assert start(run, tests=0, budget=2).state()["parts"][1]["of"] == 1
+    assert run.suggestions.read_bytes() == table
+
+
+def test_suggestions_that_were_changed_give_no_test_image_and_none_twice(run: RunDirectory) -> None:
+    locked = rundir.read_json(run.test_lock)["names"]
+    suggest(run, 3)
+    rows = run.suggestions.read_text(encoding="utf-8").splitlines()
+    run.suggestions.write_text("\n".join([*rows, rows[1], f"5,{locked[0]},why,", "6,gone.png"]))
+    session = start(run, tests=10_000, budget=10)
+    assert [each["of"] for each in session.state()["parts"]] == [len(locked), 3]
+    for nonsense in (b"rank;file;why\n1;a.png;b\n", b"rank,file,why\n1,\xff.png,b\n"):
+        run.suggestions.write_bytes(nonsense)
+        with pytest.raises(DataError, match=r"suggestions.csv: not as `labelwise suggest` wrote it"):
+            start(run)
 
 
 def test_a_class_that_only_test_images_have_is_said(run: RunDirectory) -> None:

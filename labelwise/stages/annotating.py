@@ -131,11 +131,18 @@ def open_session(
         bool(cache.readable[row]) and (label is None or row in said)
         for row, label in enumerate(images.labels)
     ]
+    locked = set(lock["names"])
     tests = _test_items(images, cache, lock, may_ask, test_images)
-    chosen = _suggested_items(run, images, may_ask, said.keys(), budget)
+    done = {row for row, each in said.items() if each.answer != "skip"}
+    chosen = _suggested_items(
+        run,
+        images,
+        [may and name not in locked for may, name in zip(may_ask, images.names, strict=True)],
+        done,
+        budget,
+    )
     if not tests and not chosen:
         raise DataError(f"{images.root}: every image that could be asked about has a label.")
-    locked = set(lock["names"])
     known = [
         row
         for row, name in enumerate(images.names)
@@ -184,19 +191,21 @@ def _test_items(
 
 
 def _suggested_items(
-    run: RunDirectory, images: ImageSet, may_ask: list[bool], said: Any, budget: int
+    run: RunDirectory, images: ImageSet, may_ask: list[bool], done: set[int], budget: int
 ) -> list[Item]:
-    """What `suggest` chose; it chooses anew where everything that it chose is answered."""
+    """As many of those that `suggest` chose as are asked about at once, the first of them unanswered; where all are, it chooses anew."""
     if not budget:
         return []
     items = _read_suggestions(run, images, may_ask)
-    if not any(item.row not in said for item in items):
+    if all(item.row in done for item in items):
         try:
             suggest(run, budget)
         except DataError as error:
             terminal.say(f"note       {error}")
         items = _read_suggestions(run, images, may_ask)
-    return items[:budget]
+    first = next((place for place, item in enumerate(items) if item.row not in done), 0)
+    first -= first % budget
+    return items[first : first + budget]
 
 
 def _read_suggestions(run: RunDirectory, images: ImageSet, may_ask: list[bool]) -> list[Item]:
@@ -204,9 +213,18 @@ def _read_suggestions(run: RunDirectory, images: ImageSet, may_ask: list[bool]) 
     if not run.suggestions.exists():
         return []
     row_of = {name: row for row, name in enumerate(images.names)}
-    with run.suggestions.open(encoding="utf-8", newline="") as file:
-        found = [(row_of.get(os.path.normpath(each["file"])), each["why"]) for each in csv.DictReader(file)]
-    return [Item(row, "suggested", why) for row, why in found if row is not None and may_ask[row]]
+    found: dict[int, Item] = {}
+    try:
+        with run.suggestions.open(encoding="utf-8", newline="") as file:
+            for each in csv.DictReader(file):
+                row = row_of.get(os.path.normpath(each["file"]))
+                if row is not None and may_ask[row]:
+                    found.setdefault(row, Item(row, "suggested", each["why"] or ""))
+    except (KeyError, TypeError, ValueError, csv.Error):
+        raise DataError(
+            f"{run.suggestions}: not as `labelwise suggest` wrote it, a CSV with commas and the columns file and why; move it away."
+        ) from None
+    return list(found.values())
 
 
 def _announce(host: str, port: int, token: str, *, browser: bool) -> None:
