@@ -1,6 +1,7 @@
 """Labels from a page: what is asked and in which order, what is kept, and that nothing of it is lost."""
 
 import csv
+import dataclasses
 import json
 import re
 import shutil
@@ -21,7 +22,7 @@ from browser import open_browser
 from PIL import Image
 
 from labelwise import rundir
-from labelwise.annotations import read_annotations
+from labelwise.annotations import add_annotations, read_annotations
 from labelwise.cli import app
 from labelwise.config import FinetuneSettings, PretrainSettings
 from labelwise.errors import CheckpointError, DataError, UsageError
@@ -407,6 +408,44 @@ def test_what_is_exported_can_be_imported(
     assert {each.who for each in taken.values()} == {"somebody"}
     assert import_labels(other, tmp_path / name).startswith("0 labels taken")
     assert start(other, tests=4, budget=0).state()["number"] is None
+
+
+def test_copies_that_contradict_each_other_are_refused(run: RunDirectory, tmp_path: Path) -> None:
+    root = Path(rundir.read_json(run.data)["root"])
+    name = sorted(path.name for path in root.iterdir())[0]
+    for folder, file in (("one", "a.png"), ("one", "b.png"), ("two", "c.png")):
+        (tmp_path / "copies" / folder).mkdir(parents=True, exist_ok=True)
+        shutil.copy(root / name, tmp_path / "copies" / folder / file)
+    with pytest.raises(DataError, match=r"says 'two' of .*, and 'one' was said before; nothing was taken"):
+        import_labels(run, tmp_path / "copies")
+    assert not read_annotations(run)
+    shutil.rmtree(tmp_path / "copies" / "two")
+    assert import_labels(run, tmp_path / "copies").startswith("1 labels taken")
+
+
+def test_an_import_takes_no_label_that_the_images_had(pretrained: RunDirectory, tmp_path: Path) -> None:
+    run = RunDirectory(Path(shutil.copytree(pretrained.path, tmp_path / "run")))
+    root = Path(rundir.read_json(run.data)["root"])
+    (tmp_path / "copies" / "another").mkdir(parents=True)
+    shutil.copy(next(root.rglob("*.png")), tmp_path / "copies" / "another")
+    assert import_labels(run, tmp_path / "copies").startswith("1 labels taken")
+    assert {each.label for each in read_annotations(run).values()} == {"another"}
+
+
+def test_images_of_one_name_in_two_folders_are_both_exported(run: RunDirectory, tmp_path: Path) -> None:
+    images = own_images(run, tmp_path)
+    session = start(run, tests=3, budget=0)
+    first, second, changed = [(session.state()["file"], reply(session, label="x"))[0] for _ in range(3)]
+    (images / "a").mkdir()
+    (images / first).rename(images / "a" / "b.png")
+    (images / second).rename(images / "a_b.png")
+    said = [dataclasses.replace(each, file=name) for each, name in zip(read_annotations(run).values(), ("a/b.png", "a_b.png", changed), strict=True)]  # fmt: skip
+    run.annotations.unlink()
+    add_annotations(run, said)
+    Image.new("L", (8, 8), 9).save(images / changed)  # is another image now
+    assert export_labels(run, tmp_path / "out").startswith("2 labels written")
+    copies = sorted(path.read_bytes() for path in (tmp_path / "out" / "test" / "x").rglob("*.png"))
+    assert copies == sorted((images / name).read_bytes() for name in ("a/b.png", "a_b.png"))
 
 
 def test_an_import_that_contradicts_is_refused_whole(run: RunDirectory, tmp_path: Path) -> None:
