@@ -497,6 +497,13 @@ def test_label_studios_own_exports_are_read(tmp_path: Path) -> None:
     several.write_text(json.dumps([{"data": {"image": "x.png"}, "annotations": [choice("cat", "dog")]}]))
     with pytest.raises(DataError, match="several labels in one cell"):
         read_label_table(several)
+    several.write_text(json.dumps([{"image": "x.png", "choice": {"choices": ["cat", "dog"]}}]))
+    with pytest.raises(DataError, match="several labels in one cell"):
+        read_label_table(several)
+    for odd in (7, [7], [{"result": [{"value": "cat"}]}]):
+        several.write_text(json.dumps([{"data": {"image": "x.png"}, "annotations": odd}]))
+        with pytest.raises(DataError, match="no labeled rows"):
+            read_label_table(several)
     for nonsense in ("{}", "[1]", "nonsense", "[" * 100_000):
         several.write_text(nonsense)
         with pytest.raises(DataError, match=r"not JSON|not an export of Label Studio"):
