@@ -254,6 +254,19 @@ def test_suggestions_that_were_changed_give_no_test_image_and_none_twice(run: Ru
             start(run)
 
 
+def test_neighbours_are_looked_for_in_all_classes(
+    run: RunDirectory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("labelwise.stages.annotating._MOST_NEIGHBOURS", 8)
+    names = sorted(path.name for path in Path(rundir.read_json(run.data)["root"]).iterdir())
+    rows = [f"{name},{'first' if place < 60 else 'last'}" for place, name in enumerate(names[:120])]
+    (tmp_path / "labels.csv").write_text("\n".join(["file,label", *rows]))
+    run.config.write_text(f'{run.config.read_text()}\n[finetune]\nlabels = "{tmp_path / "labels.csv"}"\n')
+    session = start(run, tests=0, budget=3)
+    labels = [session._images.labels[row] for row in session._hints.rows]
+    assert {"first", "last"} <= set(labels)
+
+
 def test_a_class_that_only_test_images_have_is_said(run: RunDirectory) -> None:
     session = start(run, tests=2, budget=1)
     reply(session, label="rare")

@@ -148,8 +148,9 @@ def open_session(
         for row, name in enumerate(images.names)
         if images.labels[row] is not None and cache.readable[row] and name not in locked
     ]
+    known = known[:: len(known) // _MOST_NEIGHBOURS + 1]  # of all classes, where rows are in their order
     shown = [item.row for item in chosen]
-    rows = np.array(list(dict.fromkeys([*shown, *known[-_MOST_NEIGHBOURS:]])), dtype=np.int64)
+    rows = np.array(list(dict.fromkeys([*shown, *known])), dtype=np.int64)
     device = choose_device("auto")
     features = torch.zeros(0, 1)
     guesses: dict[int, tuple[str, float]] = {}
