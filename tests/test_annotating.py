@@ -202,6 +202,14 @@ def test_answers_that_are_none_are_refused_and_nothing_is_kept(run: RunDirectory
         assert lines(run)[-1]["seconds"] is None
 
 
+def test_a_class_that_a_folder_has_can_be_chosen_whatever_its_name_is(run: RunDirectory) -> None:
+    session = start(run)
+    session._classes["black, white"] = None
+    assert reply(session, label="black, white")["number"] == 1
+    with pytest.raises(ValueError, match="several in one"):
+        reply(session, label="black, red")
+
+
 def test_what_is_not_sure_is_not_chosen_again(run: RunDirectory) -> None:
     session = start(run, tests=0, budget=4)
     unsure = [(session.state()["file"], reply(session, "unsure"))[0] for _ in range(4)]

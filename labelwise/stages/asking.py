@@ -117,7 +117,9 @@ class Session:
             or not 0 <= seconds <= _LONGEST_LOOK
         ):
             seconds = None
-        label = check_class(given.get("label")) if answer == "label" else None
+        label = given.get("label") if answer == "label" else None
+        if answer == "label" and not (isinstance(label, str) and label in self._classes):
+            label = check_class(label)
         with self._lock:
             self._keep(number, answer, label, None if seconds is None else round(float(seconds), 1))
             return self._state()
