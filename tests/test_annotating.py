@@ -30,7 +30,7 @@ from labelwise.images.label_studio import write_label_studio
 from labelwise.images.labels import read_label_table
 from labelwise.models.weights import read_spec
 from labelwise.rundir import RunDirectory
-from labelwise.stages.annotating import open_session
+from labelwise.stages.annotating import _announce, open_session
 from labelwise.stages.asking import Session, check_class, precision_in_words
 from labelwise.stages.benching import open_decoded
 from labelwise.stages.pretraining import pretrain
@@ -542,6 +542,17 @@ def test_a_fully_labeled_set_has_nothing_to_ask(pretrained: RunDirectory, tmp_pa
     run = RunDirectory(Path(shutil.copytree(pretrained.path, tmp_path / "run")))
     with pytest.raises(DataError, match="every image that could be asked about has a label"):
         start(run)
+
+
+def test_the_address_that_is_printed_is_the_one_listened_on(capsys: pytest.CaptureFixture[str]) -> None:
+    for host, name in (
+        ("::1", "[::1]"),
+        ("[::1]", "[::1]"),
+        ("127.0.0.2", "127.0.0.2"),
+        ("localhost", "localhost"),
+    ):
+        _announce(host, 7, "word", browser=False)
+        assert capsys.readouterr().out.split() == ["page", f"http://{name}:7/?token=word"]
 
 
 # --- the whole command

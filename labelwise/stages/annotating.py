@@ -230,7 +230,8 @@ def _read_suggestions(run: RunDirectory, images: ImageSet, may_ask: list[bool]) 
 
 def _announce(host: str, port: int, token: str, *, browser: bool) -> None:
     """Say where the page is."""
-    name = "127.0.0.1" if is_loopback(host) else host
+    bare = host.strip("[]")
+    name = f"[{bare}]" if ":" in bare else bare
     address = f"http://{name}:{port}/?token={token}"
     terminal.emit(f"page      {address}")
     if not is_loopback(host):
