@@ -322,16 +322,20 @@ def test_classes_that_are_named_come_first(run: RunDirectory) -> None:
 
 
 @pytest.mark.parametrize(
-    ("labels", "planned", "words"),
+    ("labels", "planned", "there", "words"),
     [
-        (0, 100, "an accuracy is exact with 100 more to \u00b110 points"),
-        (25, 100, "an accuracy is exact to \u00b120 points, with 75 more to \u00b110 points"),
-        (100, 100, "an accuracy is exact to \u00b110 points, with 71 more to \u00b17 points"),
-        (2000, 100, "an accuracy is exact to \u00b12 points"),
+        (0, 100, 1000, "an accuracy is exact with 100 more to \u00b110 points"),
+        (25, 100, 1000, "an accuracy is exact to \u00b120 points, with 75 more to \u00b110 points"),
+        (100, 100, 171, "an accuracy is exact to \u00b110 points, with 71 more to \u00b17 points"),
+        (100, 100, 170, "an accuracy is exact to \u00b110 points"),
+        (2000, 100, 5000, "an accuracy is exact to \u00b12 points"),
+        (3, 3, 3, ""),
     ],
 )
-def test_it_says_how_many_more_make_which_precision(labels: int, planned: int, words: str) -> None:
-    assert precision_in_words(labels, planned) == words
+def test_it_says_how_many_more_make_which_precision(
+    labels: int, planned: int, there: int, words: str
+) -> None:
+    assert precision_in_words(labels, planned, there) == words
 
 
 def test_labels_of_the_page_are_taken_by_finetune(run: RunDirectory) -> None:

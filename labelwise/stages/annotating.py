@@ -132,7 +132,8 @@ def open_session(
         for row, label in enumerate(images.labels)
     ]
     locked = set(lock["names"])
-    tests = _test_items(images, cache, lock, may_ask, test_images)
+    all_tests = _test_items(images, cache, lock, may_ask)
+    tests = all_tests[:test_images]
     done = {row for row, each in said.items() if each.answer != "skip"}
     chosen = _suggested_items(
         run,
@@ -177,18 +178,17 @@ def open_session(
         [*named, *everything],
         who,
         Hints(rows.tolist(), features, guesses),
+        len(all_tests),
     )
     return session, images, cache
 
 
-def _test_items(
-    images: ImageSet, cache: ImageCache, lock: dict[str, Any], may_ask: list[bool], count: int
-) -> list[Item]:
-    """The first of the test images in an order that is random and stays the same, whatever is moved, added or taken away."""
+def _test_items(images: ImageSet, cache: ImageCache, lock: dict[str, Any], may_ask: list[bool]) -> list[Item]:
+    """The test images in an order that is random and stays the same, whatever is moved, added or taken away."""
     locked = set(lock["names"])
     rows = [row for row, name in enumerate(images.names) if name in locked and may_ask[row]]
     rows.sort(key=lambda row: (hash_names([str(lock["seed"]), str(cache.keys[row])]), images.names[row]))
-    return [Item(row, "test", "drawn at random to test on") for row in rows][:count]
+    return [Item(row, "test", "drawn at random to test on") for row in rows]
 
 
 def _suggested_items(

@@ -62,6 +62,7 @@ class Session:
         classes: Known ones.
         who: Answers.
         hints: Never used for test images.
+        tests_there: How many test images could be asked about.
     """
 
     def __init__(
@@ -74,11 +75,12 @@ class Session:
         classes: list[str],
         who: str,
         hints: Hints,
+        tests_there: int,
     ) -> None:
         self._run, self._images, self._cache, self._who = run, images, cache, who
         self._items, self._unit = items, F.normalize(hints.features, dim=1)
         self._hints, self._place = hints, {row: place for place, row in enumerate(hints.rows)}
-        self._lock = threading.Lock()
+        self._lock, self._tests_there = threading.Lock(), tests_there
         number_of = {item.row: number for number, item in enumerate(items)}
         self._said = {number_of[row]: each for row, each in said.items() if row in number_of}
         self._skipped = {number for number, each in self._said.items() if each.answer == "skip"}
@@ -208,7 +210,9 @@ class Session:
             "labels": labels,
             "unsure": sum(each.answer == "unsure" for each in said),
             "skipped": sum(each.answer == "skip" for each in said),
-            "words": precision_in_words(labels, len(numbers)) if part == "test" and numbers else "",
+            "words": precision_in_words(labels, len(numbers), self._tests_there)
+            if part == "test" and numbers
+            else "",
         }
 
     def _neighbours(self, row: int) -> list[dict[str, Any]]:
@@ -261,20 +265,21 @@ def check_class(label: object) -> str:
     return name
 
 
-def precision_in_words(labels: int, planned: int) -> str:
+def precision_in_words(labels: int, planned: int, there: int) -> str:
     """How exact an accuracy on so many labeled test images is, and how many more make it better.
 
     Args:
         labels: There are.
         planned: Are asked for.
+        there: Could be asked for.
     """
     goals = [planned, *(math.ceil(0.25 * (1.96 / goal) ** 2) for goal in _PRECISIONS)]
-    goal = next((each for each in goals if each > labels), None)
+    goal = next((each for each in goals if labels < each <= there), None)
     parts = [f"an accuracy is exact to \u00b1{half_width(labels):.0f} points"] if labels >= _FEWEST else []
     if goal:
         parts.append(f"with {goal - labels:,} more to \u00b1{half_width(goal):.0f} points")
     words = ", ".join(parts)
-    return words if labels >= _FEWEST else f"an accuracy is exact {words}"
+    return words if labels >= _FEWEST or not goal else f"an accuracy is exact {words}"
 
 
 def half_width(labels: int) -> float:
