@@ -672,6 +672,9 @@ def test_the_page_keeps_what_was_meant(run: RunDirectory) -> None:
         assert browser.value(
             "document.querySelector('aside').scrollWidth <= document.querySelector('aside').clientWidth"
         )
+        assert browser.value("document.querySelector('#guess kbd').offsetHeight") < 40, (
+            "a key in several lines"
+        )
         assert kept() == ["cat", None]
 
 
