@@ -1,8 +1,11 @@
 """annotations.jsonl: what people said of images on the page of `labelwise annotate`; a line for each answer, and none is changed."""
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
 
 from labelwise import rundir
 from labelwise.errors import CheckpointError
@@ -50,6 +53,28 @@ def read_annotations(run: RunDirectory) -> dict[str, Annotation]:
         if said.answer != UNDO:
             last[said.file] = said
     return last
+
+
+def find_rows(
+    said: Iterable[Annotation], names: Sequence[str], keys: npt.NDArray[np.uint64]
+) -> dict[str, int]:
+    """Row of the image that each answer is about, by the name it had then: found by its pixels, wherever it lies now.
+
+    Args:
+        said: Answers; those whose images are gone or have other pixels now are left out.
+        names: Of the images.
+        keys: Of their pixels, (N,).
+    """
+    row_of = {name: row for row, name in enumerate(names)}
+    by_key = dict(zip(keys.tolist(), range(len(names)), strict=True))
+    found = {}
+    for each in said:
+        row = row_of.get(each.file)
+        if row is None or int(keys[row]) != each.key:
+            row = by_key.get(each.key)
+        if row is not None:
+            found[each.file] = row
+    return found
 
 
 def add_annotations(run: RunDirectory, said: Iterable[Annotation]) -> None:

@@ -21,7 +21,6 @@ from labelwise.interruption import StopRequest
 
 DEFAULT_PORT = 8707
 _LARGEST = 1 << 16  # bytes of what a page sends
-_LOOPBACK = ("localhost", "127.0.0.1", "[::1]")
 _TOKEN = re.compile(r"[A-Za-z0-9_-]{16,200}")
 _LOOKS_SECONDS = 0.1
 _WAITING = 2000  # connections
@@ -150,7 +149,7 @@ def guard(get: Get, post: Post, token: str, *, is_local: bool) -> Callable[..., 
 def _refusal(environ: dict[str, Any], token: str, *, is_local: bool) -> Reply | None:
     """Why a request is not let in; None if it is."""
     host = environ.get("HTTP_HOST", "")
-    if is_local and re.sub(r":\d+$", "", host).lower() not in _LOOPBACK:
+    if is_local and not is_loopback(re.sub(r":\d+$", "", host).lower()):
         return refuse("403 Forbidden", "This page answers to 127.0.0.1 and localhost only.")
     origin = environ.get("HTTP_ORIGIN")
     if origin is not None and origin not in (f"http://{host}", f"https://{host}"):

@@ -1,6 +1,7 @@
 """Labels from a page: what is asked and in which order, what is kept, and that nothing of it is lost."""
 
 import csv
+import dataclasses
 import json
 import re
 import shutil
@@ -21,7 +22,7 @@ from browser import open_browser
 from PIL import Image
 
 from labelwise import rundir
-from labelwise.annotations import read_annotations
+from labelwise.annotations import add_annotations, read_annotations
 from labelwise.cli import app
 from labelwise.config import FinetuneSettings, PretrainSettings
 from labelwise.errors import CheckpointError, DataError, UsageError
@@ -29,12 +30,13 @@ from labelwise.images.label_studio import write_label_studio
 from labelwise.images.labels import read_label_table
 from labelwise.models.weights import read_spec
 from labelwise.rundir import RunDirectory
-from labelwise.stages.annotating import open_session
+from labelwise.stages.annotating import _announce, open_session
 from labelwise.stages.asking import Session, check_class, precision_in_words
 from labelwise.stages.benching import open_decoded
 from labelwise.stages.pretraining import pretrain
 from labelwise.stages.repeating import finetune
 from labelwise.stages.reporting import report
+from labelwise.stages.suggesting import suggest
 from labelwise.stages.transferring import export_labels, import_labels
 
 
@@ -74,8 +76,18 @@ def start(run: RunDirectory, tests: int = 6, budget: int = 5, classes: tuple[str
 def reply(session: Session, answer: str = "label", label: str | None = None) -> dict[str, Any]:
     """Answer what is asked now."""
     state = session.state()
-    given = {"number": state["number"], "answer": answer, "seconds": 1.25}
+    given = {"number": state["number"], "file": state["file"], "answer": answer, "seconds": 1.25}
     return session.answer({**given, "label": label or (truth(state) if answer == "label" else None)})
+
+
+def own_images(run: RunDirectory, tmp_path: Path) -> Path:
+    """Give a run a copy of its images to change."""
+    images = tmp_path / "images"
+    shutil.copytree(rundir.read_json(run.data)["root"], images)
+    data = rundir.read_json(run.data)
+    data["sources"]["images"] = data["root"] = str(images)
+    rundir.write_json(run.data, data)
+    return images
 
 
 def lines(run: RunDirectory) -> list[dict[str, Any]]:
@@ -165,8 +177,11 @@ def test_what_is_skipped_comes_again_next_time_what_is_not_sure_does_not(run: Ru
 
 def test_answers_that_are_none_are_refused_and_nothing_is_kept(run: RunDirectory) -> None:
     session = start(run)
+    name = session.state()["file"]
     for given in (
         {},
+        {"number": 0, "answer": "skip", "file": None},
+        {"number": 1, "answer": "skip"},  # which is another image
         {"number": -1, "answer": "skip"},
         {"number": 10_000, "answer": "skip"},
         {"number": True, "answer": "skip"},
@@ -179,12 +194,85 @@ def test_answers_that_are_none_are_refused_and_nothing_is_kept(run: RunDirectory
         {"number": 0, "answer": "label", "label": "cat,dog"},
         {"number": 0, "answer": "label", "label": ["cat"]},
     ):
-        with pytest.raises(ValueError, match=r"^(number|answer|label): "):
-            session.answer(given)
+        with pytest.raises(ValueError, match=r"^(number|file|answer|label): "):
+            session.answer({"file": name, **given})
     assert not run.annotations.exists()
     for seconds in (-1, 1e9, "1", None, True, float("nan")):
-        session.answer({"number": 0, "answer": "skip", "seconds": seconds})
+        session.answer({"number": 0, "file": name, "answer": "skip", "seconds": seconds})
         assert lines(run)[-1]["seconds"] is None
+
+
+def test_a_class_that_a_folder_has_can_be_chosen_whatever_its_name_is(run: RunDirectory) -> None:
+    session = start(run)
+    session._classes["black, white"] = None
+    assert reply(session, label="black, white")["number"] == 1
+    with pytest.raises(ValueError, match="several in one"):
+        reply(session, label="black, red")
+
+
+def test_what_is_not_sure_is_not_chosen_again(run: RunDirectory) -> None:
+    session = start(run, tests=0, budget=4)
+    unsure = [(session.state()["file"], reply(session, "unsure"))[0] for _ in range(4)]
+    session = start(run, tests=0, budget=4)
+    fresh = set()
+    while (state := session.state())["number"] is not None:
+        fresh.add(state["file"])
+        reply(session, "unsure")
+    assert len(fresh) == 4
+    assert not fresh & set(unsure)
+
+
+def test_what_is_skipped_comes_again_before_others_are_chosen(run: RunDirectory) -> None:
+    session = start(run, tests=0, budget=3)
+    skipped = session.state()["file"]
+    reply(session, "skip")
+    reply(session)
+    reply(session)
+    session = start(run, tests=0, budget=3)
+    assert session.state()["file"] == skipped
+    assert reply(session)["number"] is None
+    assert start(run, tests=0, budget=3).state()["parts"][1]["labels"] == 0
+
+
+def test_more_suggestions_than_the_budget_are_asked_in_turns(run: RunDirectory) -> None:
+    suggest(run, 5)
+    table = run.suggestions.read_bytes()
+    counts = []
+    for _ in range(2):
+        reply(start(run, tests=0, budget=2))
+        session = start(run, tests=0, budget=2)
+        reply(session)
+        assert session.state()["number"] is None
+        counts.append(session.labeled())
+    assert counts == [2, 2]
+    assert start(run, tests=0, budget=2).state()["parts"][1]["of"] == 1
+    assert run.suggestions.read_bytes() == table
+
+
+def test_suggestions_that_were_changed_give_no_test_image_and_none_twice(run: RunDirectory) -> None:
+    locked = rundir.read_json(run.test_lock)["names"]
+    suggest(run, 3)
+    rows = run.suggestions.read_text(encoding="utf-8").splitlines()
+    run.suggestions.write_text("\n".join([*rows, rows[1], f"5,{locked[0]},why,", "6,gone.png"]))
+    session = start(run, tests=10_000, budget=10)
+    assert [each["of"] for each in session.state()["parts"]] == [len(locked), 3]
+    for nonsense in (b"rank;file;why\n1;a.png;b\n", b"rank,file,why\n1,\xff.png,b\n"):
+        run.suggestions.write_bytes(nonsense)
+        with pytest.raises(DataError, match=r"suggestions.csv: not as `labelwise suggest` wrote it"):
+            start(run)
+
+
+def test_neighbours_are_looked_for_in_all_classes(
+    run: RunDirectory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("labelwise.stages.annotating._MOST_NEIGHBOURS", 8)
+    names = sorted(path.name for path in Path(rundir.read_json(run.data)["root"]).iterdir())
+    rows = [f"{name},{'first' if place < 60 else 'last'}" for place, name in enumerate(names[:120])]
+    (tmp_path / "labels.csv").write_text("\n".join(["file,label", *rows]))
+    run.config.write_text(f'{run.config.read_text()}\n[finetune]\nlabels = "{tmp_path / "labels.csv"}"\n')
+    session = start(run, tests=0, budget=3)
+    labels = [session._images.labels[row] for row in session._hints.rows]
+    assert {"first", "last"} <= set(labels)
 
 
 def test_a_class_that_only_test_images_have_is_said(run: RunDirectory) -> None:
@@ -234,16 +322,20 @@ def test_classes_that_are_named_come_first(run: RunDirectory) -> None:
 
 
 @pytest.mark.parametrize(
-    ("labels", "planned", "words"),
+    ("labels", "planned", "there", "words"),
     [
-        (0, 100, "an accuracy is exact with 100 more to \u00b110 points"),
-        (25, 100, "an accuracy is exact to \u00b120 points, with 75 more to \u00b110 points"),
-        (100, 100, "an accuracy is exact to \u00b110 points, with 71 more to \u00b17 points"),
-        (2000, 100, "an accuracy is exact to \u00b12 points"),
+        (0, 100, 1000, "an accuracy is exact with 100 more to \u00b110 points"),
+        (25, 100, 1000, "an accuracy is exact to \u00b120 points, with 75 more to \u00b110 points"),
+        (100, 100, 171, "an accuracy is exact to \u00b110 points, with 71 more to \u00b17 points"),
+        (100, 100, 170, "an accuracy is exact to \u00b110 points"),
+        (2000, 100, 5000, "an accuracy is exact to \u00b12 points"),
+        (3, 3, 3, ""),
     ],
 )
-def test_it_says_how_many_more_make_which_precision(labels: int, planned: int, words: str) -> None:
-    assert precision_in_words(labels, planned) == words
+def test_it_says_how_many_more_make_which_precision(
+    labels: int, planned: int, there: int, words: str
+) -> None:
+    assert precision_in_words(labels, planned, there) == words
 
 
 def test_labels_of_the_page_are_taken_by_finetune(run: RunDirectory) -> None:
@@ -257,11 +349,7 @@ def test_labels_of_the_page_are_taken_by_finetune(run: RunDirectory) -> None:
 
 
 def test_a_label_goes_where_the_image_goes_and_not_to_another_one(run: RunDirectory, tmp_path: Path) -> None:
-    images = tmp_path / "images"
-    shutil.copytree(rundir.read_json(run.data)["root"], images)
-    data = rundir.read_json(run.data)
-    data["sources"]["images"] = data["root"] = str(images)
-    rundir.write_json(run.data, data)
+    images = own_images(run, tmp_path)
     session = start(run, tests=3, budget=0)
     moved, overwritten, kept = [(session.state()["file"], reply(session))[0] for _ in range(3)]
     (images / moved).rename(images / "elsewhere.png")
@@ -271,6 +359,41 @@ def test_a_label_goes_where_the_image_goes_and_not_to_another_one(run: RunDirect
     assert labels["elsewhere.png"] == moved[-5]
     assert labels[overwritten] is None
     assert labels[kept] == kept[-5]
+
+
+def test_what_was_moved_stays_answered_and_what_was_overwritten_is_asked_again(
+    run: RunDirectory, tmp_path: Path
+) -> None:
+    images = own_images(run, tmp_path)
+    session = start(run, tests=2, budget=2)
+    moved, lost, overwritten, kept = [(session.state()["file"], reply(session))[0] for _ in range(4)]
+    (images / moved).rename(images / "elsewhere.png")
+    for angle, name in enumerate((lost, overwritten)):
+        Image.linear_gradient("L").resize((8, 8)).rotate(90 * angle).save(images / name)
+    state = start(run, tests=1, budget=2).state()
+    assert state["file"] == overwritten
+    assert [each["labels"] for each in state["parts"]] == [1, 1]
+    assert state["neighbours"][0]["file"] == kept
+    assert (
+        start(run, tests=1_000, budget=0).state()["parts"][0]["of"] == 39
+    )  # what is lost is no test image now
+    (images / "elsewhere.png").rename(images / "first.png")
+    session = start(run, tests=1, budget=0)
+    assert session.undo()["file"] == "first.png"
+    assert start(run, tests=1, budget=0).state()["file"] == "first.png"
+
+
+def test_the_test_images_are_those_that_finetune_tests_on(run: RunDirectory, tmp_path: Path) -> None:
+    (tmp_path / "tests").mkdir()
+    for number in range(3):
+        Image.effect_noise((8, 8), 90).save(tmp_path / "tests" / f"{number}.png")
+    run.config.write_text(f'{run.config.read_text()}\n[finetune]\ntest = "{tmp_path / "tests"}"\n')
+    session = start(run, tests=10, budget=0)
+    asked = []
+    while (state := session.state())["number"] is not None:
+        asked.append(state["file"])
+        reply(session)
+    assert sorted(asked) == ["test:0.png", "test:1.png", "test:2.png"]
 
 
 def test_a_label_file_has_the_last_word(
@@ -310,6 +433,44 @@ def test_what_is_exported_can_be_imported(
     assert {each.who for each in taken.values()} == {"somebody"}
     assert import_labels(other, tmp_path / name).startswith("0 labels taken")
     assert start(other, tests=4, budget=0).state()["number"] is None
+
+
+def test_copies_that_contradict_each_other_are_refused(run: RunDirectory, tmp_path: Path) -> None:
+    root = Path(rundir.read_json(run.data)["root"])
+    name = sorted(path.name for path in root.iterdir())[0]
+    for folder, file in (("one", "a.png"), ("one", "b.png"), ("two", "c.png")):
+        (tmp_path / "copies" / folder).mkdir(parents=True, exist_ok=True)
+        shutil.copy(root / name, tmp_path / "copies" / folder / file)
+    with pytest.raises(DataError, match=r"says 'two' of .*, and 'one' was said before; nothing was taken"):
+        import_labels(run, tmp_path / "copies")
+    assert not read_annotations(run)
+    shutil.rmtree(tmp_path / "copies" / "two")
+    assert import_labels(run, tmp_path / "copies").startswith("1 labels taken")
+
+
+def test_an_import_takes_no_label_that_the_images_had(pretrained: RunDirectory, tmp_path: Path) -> None:
+    run = RunDirectory(Path(shutil.copytree(pretrained.path, tmp_path / "run")))
+    root = Path(rundir.read_json(run.data)["root"])
+    (tmp_path / "copies" / "another").mkdir(parents=True)
+    shutil.copy(next(root.rglob("*.png")), tmp_path / "copies" / "another")
+    assert import_labels(run, tmp_path / "copies").startswith("1 labels taken")
+    assert {each.label for each in read_annotations(run).values()} == {"another"}
+
+
+def test_images_of_one_name_in_two_folders_are_both_exported(run: RunDirectory, tmp_path: Path) -> None:
+    images = own_images(run, tmp_path)
+    session = start(run, tests=3, budget=0)
+    first, second, changed = [(session.state()["file"], reply(session, label="x"))[0] for _ in range(3)]
+    (images / "a").mkdir()
+    (images / first).rename(images / "a" / "b.png")
+    (images / second).rename(images / "a_b.png")
+    said = [dataclasses.replace(each, file=name) for each, name in zip(read_annotations(run).values(), ("a/b.png", "a_b.png", changed), strict=True)]  # fmt: skip
+    run.annotations.unlink()
+    add_annotations(run, said)
+    Image.new("L", (8, 8), 9).save(images / changed)  # is another image now
+    assert export_labels(run, tmp_path / "out").startswith("2 labels written")
+    copies = sorted(path.read_bytes() for path in (tmp_path / "out" / "test" / "x").rglob("*.png"))
+    assert copies == sorted((images / name).read_bytes() for name in ("a/b.png", "a_b.png"))
 
 
 def test_an_import_that_contradicts_is_refused_whole(run: RunDirectory, tmp_path: Path) -> None:
@@ -361,6 +522,13 @@ def test_label_studios_own_exports_are_read(tmp_path: Path) -> None:
     several.write_text(json.dumps([{"data": {"image": "x.png"}, "annotations": [choice("cat", "dog")]}]))
     with pytest.raises(DataError, match="several labels in one cell"):
         read_label_table(several)
+    several.write_text(json.dumps([{"image": "x.png", "choice": {"choices": ["cat", "dog"]}}]))
+    with pytest.raises(DataError, match="several labels in one cell"):
+        read_label_table(several)
+    for odd in (7, [7], [{"result": [{"value": "cat"}]}]):
+        several.write_text(json.dumps([{"data": {"image": "x.png"}, "annotations": odd}]))
+        with pytest.raises(DataError, match="no labeled rows"):
+            read_label_table(several)
     for nonsense in ("{}", "[1]", "nonsense", "[" * 100_000):
         several.write_text(nonsense)
         with pytest.raises(DataError, match=r"not JSON|not an export of Label Studio"):
@@ -378,6 +546,17 @@ def test_a_fully_labeled_set_has_nothing_to_ask(pretrained: RunDirectory, tmp_pa
     run = RunDirectory(Path(shutil.copytree(pretrained.path, tmp_path / "run")))
     with pytest.raises(DataError, match="every image that could be asked about has a label"):
         start(run)
+
+
+def test_the_address_that_is_printed_is_the_one_listened_on(capsys: pytest.CaptureFixture[str]) -> None:
+    for host, name in (
+        ("::1", "[::1]"),
+        ("[::1]", "[::1]"),
+        ("127.0.0.2", "127.0.0.2"),
+        ("localhost", "localhost"),
+    ):
+        _announce(host, 7, "word", browser=False)
+        assert capsys.readouterr().out.split() == ["page", f"http://{name}:7/?token=word"]
 
 
 # --- the whole command
@@ -412,7 +591,7 @@ def test_labels_from_a_real_browser_survive_a_kill(run: RunDirectory, tmp_path: 
         """Answer by the keyboard alone."""
         for _ in range(count):
             browser.wait(
-                "!document.getElementById('main').hidden && document.getElementById('image').naturalWidth > 0"
+                "!document.getElementById('main').hidden && document.getElementById('image').className !== 'loading'"
             )
             name = browser.value("document.getElementById('file').textContent")
             digit = name.removesuffix(".png")[-1]
@@ -431,6 +610,7 @@ def test_labels_from_a_real_browser_survive_a_kill(run: RunDirectory, tmp_path: 
         with serving(run, "--test-images", "6", "--budget", "24") as (address, process):
             browser.open(address)
             label(browser, 17)
+            browser.wait("document.getElementById('image').className !== 'loading'")
             process.send_signal(signal.SIGKILL)
             process.wait()
             browser.press("?")
@@ -451,7 +631,7 @@ def test_labels_from_a_real_browser_survive_a_kill(run: RunDirectory, tmp_path: 
             rest = process.stdout.read() if process.stdout else ""
             assert process.wait(20) == 130
             assert "30 of these images have a label" in rest.replace("\n", " ")
-        assert not [each for each in browser.complaints() if "ERR_CONNECTION" not in each]
+        assert not [each for each in browser.complaints() if "net::ERR_" not in each]
     assert {name: each.label for name, each in read_annotations(run).items()} == answered
     assert len(answered) == 30
     settings = FinetuneSettings(run=run.path, methods=("simclr_probe",), label_counts=("all",))
@@ -459,12 +639,63 @@ def test_labels_from_a_real_browser_survive_a_kill(run: RunDirectory, tmp_path: 
 
 
 @pytest.mark.slow
+def test_the_page_keeps_what_was_meant(run: RunDirectory) -> None:
+    def kept() -> list[str | None]:
+        return [each.label for each in read_annotations(run).values()]
+
+    shown = "document.getElementById('image').className !== 'loading'"
+    words = ("--test-images", "8", "--budget", "0", "--classes", "caterpillar,cat")
+    with open_browser() as browser, serving(run, *words) as (address, _):
+        browser.open(address)
+        browser.wait(f"state && {shown}")
+        browser.write("cat")
+        browser.press("Enter")
+        browser.wait(f"state.number === 1 && {shown}")
+        assert kept() == ["cat"]
+        for key in ("1", "Enter", "Backspace"):  # a key that is held down
+            browser.ask("Input.dispatchKeyEvent", type="keyDown", key=key, autoRepeat=True)
+        browser.value("at('image').className = 'loading'")
+        browser.press("1")
+        assert browser.value("fetch('/').then(() => state.number)") == 1, "said of an image not there yet"
+        browser.value("at('image').className = 'broken'")
+        browser.press("1")
+        assert browser.value("fetch('/').then(() => state.number)") == 1, "said of an image that is broken"
+        place = browser.value("(({ x, y }) => ({ x: x + 9, y: y + 9 }))(at('skip').getBoundingClientRect())")
+        for kind in ("mousePressed", "mouseReleased"):
+            browser.ask("Input.dispatchMouseEvent", type=kind, button="left", clickCount=1, **place)
+        browser.wait(f"state.number === 2 && {shown}")
+        browser.press("Enter")
+        assert browser.value("fetch('/').then(() => state.number)") == 2, "the button was pressed once more"
+        browser.value(
+            "state.guess = { label: 'a long name of a class '.repeat(4), by: 'neighbours', votes: 1, of: 1 }; renderHelp()"
+        )
+        assert browser.value(
+            "document.querySelector('aside').scrollWidth <= document.querySelector('aside').clientWidth"
+        )
+        assert browser.value("document.querySelector('#guess kbd').offsetHeight") < 40, (
+            "a key in several lines"
+        )
+        assert kept() == ["cat", None]
+
+
+@pytest.mark.slow
 def test_a_thousand_answers_at_once_are_kept_whole(run: RunDirectory) -> None:
+    session, images, _ = open_session(run, 20, 0, (), "tester")
+    rows = [session.row(number) for number in range(20)]
+    names = [images.names[row] for row in rows if row is not None]
     with serving(run, "--test-images", "20", "--budget", "0") as (address, _):
         base, token = address.split("/?token=")
 
         def post(number: int) -> int:
-            body = json.dumps({"number": number % 25, "answer": "label", "label": f"class {number}"})
+            place = number % 25
+            body = json.dumps(
+                {
+                    "number": place,
+                    "file": (names + [""] * 5)[place],
+                    "answer": "label",
+                    "label": f"class {number}",
+                }
+            )
             request = urllib.request.Request(
                 f"{base}/answer",
                 body.encode(),

@@ -69,7 +69,7 @@ def test_a_site_that_calls_itself_this_machine_is_refused(host: str) -> None:
     assert post(HTTP_HOST=host)[0] == 403
 
 
-@pytest.mark.parametrize("host", ["localhost:9000", "127.0.0.1:1", "[::1]:8707", "LOCALHOST"])
+@pytest.mark.parametrize("host", ["localhost:9000", "127.0.0.1:1", "127.0.0.2:80", "[::1]:8707", "LOCALHOST"])
 def test_names_of_this_machine_are_let_in_through_any_tunnel(host: str) -> None:
     assert ask(HTTP_HOST=host)[0] == 200
 

@@ -36,7 +36,8 @@ def read_label_studio(file: Path) -> tuple[list[str], list[tuple[int, dict[str, 
     for number, task in enumerate(tasks, start=1):
         whole = isinstance(task.get("data"), dict)
         path = _path(task["data"] if whole else task)
-        choices = _choices(task) if whole else [task.get(CHOICE)]
+        small = task.get(CHOICE)  # of JSON-MIN, where several are in an object
+        choices = _choices(task) if whole else [small.get("choices") if isinstance(small, dict) else small]
         rows += [(number, {IMAGE: path, CHOICE: choice}) for choice in choices]
     return [IMAGE, CHOICE], rows, []
 
@@ -82,12 +83,15 @@ def _path(data: dict[str, Any]) -> str | None:
 def _choices(task: dict[str, Any]) -> list[Any]:
     """What each person chose; a list where somebody chose several, and None where somebody chose none."""
     found: list[Any] = []
-    for said in task.get("annotations") or []:
+    annotations = task.get("annotations")
+    for said in annotations if isinstance(annotations, list) else []:
         results = [] if not isinstance(said, dict) or said.get("was_cancelled") else said.get("result") or []
         chosen = [
             each["value"]["choices"]
             for each in results
-            if isinstance(each, dict) and isinstance((each.get("value") or {}).get("choices"), list)
+            if isinstance(each, dict)
+            and isinstance(each.get("value"), dict)
+            and isinstance(each["value"].get("choices"), list)
         ]
         found += [choices[0] if len(choices) == 1 else choices for choices in chosen]
     return found

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from labelwise import rundir, seeding, terminal
-from labelwise.annotations import read_annotations
+from labelwise import terminal
+from labelwise.annotations import find_rows, read_annotations
 from labelwise.config import FinetuneSettings
 from labelwise.environment import this_user
 from labelwise.errors import DataError, LabelwiseError, UsageError
@@ -18,6 +18,7 @@ from labelwise.images.cache import ImageCache
 from labelwise.images.decoding import UnreadableImage
 from labelwise.images.pictures import read_picture
 from labelwise.images.source import ImageSet
+from labelwise.images.splits import hash_names
 from labelwise.interruption import stop_between_steps
 from labelwise.learning.precision import choose_device
 from labelwise.models.features import extract_features
@@ -26,7 +27,7 @@ from labelwise.reports.html import get_template
 from labelwise.rundir import RunDirectory
 from labelwise.serving import Reply, choose_token, is_loopback, refuse, reply_json, serve
 from labelwise.stages.asking import Hints, Item, Session, check_class
-from labelwise.stages.benching import open_decoded, remember_sources
+from labelwise.stages.benching import open_separated, remember_sources
 from labelwise.stages.finetuning import chances_of, load_classifier
 from labelwise.stages.suggesting import suggest
 
@@ -123,24 +124,34 @@ def open_session(
         raise UsageError(f"--classes: {error}") from None
     settings = remember_sources(run, FinetuneSettings.resolve({"run": run.path}))
     encoder, spec = load_encoder(run.path)
-    images, cache = open_decoded(run, settings, spec)
-    said = read_annotations(run)
+    images, cache, _, lock, _ = open_separated(run, settings, spec)
+    answers = read_annotations(run)
+    said = {row: answers[name] for name, row in find_rows(answers.values(), images.names, cache.keys).items()}
     may_ask = [
-        bool(cache.readable[row]) and (images.labels[row] is None or name in said)
-        for row, name in enumerate(images.names)
+        bool(cache.readable[row]) and (label is None or row in said)
+        for row, label in enumerate(images.labels)
     ]
-    tests = _test_items(run, images, may_ask, test_images)
-    chosen = _suggested_items(run, images, may_ask, said.keys(), budget)
+    locked = set(lock["names"])
+    all_tests = _test_items(images, cache, lock, may_ask)
+    tests = all_tests[:test_images]
+    done = {row for row, each in said.items() if each.answer != "skip"}
+    chosen = _suggested_items(
+        run,
+        images,
+        [may and name not in locked for may, name in zip(may_ask, images.names, strict=True)],
+        done,
+        budget,
+    )
     if not tests and not chosen:
         raise DataError(f"{images.root}: every image that could be asked about has a label.")
-    locked = set(rundir.read_json(run.test_lock)["names"])
     known = [
         row
         for row, name in enumerate(images.names)
         if images.labels[row] is not None and cache.readable[row] and name not in locked
     ]
+    known = known[:: len(known) // _MOST_NEIGHBOURS + 1]  # of all classes, where rows are in their order
     shown = [item.row for item in chosen]
-    rows = np.array(list(dict.fromkeys([*shown, *known[-_MOST_NEIGHBOURS:]])), dtype=np.int64)
+    rows = np.array(list(dict.fromkeys([*shown, *known])), dtype=np.int64)
     device = choose_device("auto")
     features = torch.zeros(0, 1)
     guesses: dict[int, tuple[str, float]] = {}
@@ -163,36 +174,39 @@ def open_session(
         images,
         cache,
         tests + chosen,
+        said,
         [*named, *everything],
         who,
         Hints(rows.tolist(), features, guesses),
+        len(all_tests),
     )
     return session, images, cache
 
 
-def _test_items(run: RunDirectory, images: ImageSet, may_ask: list[bool], count: int) -> list[Item]:
-    """The first of the locked test images in an order that is random and always the same."""
-    lock = rundir.read_json(run.test_lock)
-    row_of = {name: row for row, name in enumerate(images.names)}
-    order = seeding.generator(lock["seed"], "annotate").permutation(len(lock["names"]))
-    rows = [row_of[name] for name in (lock["names"][place] for place in order) if name in row_of]
-    return [Item(row, "test", "drawn at random to test on") for row in rows if may_ask[row]][:count]
+def _test_items(images: ImageSet, cache: ImageCache, lock: dict[str, Any], may_ask: list[bool]) -> list[Item]:
+    """The test images in an order that is random and stays the same, whatever is moved, added or taken away."""
+    locked = set(lock["names"])
+    rows = [row for row, name in enumerate(images.names) if name in locked and may_ask[row]]
+    rows.sort(key=lambda row: (hash_names([str(lock["seed"]), str(cache.keys[row])]), images.names[row]))
+    return [Item(row, "test", "drawn at random to test on") for row in rows]
 
 
 def _suggested_items(
-    run: RunDirectory, images: ImageSet, may_ask: list[bool], said: Any, budget: int
+    run: RunDirectory, images: ImageSet, may_ask: list[bool], done: set[int], budget: int
 ) -> list[Item]:
-    """What `suggest` chose; it chooses anew where everything that it chose is answered."""
+    """As many of those that `suggest` chose as are asked about at once, the first of them unanswered; where all are, it chooses anew."""
     if not budget:
         return []
     items = _read_suggestions(run, images, may_ask)
-    if not any(images.names[item.row] not in said for item in items):
+    if all(item.row in done for item in items):
         try:
             suggest(run, budget)
         except DataError as error:
             terminal.say(f"note       {error}")
         items = _read_suggestions(run, images, may_ask)
-    return items[:budget]
+    first = next((place for place, item in enumerate(items) if item.row not in done), 0)
+    first -= first % budget
+    return items[first : first + budget]
 
 
 def _read_suggestions(run: RunDirectory, images: ImageSet, may_ask: list[bool]) -> list[Item]:
@@ -200,14 +214,24 @@ def _read_suggestions(run: RunDirectory, images: ImageSet, may_ask: list[bool]) 
     if not run.suggestions.exists():
         return []
     row_of = {name: row for row, name in enumerate(images.names)}
-    with run.suggestions.open(encoding="utf-8", newline="") as file:
-        found = [(row_of.get(os.path.normpath(each["file"])), each["why"]) for each in csv.DictReader(file)]
-    return [Item(row, "suggested", why) for row, why in found if row is not None and may_ask[row]]
+    found: dict[int, Item] = {}
+    try:
+        with run.suggestions.open(encoding="utf-8", newline="") as file:
+            for each in csv.DictReader(file):
+                row = row_of.get(os.path.normpath(each["file"]))
+                if row is not None and may_ask[row]:
+                    found.setdefault(row, Item(row, "suggested", each["why"] or ""))
+    except (KeyError, TypeError, ValueError, csv.Error):
+        raise DataError(
+            f"{run.suggestions}: not as `labelwise suggest` wrote it, a CSV with commas and the columns file and why; move it away."
+        ) from None
+    return list(found.values())
 
 
 def _announce(host: str, port: int, token: str, *, browser: bool) -> None:
     """Say where the page is."""
-    name = "127.0.0.1" if is_loopback(host) else host
+    bare = host.strip("[]")
+    name = f"[{bare}]" if ":" in bare else bare
     address = f"http://{name}:{port}/?token={token}"
     terminal.emit(f"page      {address}")
     if not is_loopback(host):

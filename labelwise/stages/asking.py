@@ -10,7 +10,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
-from labelwise.annotations import UNDO, Annotation, add_annotations, read_annotations
+from labelwise.annotations import UNDO, Annotation, add_annotations
 from labelwise.environment import now
 from labelwise.images.cache import ImageCache
 from labelwise.images.labels import holds_several
@@ -58,9 +58,11 @@ class Session:
         run: Where answers are kept.
         images, cache: Of the run, with the labels that are known.
         items: What to ask, in order; what was answered before is among it.
+        said: Answer that was given before, by row.
         classes: Known ones.
         who: Answers.
         hints: Never used for test images.
+        tests_there: How many test images could be asked about.
     """
 
     def __init__(
@@ -69,24 +71,25 @@ class Session:
         images: ImageSet,
         cache: ImageCache,
         items: list[Item],
+        said: dict[int, Annotation],
         classes: list[str],
         who: str,
         hints: Hints,
+        tests_there: int,
     ) -> None:
         self._run, self._images, self._cache, self._who = run, images, cache, who
         self._items, self._unit = items, F.normalize(hints.features, dim=1)
         self._hints, self._place = hints, {row: place for place, row in enumerate(hints.rows)}
-        self._lock = threading.Lock()
-        said = read_annotations(run)
-        number_of = {images.names[item.row]: number for number, item in enumerate(items)}
-        self._said = {number_of[name]: each for name, each in said.items() if name in number_of}
+        self._lock, self._tests_there = threading.Lock(), tests_there
+        number_of = {item.row: number for number, item in enumerate(items)}
+        self._said = {number_of[row]: each for row, each in said.items() if row in number_of}
         self._skipped = {number for number, each in self._said.items() if each.answer == "skip"}
         self._history = [number for number in self._said if number not in self._skipped]
         self._labels = {
             item.row: self._said[number].label if number in self._said else None
             for number, item in enumerate(items)
         }
-        self._classes = dict.fromkeys([*classes, *(each.label for each in said.values() if each.label)])
+        self._classes = dict.fromkeys(classes)
 
     def state(self) -> dict[str, Any]:
         """What the page shows: the image to ask about, classes, guess, neighbours, progress."""
@@ -97,7 +100,7 @@ class Session:
         """Keep an answer, and give the state after it.
 
         Args:
-            given: `number` of the image, `answer`, `label`, and for how many `seconds` it was looked at.
+            given: `number` and `file` of the image, `answer`, `label`, and for how many `seconds` it was looked at.
 
         Raises:
             CheckpointError: The run is gone.
@@ -106,6 +109,8 @@ class Session:
         number, answer, seconds = given.get("number"), given.get("answer"), given.get("seconds")
         if type(number) is not int or not 0 <= number < len(self._items):
             raise ValueError("number: none of the images.")
+        if given.get("file") != self._images.names[self._items[number].row]:
+            raise ValueError("file: since a new start another image has this number; reload the page.")
         if answer not in _ANSWERS:
             raise ValueError(f"answer: one of {', '.join(_ANSWERS)}.")
         if (
@@ -114,7 +119,9 @@ class Session:
             or not 0 <= seconds <= _LONGEST_LOOK
         ):
             seconds = None
-        label = check_class(given.get("label")) if answer == "label" else None
+        label = given.get("label") if answer == "label" else None
+        if answer == "label" and not (isinstance(label, str) and label in self._classes):
+            label = check_class(label)
         with self._lock:
             self._keep(number, answer, label, None if seconds is None else round(float(seconds), 1))
             return self._state()
@@ -141,6 +148,8 @@ class Session:
     def _keep(self, number: int, answer: str, label: str | None, seconds: float | None) -> None:
         item = self._items[number]
         name, key = self._images.names[item.row], int(self._cache.keys[item.row])
+        if number in self._said:  # it may have been moved since
+            name = self._said[number].file
         said = Annotation(name, key, answer, label, item.part, self._who, now(), seconds)
         add_annotations(self._run, [said])
         self._skipped.discard(number)
@@ -201,7 +210,9 @@ class Session:
             "labels": labels,
             "unsure": sum(each.answer == "unsure" for each in said),
             "skipped": sum(each.answer == "skip" for each in said),
-            "words": precision_in_words(labels, len(numbers)) if part == "test" and numbers else "",
+            "words": precision_in_words(labels, len(numbers), self._tests_there)
+            if part == "test" and numbers
+            else "",
         }
 
     def _neighbours(self, row: int) -> list[dict[str, Any]]:
@@ -254,20 +265,21 @@ def check_class(label: object) -> str:
     return name
 
 
-def precision_in_words(labels: int, planned: int) -> str:
+def precision_in_words(labels: int, planned: int, there: int) -> str:
     """How exact an accuracy on so many labeled test images is, and how many more make it better.
 
     Args:
         labels: There are.
         planned: Are asked for.
+        there: Could be asked for.
     """
     goals = [planned, *(math.ceil(0.25 * (1.96 / goal) ** 2) for goal in _PRECISIONS)]
-    goal = next((each for each in goals if each > labels), None)
+    goal = next((each for each in goals if labels < each <= there), None)
     parts = [f"an accuracy is exact to \u00b1{half_width(labels):.0f} points"] if labels >= _FEWEST else []
     if goal:
         parts.append(f"with {goal - labels:,} more to \u00b1{half_width(goal):.0f} points")
     words = ", ".join(parts)
-    return words if labels >= _FEWEST else f"an accuracy is exact {words}"
+    return words if labels >= _FEWEST or not goal else f"an accuracy is exact {words}"
 
 
 def half_width(labels: int) -> float:

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from labelwise import rundir, terminal
-from labelwise.annotations import read_annotations
+from labelwise.annotations import find_rows, read_annotations
 from labelwise.config import FinetuneSettings, read_run_config
 from labelwise.errors import DataError
 from labelwise.images.cache import ImageCache, build_cache
@@ -142,14 +142,11 @@ def _with_annotations(run: RunDirectory, images: ImageSet, cache: ImageCache) ->
     said = [each for each in read_annotations(run).values() if each.label is not None]
     if not said:
         return images
-    row_of = {name: row for row, name in enumerate(images.names)}
-    by_key = dict(zip(cache.keys.tolist(), range(len(images.names)), strict=True))
+    rows = find_rows(said, images.names, cache.keys)
     labels = list(images.labels)
     gone, other = list[str](), list[str]()
     for each in said:
-        row = row_of.get(each.file)
-        if row is None or int(cache.keys[row]) != each.key:
-            row = by_key.get(each.key)
+        row = rows.get(each.file)
         if row is None:
             gone.append(each.file)
         elif images.labels[row] not in (None, each.label):

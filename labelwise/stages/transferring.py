@@ -7,13 +7,12 @@ from pathlib import Path
 import numpy as np
 
 from labelwise import rundir, terminal
-from labelwise.annotations import Annotation, add_annotations, read_annotations
+from labelwise.annotations import Annotation, add_annotations, find_rows, read_annotations
 from labelwise.config import FinetuneSettings
 from labelwise.environment import now, this_user
 from labelwise.errors import DataError
 from labelwise.images.label_studio import write_label_studio
-from labelwise.images.labels import OUTSIDE
-from labelwise.images.source import ImageSet
+from labelwise.images.labels import OUTSIDE, SUFFIXES
 from labelwise.models.weights import read_spec
 from labelwise.rundir import RunDirectory
 from labelwise.stages.benching import open_decoded, remember_sources
@@ -45,20 +44,23 @@ def import_labels(run: RunDirectory, source: Path, who: str | None = None) -> st
         for key, name in zip(cache.keys.tolist(), images.names, strict=True)
         if not name.startswith(OUTSIDE)
     }
+    own |= {key: name for key, name in zip(cache.keys.tolist(), images.names, strict=True) if name in locked}
+    copies = any(name.startswith(OUTSIDE[1]) for name in images.names)  # in a folder of class folders
     fresh, foreign = [], 0
     for row in np.flatnonzero(cache.readable).tolist():
         name, label, key = images.names[row], images.labels[row], int(cache.keys[row])
-        if label is None:
-            continue
-        if name.startswith(OUTSIDE):  # a copy in a folder of class folders
+        if label is None or name.startswith(OUTSIDE[0]) or copies != name.startswith(OUTSIDE[1]):
+            continue  # a label that it had before
+        if copies:
             if key not in own:
                 foreign += 1
                 continue
             name = own[key]
         before = said.get(name)
-        if before is None or before.label is None:
+        if before is None or before.label is None or before.key != key:
             part = "test" if name in locked else "imported"
-            fresh.append(Annotation(name, key, "label", label, part, who or this_user(), now(), None))
+            said[name] = Annotation(name, key, "label", label, part, who or this_user(), now(), None)
+            fresh.append(said[name])
         elif before.label != label:
             raise DataError(
                 f"{source}: says {label!r} of {name}, and {before.label!r} was said before; nothing was taken. Keep one."
@@ -94,10 +96,11 @@ def export_labels(run: RunDirectory, out: Path) -> str:
             partial(_write_table, said) if out.suffix == ".csv" else partial(write_label_studio, pairs)
         )
         rundir.write_atomically(out, write)
+        count = len(said)
     else:
         check_folder(out, run)
-        _copy_images(run, said, out)
-    return f"{len(said):,} labels written to {out}"
+        count = _copy_images(run, said, out)
+    return f"{count:,} labels written to {out}"
 
 
 def _write_table(said: list[Annotation], fresh: Path) -> None:
@@ -117,24 +120,30 @@ def _split(said: Annotation) -> str:
     return "test" if said.part == "test" else "train"
 
 
-def _copy_images(run: RunDirectory, said: list[Annotation], out: Path) -> None:
-    """Copy labeled images into class folders; the folder is there once it is whole."""
+def _copy_images(run: RunDirectory, said: list[Annotation], out: Path) -> int:
+    """Copy labeled images into class folders, and say how many; the folder is there once it is whole."""
     for label in {str(each.label) for each in said}:
         if label in (".", "..") or "/" in label or label.startswith("."):
             raise DataError(f"{label!r}: no name for a folder; export a .csv or .json file.")
     settings = remember_sources(run, FinetuneSettings.resolve({"run": run.path}))
-    images: ImageSet = open_decoded(run, settings, read_spec(run.encoder))[0]
-    row_of = {name: row for row, name in enumerate(images.names)}
-    gone = [each.file for each in said if each.file not in row_of]
+    images, cache = open_decoded(run, settings, read_spec(run.encoder))
+    rows = find_rows(said, images.names, cache.keys)
+    gone = [each.file for each in said if each.file not in rows]
     if gone:
-        terminal.warn(f"{len(gone):,} labeled images are gone and are left out, e.g. {gone[0]}.")
+        terminal.warn(
+            f"{len(gone):,} labeled images are gone or have other pixels now, and are left out, e.g. {gone[0]}."
+        )
 
     def write(folder: Path) -> None:
         for each in said:
-            if each.file in row_of:
-                target = folder / _split(each) / str(each.label) / each.file.replace("/", "_")
+            if each.file in rows:
+                contents = images.locate(rows[each.file])
+                data = contents if isinstance(contents, bytes) else Path(contents).read_bytes()
+                is_file = each.file.lower().endswith(SUFFIXES)
+                suffix = "" if is_file else ".png" if data.startswith(b"\x89PNG") else ".jpg"
+                target = folder / _split(each) / str(each.label) / f"{each.file}{suffix}"
                 target.parent.mkdir(parents=True, exist_ok=True)
-                contents = images.locate(row_of[each.file])
-                target.write_bytes(contents if isinstance(contents, bytes) else Path(contents).read_bytes())
+                target.write_bytes(data)
 
     rundir.write_folder(out, write)
+    return len(rows)
