@@ -195,6 +195,8 @@ class _Gain(_Form):
 class _OnTest(_Gain):
     before: float
     after: float
+    accuracy: float
+    by_class: bool
     n_test: int
 
 

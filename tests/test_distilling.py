@@ -18,6 +18,7 @@ from labelwise.cli import app
 from labelwise.config import FinetuneSettings, PretrainSettings
 from labelwise.errors import CheckpointError, DataError, Interrupted, UsageError
 from labelwise.measures.statistics import Interval
+from labelwise.reports.text import distilled_in_words
 from labelwise.rundir import RunDirectory
 from labelwise.stages import distilling
 from labelwise.stages.benching import remember_sources, set_up_bench
@@ -121,7 +122,7 @@ def test_predict_uses_the_distilled_classifier_and_expects_what_it_reached(
     chances = probabilities_of(classifier, bench.cache, bench.test, spec.normalization, bench.device)
     right = chances.argmax(axis=1) == bench.labels[bench.test]
     test = document["test"]
-    assert test["after"] == pytest.approx(right.mean())
+    assert test["after"] == test["accuracy"] == pytest.approx(right.mean())
     assert test["mean"] == pytest.approx(test["after"] - test["before"])
     assert test["low"] < test["mean"] < test["high"]
     (row,) = rundir.read_jsonl(run.results)
@@ -305,6 +306,24 @@ def test_a_teacher_that_knows_the_classes_teaches_them(
     wrong = np.full_like(apart, 0.1)  # says nothing; the labels and the graph must
     student = distilling._teach(bench, bench.pool, bench.labeled, wrong)
     assert (student.logits(features[bench.pool]).argmax(axis=1) == truth).mean() == 1
+
+
+def test_with_classes_of_unlike_size_the_mean_over_classes_is_told(
+    few: RunDirectory, copied: Callable[[RunDirectory], RunDirectory]
+) -> None:
+    run = copied(few)
+    bench = set_up_bench(run, remember_sources(run, FinetuneSettings(run=run.path)))
+    bench = dataclasses.replace(bench, test=bench.test[9:], unbalanced=True)
+    start, _, _ = load_classifier(run)
+    chances = probabilities_of(start, bench.cache, bench.pool, bench.spec.normalization, bench.device)
+    student = distilling._teach(bench, bench.pool, bench.labeled, chances)
+    test = distilling._test(bench, start, student)
+    assert test is not None
+    truth = bench.labels[bench.test]
+    right = student.logits(bench.features["encoder"][bench.test]).argmax(axis=1) == truth
+    assert test["after"] == pytest.approx(np.mean([right[truth == each].mean() for each in set(truth)]))
+    assert test["accuracy"] == pytest.approx(right.mean())
+    assert "test images right, mean over classes, " in distilled_in_words(test)
 
 
 def test_the_command_prints_one_document_and_writes_the_report(

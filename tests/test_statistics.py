@@ -513,13 +513,21 @@ def test_no_difference_of_accuracies_is_beyond_a_hundred_points() -> None:
 def test_two_classifiers_differ_by_what_their_test_images_alone_leave_open() -> None:
     rng = np.random.default_rng(0)
     after, before = (rng.random((2, 400)) < [[0.9], [0.8]]).astype(float)
-    found = difference_on_images(after, before, np.arange(400))
+    truth = rng.integers(3, size=400)
+    found = difference_on_images(after, before, truth, np.arange(400), by_class=False)
     oracle = stats.ttest_rel(after, before).confidence_interval()
     assert found.mean == pytest.approx(after.mean() - before.mean())
     assert (found.low, found.high) == pytest.approx((oracle.low, oracle.high), abs=0.003)
-    twice = difference_on_images(np.tile(after, 2), np.tile(before, 2), np.tile(np.arange(400), 2))
+    tiled = (np.tile(each, 2) for each in (after, before, truth, np.arange(400)))
+    twice = difference_on_images(*tiled, by_class=False)
     assert twice == found, "copies of an image are one"
-    same = difference_on_images(before[:5], before[:5], np.arange(5))
+    by_class = difference_on_images(after, before, truth, np.arange(400), by_class=True)
+    parts = [stats.ttest_rel(after[truth == each], before[truth == each]) for each in range(3)]
+    means = [(after - before)[truth == each].mean() for each in range(3)]
+    half = [part.confidence_interval().high - mean for part, mean in zip(parts, means, strict=True)]
+    assert by_class.mean == pytest.approx(np.mean(means))
+    assert by_class.high == pytest.approx(np.mean(means) + np.linalg.norm(half) / 3)
+    same = difference_on_images(before[:5], before[:5], truth[:5], np.arange(5), by_class=False)
     assert same.low is not None
     assert same.high is not None
     assert same.low < -0.3 < 0.3 < same.high, "five that agree prove nothing"

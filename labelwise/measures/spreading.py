@@ -10,7 +10,9 @@ from labelwise.measures.knn import nearest_rows
 Floats = npt.NDArray[np.float32]
 
 NEIGHBOURS = 10
-HANDED_ON = 0.9  # alpha; 0.5, 0.97 and 0.99 were worse. Measured 2026-11-27, recipes/LOG.md
+HANDED_ON = (
+    0.9  # alpha; 0.5 was worse, 0.97 and 0.99 where features are weak. Measured 2026-11-27, recipes/LOG.md
+)
 _ROUNDS = 100  # what is left to be spread then is 0.9^100
 
 

@@ -212,14 +212,21 @@ def paired_difference(
     return _of_a_difference(found, _means_of_groups(values.mean(axis=0), own))
 
 
-def difference_on_images(first: Floats, second: Floats, groups: Groups) -> Interval:
+def difference_on_images(
+    first: Floats, second: Floats, truth: npt.NDArray[np.int64], groups: Groups, *, by_class: bool
+) -> Interval:
     """Mean of first minus second, two classifiers, with an interval that lets test images alone be drawn again.
 
     Args:
         first, second: One value per test image, 1 where it was right, (T,).
-        groups: Number of each image's group, (T,).
+        truth, groups: Class and number of the group of each image, (T,).
+        by_class: Take the mean over classes; without bounds where one is in fewer than five groups.
     """
     values = first - second
+    if by_class:
+        mean = float(macro_values(values[None], truth).mean())
+        found = _of_classes(Interval(mean, mean, mean, 1), values, truth, groups, _difference_of_few)
+        return _within(found, -1.0)
     low, high = _difference_of_few(_means_of_groups(values, groups))
     return _within(Interval(float(values.mean()), low, high, 1), -1.0)
 

@@ -134,8 +134,9 @@ def gain_in_words(entry: dict[str, Any]) -> str:
 
 def distilled_in_words(test: dict[str, Any]) -> str:
     """What distilling changed: `97.1 % of 449 test images right, 94.0 % by the classifier it came from: +3.1 points [+1.4, +5.0]`..."""
+    of_classes = ", mean over classes" if test["by_class"] else ""
     return (
-        f"{percent(test['after'])} % of {test['n_test']:,} test images right, {percent(test['before'])} % by the classifier it came from: "
+        f"{percent(test['after'])} % of {test['n_test']:,} test images right{of_classes}, {percent(test['before'])} % by the classifier it came from: "
         f"{points(test)}; they were used once for each, and chose nothing"
     )
 

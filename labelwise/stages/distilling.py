@@ -19,7 +19,14 @@ from labelwise.config import FinetuneSettings, read_run_config
 from labelwise.errors import DataError, Interrupted, LabelwiseError, UsageError
 from labelwise.interruption import stop_between_steps
 from labelwise.learning.optimization import Diverged
-from labelwise.measures.linear import Probe, fit_probe, one_of_each, stratified_folds
+from labelwise.measures.linear import (
+    Probe,
+    accuracy,
+    fit_probe,
+    macro_accuracy,
+    one_of_each,
+    stratified_folds,
+)
 from labelwise.measures.spreading import spread
 from labelwise.measures.statistics import (
     FEWEST_DRAWS,
@@ -61,7 +68,7 @@ def distill(run: RunDirectory, *, force: bool = False) -> dict[str, Any]:
 
     Returns:
         `distilled`: whether it was done; `reason`: why not, else None; `labels`; `images` that were learned from; `gain`: `mean`, `low`,
-        `high` inside the labels, None where they are too few; `test`: see `_test`, None where nothing was done or can be tested; `run`.
+        `high` inside the labels, None where they are too few; `by_class`: whether that is of the mean over classes; `test`: see `_test`, None where nothing was done or can be tested; `run`.
 
     Raises:
         CheckpointError: The run has no classifier, or it is damaged.
@@ -85,6 +92,7 @@ def distill(run: RunDirectory, *, force: bool = False) -> dict[str, Any]:
                     "labels": len(bench.labeled),
                     "images": len(bench.pool),
                     "gain": _bounds(gain) if gain is not None else None,
+                    "by_class": bench.unbalanced,
                     "test": None,
                     "run": str(run.path),
                 }
@@ -109,8 +117,9 @@ def distill(run: RunDirectory, *, force: bool = False) -> dict[str, Any]:
 def show(document: dict[str, Any]) -> None:
     """Print what was gained, or why nothing was done."""
     if document["gain"] is not None:
+        of_classes = ", mean over classes," if document["by_class"] else ""
         terminal.emit(
-            f"gain      {text.points(document['gain'])} in folds of the {document['labels']:,} labels, each image tested by one that had not seen it"
+            f"gain      {text.points(document['gain'])}{of_classes} in folds of the {document['labels']:,} labels, each image tested by one that had not seen it"
         )
     if not document["distilled"]:
         terminal.emit(f"kept      the classifier stays as it is: {document['reason']}")
@@ -221,20 +230,28 @@ def _teach(bench: Bench, pool: Rows, rows: Rows, chances: Floats) -> Probe:
 def _test(bench: Bench, start: Classifier, student: Probe) -> dict[str, Any] | None:
     """Accuracy `before` and `after` on the `n_test` test images, with the difference; each classifier sees them once.
 
-    Nothing was chosen by them. None where there are no test images.
+    Nothing was chosen by them. With classes of unlike size all these are means over classes (`by_class`); `accuracy` is the plain one
+    after. None where there are no test images.
     """
     if bench.folds:
         return None
-    truth = bench.labels[bench.test]
+    truth, by_class = bench.labels[bench.test], bench.unbalanced
     chances = predict(start, bench.cache, bench.test, bench.spec.normalization, bench.device)
-    before, after = (
-        (said.argmax(axis=1) == truth).astype(np.float64)
-        for said in (chances, student.logits(frozen_features(bench, "network")[bench.test]))
+    said = chances, student.logits(frozen_features(bench, "network")[bench.test])
+    score = macro_accuracy if by_class else accuracy
+    before, after = (each.argmax(axis=1) for each in said)
+    difference = difference_on_images(
+        (after == truth).astype(np.float64),
+        (before == truth).astype(np.float64),
+        truth,
+        bench.groups[bench.test],
+        by_class=by_class,
     )
-    difference = difference_on_images(after, before, bench.groups[bench.test])
     return {
-        "before": float(before.mean()),
-        "after": float(after.mean()),
+        "before": score(before, truth),
+        "after": score(after, truth),
+        "accuracy": accuracy(after, truth),
+        "by_class": by_class,
         "n_test": len(truth),
         **_bounds(difference),
     }

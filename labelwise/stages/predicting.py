@@ -216,7 +216,7 @@ def _expected(results: list[dict[str, Any]], kept: dict[str, Any]) -> dict[str, 
     if distilled := kept.get("distilled"):
         test, labels = distilled["test"], kept["labels"]
         known = {"labels": labels, "trained_on": labels}
-        return test and {"accuracy": test["after"], "n_test": test["n_test"], **known}
+        return test and {"accuracy": test["accuracy"], "n_test": test["n_test"], **known}
     rows = [row for row in results if row["method"] == "simclr"]
     most = max(row["labels"] for row in rows)
     scores = [row["accuracy"] for row in rows if row["labels"] == most]
