@@ -1246,7 +1246,7 @@ def test_what_cannot_be_trained_on_is_refused_in_words(digits: Path, tmp_path: P
     refuse("--batch-size 4096: larger than the", UsageError, batch_size=4096)
     refuse("timm has no such model; did you mean resnet18", UsageError, backbone="resnet81", backbone_args={})
     refuse("no such folder", DataError, images=tmp_path / "nowhere")
-    refuse("lies inside the image folder", DataError, out=digits / "runs")
+    refuse("lies inside the image folder", UsageError, out=digits / "runs")
     (tmp_path / "few").mkdir()
     for number in range(10):
         Image.new("RGB", (8, 8), (number * 20, 0, 0)).save(tmp_path / "few" / f"{number}.png")
