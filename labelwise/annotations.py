@@ -1,14 +1,18 @@
 """annotations.jsonl: what people said of images on the page of `labelwise annotate`; a line for each answer, and none is changed."""
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+import errno
+import fcntl
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
 from labelwise import rundir
-from labelwise.errors import CheckpointError
+from labelwise.errors import CheckpointError, ResourceError, UsageError
 from labelwise.rundir import RunDirectory
 
 UNDO = "undo"
@@ -89,3 +93,31 @@ def add_annotations(run: RunDirectory, said: Iterable[Annotation]) -> None:
     rundir.append_jsonl(run.annotations, *map(dataclasses.asdict, said))
     if is_new:
         rundir.flush(run.path)
+
+
+@contextmanager
+def served(run: RunDirectory) -> Iterator[None]:
+    """Let one page at a time ask about a run; two would not see each other's answers.
+
+    Raises:
+        ResourceError: The run cannot be written to.
+        UsageError: Another page asks already.
+    """
+    try:
+        file = os.open(run.annotations, os.O_RDWR | os.O_CREAT, 0o644)
+    except OSError as error:
+        raise ResourceError(
+            f"{run.annotations}: cannot be written ({error.strerror}); copy the run to a place that can be, and name the copy with --run."
+        ) from None
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno == errno.EWOULDBLOCK:  # other errors: a file system without locks
+            os.close(file)
+            raise UsageError(
+                f"{run.path}: another `labelwise annotate` asks about it already; several people can open its address."
+            ) from None
+    try:
+        yield
+    finally:
+        os.close(file)

@@ -679,6 +679,21 @@ def test_the_page_keeps_what_was_meant(run: RunDirectory) -> None:
 
 
 @pytest.mark.slow
+def test_a_second_page_on_one_run_is_refused(run: RunDirectory) -> None:
+    words = ("--test-images", "2", "--budget", "0")
+    with serving(run, *words) as (_, process):
+        with (
+            pytest.raises(AssertionError, match="another `labelwise annotate` asks about it already"),
+            serving(run, *words),
+        ):
+            pass
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    with serving(run, *words):
+        pass
+
+
+@pytest.mark.slow
 def test_a_thousand_answers_at_once_are_kept_whole(run: RunDirectory) -> None:
     session, images, _ = open_session(run, 20, 0, (), "tester")
     rows = [session.row(number) for number in range(20)]

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from labelwise import terminal
-from labelwise.annotations import find_rows, read_annotations
+from labelwise.annotations import find_rows, read_annotations, served
 from labelwise.config import FinetuneSettings
 from labelwise.environment import this_user
 from labelwise.errors import DataError, LabelwiseError, UsageError
@@ -60,7 +60,8 @@ def annotate(
     Raises:
         DataError: There is nothing to ask.
         Interrupted: Somebody ended it, as everybody does; every answer is kept.
-        UsageError: A class's name cannot be used, or the address cannot be had.
+        ResourceError: The run cannot be written to.
+        UsageError: A class's name cannot be used, the address cannot be had, or another page asks about the run already.
     """
     token = choose_token(host, token)
     session, images, cache = open_session(run, test_images, budget, classes, who or this_user())
@@ -99,7 +100,7 @@ def annotate(
             return refuse("500 Internal Server Error", f"Not kept: {error}")
         return None
 
-    with stop_between_steps() as stop:
+    with served(run), stop_between_steps() as stop:
         serve(
             get,
             post,

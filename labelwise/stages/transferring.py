@@ -89,11 +89,12 @@ def export_labels(run: RunDirectory, out: Path) -> str:
     said = [each for each in read_annotations(run).values() if each.label is not None]
     if not said:
         raise DataError(f"{run.path}: no label was given on the page of `labelwise annotate` yet.")
-    if out.suffix in (".csv", ".json"):
-        check_file(out, (".csv", ".json"), run)
+    suffix = out.suffix.lower()
+    if suffix in (".csv", ".json"):
+        check_file(out, (out.suffix,), run)
         pairs = [(each.file, str(each.label)) for each in said]
         write: Callable[[Path], None] = (
-            partial(_write_table, said) if out.suffix == ".csv" else partial(write_label_studio, pairs)
+            partial(_write_table, said) if suffix == ".csv" else partial(write_label_studio, pairs)
         )
         rundir.write_atomically(out, write)
         count = len(said)
