@@ -16,13 +16,14 @@ from urllib.parse import parse_qs
 
 import waitress
 
-from labelwise.errors import UsageError
+from labelwise.errors import LabelwiseError, UsageError
 from labelwise.interruption import StopRequest
 
 DEFAULT_PORT = 8707
 _LARGEST = 1 << 16  # bytes of what a page sends
 _TOKEN = re.compile(r"[A-Za-z0-9_-]{16,200}")
 _LOOKS_SECONDS = 0.1
+_PATIENCE_SECONDS = 2.0  # for an answer that is on its way
 _WAITING = 2000  # connections
 _ALWAYS = (
     ("X-Content-Type-Options", "nosniff"),
@@ -103,6 +104,7 @@ def serve(
         stop: Whether somebody asked to stop.
 
     Raises:
+        LabelwiseError: The server ended by itself.
         UsageError: The address cannot be had.
     """
     app = guard(get, post, token, is_local=is_loopback(host))
@@ -115,13 +117,25 @@ def serve(
         connection_limit=_WAITING,
         max_request_body_size=_LARGEST,
         clear_untrusted_proxy_headers=True,
+        asyncore_use_poll=True,  # select knows 1,024 files at most
     )
-    thread = threading.Thread(target=server.run, daemon=True)
+
+    def run() -> None:
+        try:
+            server.run()
+        except (OSError, ValueError):  # it is closed while it listens, below
+            if not stop:
+                raise
+
+    thread = threading.Thread(target=run, daemon=True)
     thread.start()
     ready(int(listening.getsockname()[1]))
-    while not stop:
+    while not stop and thread.is_alive():
         time.sleep(_LOOKS_SECONDS)
     server.close()
+    thread.join(_PATIENCE_SECONDS)
+    if not stop:
+        raise LabelwiseError("the page's server ended; start it again, nothing that was answered is lost.")
 
 
 def guard(get: Get, post: Post, token: str, *, is_local: bool) -> Callable[..., list[bytes]]:
