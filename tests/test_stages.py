@@ -532,7 +532,9 @@ def test_a_second_run_with_other_settings_gets_a_folder_of_its_own(
         pretrain(PretrainSettings(images=digits, out=first.path, **quick, seed=5))
 
 
-def test_runs_can_be_listed_compared_and_removed(finished: RunDirectory, tmp_path: Path) -> None:
+def test_runs_can_be_listed_compared_and_removed(
+    finished: RunDirectory, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     for name in ("a", "b"):
         shutil.copytree(finished.path, tmp_path / name)
     text = (tmp_path / "b" / "config.toml").read_text().replace("temperature = 0.2", "temperature = 0.5")
@@ -555,6 +557,14 @@ def test_runs_can_be_listed_compared_and_removed(finished: RunDirectory, tmp_pat
     with pytest.raises(UsageError, match="name two runs or more"):
         compare_runs([tmp_path / "a"])
     remove_run(tmp_path / "a")
+    chosen = rundir.read_json(tmp_path / "b" / "report.json")
+    for entry in chosen["summary"]:
+        entry |= {"series": "suggested", "suggested": 5}
+    rundir.write_json(tmp_path / "b" / "report.json", chosen)
+    assert not compare_runs([tmp_path / "a", tmp_path / "b"])["results"], "labels were chosen otherwise"
+    rundir.write_json(tmp_path / "a" / "report.json", chosen)
+    show_comparison(compare_runs([tmp_path / "a", tmp_path / "b"]))
+    assert "20 labels (5 chosen by suggest), simclr" in capsys.readouterr().out
     assert [run["name"] for run in list_runs(tmp_path)["runs"]] == ["b"]
     (tmp_path / "mine").mkdir()
     with pytest.raises(UsageError, match="not a run folder"):
