@@ -21,6 +21,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from labelwise import environment, rundir
+from labelwise.annotations import Annotation, add_annotations, read_annotations
 from labelwise.config import METHODS, FinetuneSettings, PretrainSettings, read_run_config
 from labelwise.errors import (
     CheckpointError,
@@ -556,7 +557,6 @@ def test_runs_can_be_listed_compared_and_removed(
     assert not compare_runs([tmp_path / "a", tmp_path / "b"])["same_test"]
     with pytest.raises(UsageError, match="name two runs or more"):
         compare_runs([tmp_path / "a"])
-    remove_run(tmp_path / "a")
     chosen = rundir.read_json(tmp_path / "b" / "report.json")
     for entry in chosen["summary"]:
         entry |= {"series": "suggested", "suggested": 5}
@@ -565,10 +565,33 @@ def test_runs_can_be_listed_compared_and_removed(
     rundir.write_json(tmp_path / "a" / "report.json", chosen)
     show_comparison(compare_runs([tmp_path / "a", tmp_path / "b"]))
     assert "20 labels (5 chosen by suggest), simclr" in capsys.readouterr().out
+    remove_run(tmp_path / "a")
     assert [run["name"] for run in list_runs(tmp_path)["runs"]] == ["b"]
     (tmp_path / "mine").mkdir()
     with pytest.raises(UsageError, match="not a run folder"):
         remove_run(tmp_path / "mine")
+
+
+def test_a_run_that_alone_has_labels_from_the_page_is_not_removed(
+    finished: RunDirectory, tmp_path: Path
+) -> None:
+    run, later = (RunDirectory(Path(shutil.copytree(finished.path, tmp_path / name))) for name in ("a", "b"))
+    answers = [
+        Annotation("1.png", 1, "label", "cat", "test", "me", "now", None),
+        Annotation("2.png", 2, "label", "dog", "suggested", "me", "now", None),
+        Annotation("3.png", 3, "unsure", None, "suggested", "me", "now", None),
+    ]
+    add_annotations(run, answers)
+    add_annotations(later, answers[:1])
+    with pytest.raises(UsageError, match=r"holds 1 labels of `labelwise annotate` that no run beside it has"):
+        remove_run(run.path)
+    assert len(read_annotations(run)) == 3
+    add_annotations(later, answers[1:2])
+    remove_run(run.path)
+    with pytest.raises(UsageError, match=r"holds 2 labels .*delete annotations\.jsonl in it first"):
+        remove_run(later.path)
+    later.annotations.unlink()
+    remove_run(later.path)
 
 
 def test_encoders_of_other_seeds_give_a_gain_over_all_of_them(

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from labelwise import rundir, terminal
+from labelwise.annotations import read_annotations
 from labelwise.errors import CheckpointError, UsageError
 from labelwise.images.cache import list_caches
 from labelwise.measures.statistics import FEWEST_DRAWS
@@ -21,8 +22,8 @@ from labelwise.stages.encoders import (
 from labelwise.stages.scoring import read_scores
 
 _MEGABYTE = 1e6
-
 _KEYS = ("labels", "series", "suggested", "arm")  # of accuracies that can be compared
+
 
 def list_runs(folder: Path) -> dict[str, Any]:
     """Describe the runs below a folder and the image caches.
@@ -150,7 +151,7 @@ def remove_run(path: Path) -> Path:
     """Delete the folder of a run or a study, and `runs/latest` if it named this run; give where it was.
 
     Raises:
-        UsageError: It is neither, or a link to one, or a command is working on it.
+        UsageError: It is neither, or a link to one, or a command is working on it, or it alone holds labels from the page.
     """
     path = rundir.as_listed(path)
     rundir.finish_deleting(path.parent)
@@ -165,6 +166,7 @@ def remove_run(path: Path) -> Path:
     link = run.path.parent / rundir.LATEST.name
     was_latest = link.is_symlink() and link.resolve() == run.path
     with hold(run):
+        _check_answers_are_elsewhere(run)
         rundir.delete(run.path)
     if was_latest:
         link.unlink()
@@ -174,6 +176,24 @@ def remove_run(path: Path) -> Path:
     if was_latest and left:
         rundir.point_latest(max(left, key=lambda other: other.encoder.stat().st_mtime))
     return run.path
+
+
+def _check_answers_are_elsewhere(run: RunDirectory) -> None:
+    """Refuse to delete labels given on the page of `labelwise annotate` that no run beside this one has."""
+    others = [RunDirectory(file.parent) for file in run.path.parent.glob("[!.]*/annotations.jsonl")]
+    kept = {
+        (each.key, each.label)
+        for other in others
+        if other.path.resolve() != run.path
+        for each in read_annotations(other).values()
+    }
+    said = read_annotations(run).values()
+    alone = sum(each.label is not None and (each.key, each.label) not in kept for each in said)
+    if alone:
+        raise UsageError(
+            f"{run.path}: holds {alone:,} labels of `labelwise annotate` that no run beside it has; `labelwise annotate --run {run.path} "
+            f"--export labels.csv` keeps them. To lose them with the run, delete {run.annotations.name} in it first."
+        )
 
 
 def _described(
