@@ -64,6 +64,7 @@ class _Environment(_Form):
     seconds: float
     commands: list[Any]
     trouble: str | None = None
+    distilling_tested: int = 0
 
 
 class _TestLock(_Form):

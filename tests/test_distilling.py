@@ -165,6 +165,9 @@ def test_finetune_is_the_way_back(
 ) -> None:
     run = copied(few)
     document = distill(run, force=True)
+    finetune(FinetuneSettings(run=run.path, methods=("simclr",), label_counts=("all",), steps=2))
+    again = report(run)
+    assert (again["distilled"], again["test_uses"]) == (None, uses + 2), "what was seen stays seen"
     assert not is_same(run, few)
     show(document)
     assert f"labelwise finetune --run {run.path}" in capsys.readouterr().out

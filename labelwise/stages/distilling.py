@@ -265,3 +265,6 @@ def _keep(bench: Bench, kept: dict[str, Any], student: Probe, document: dict[str
             ),
         }
     )
+    if document["test"] is not None:
+        before = rundir.read_json(bench.run.environment).get("distilling_tested", 0)
+        environment.note(bench.run, distilling_tested=before + 2)  # it, and the one it came from
