@@ -230,6 +230,7 @@ class _Calibration(_Derived):
     classifier: str
     labels: int
     scored: int
+    suggested: int = 0
     folds: int
     temperature: float = Field(gt=0)
     scores: list[float]

@@ -118,6 +118,7 @@ def show(document: dict[str, Any]) -> None:
     terminal.emit(f"distilled {document['labels']:,} labels, {document['images']:,} images")
     if document["test"] is not None:
         terminal.emit(f"test      {text.distilled_in_words(document['test'])}")
+    terminal.emit("believe   `predict` tells no calibrated confidence, no sets and nothing far of it")
     terminal.emit(
         f"back      labelwise finetune --run {document['run']} trains the classifier it came from again"
     )
