@@ -926,6 +926,22 @@ def test_encoders_are_not_compared_without_the_methods_that_the_gain_is_made_of(
         finetune(FinetuneSettings(run=finished.path, **FEW, methods=("simclr", "pixels"), pretrain_seeds=3))
 
 
+def test_labels_given_on_the_page_of_another_encoder_are_not_written_over(
+    finished: RunDirectory, tmp_path: Path
+) -> None:
+    run, other = (
+        RunDirectory(Path(shutil.copytree(finished.path, tmp_path / name))) for name in ("one", "one-seed-1")
+    )
+    table = other.config.read_text()
+    assert "\nseed = 0\n" in table
+    other.config.write_text(table.replace("\nseed = 0\n", "\nseed = 1\n", 1))
+    answer = Annotation("1.png", 1, "label", "cat", "test", "me", "now", None)
+    add_annotations(other, [answer])
+    with pytest.raises(UsageError, match=r"one-seed-1: lies where .* labels from a page of its own"):
+        finetune(FinetuneSettings(run=run.path, **FEW, pretrain_seeds=2))
+    assert read_annotations(other) == {"1.png": answer}
+
+
 def test_another_run_where_an_encoder_would_lie_is_met_before_anything_is_trained(
     finished: RunDirectory, digits: Path, tmp_path: Path
 ) -> None:
