@@ -535,6 +535,20 @@ def test_a_set_holds_each_class_that_is_as_probable_as_the_right_one_usually_is(
         )
 
 
+def test_the_time_of_a_classifier_that_is_trained_anew_is_told(
+    classified: RunDirectory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told = []
+    monkeypatch.setattr(comparing, "time_a_step", lambda bench: 1.0)
+    monkeypatch.setattr(comparing, "_say_how_long", lambda seconds, settings: told.append(seconds))
+    for name in ("of other settings", "none"):
+        run = RunDirectory(Path(shutil.copytree(classified.path, tmp_path / name)))
+        if name == "none":
+            run.classifier.unlink()
+        finetune(FinetuneSettings(run=run.path, methods=("simclr",), label_counts=(20,), steps=1, draws=1))
+    assert told[0] == told[1] > 2
+
+
 def test_sets_that_rest_on_suggested_labels_say_so(
     run: RunDirectory, digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
