@@ -145,7 +145,7 @@ def _pretrain(recipe: Recipe = None, json: Json = False, **given: Any) -> None:
         terminal.emit_json({"run": str(run.path), "encoder": str(run.encoder)})
     else:
         data = read_json(run.data)
-        labels = "" if data["classes"] else " --labels FILE"
+        labels = "" if data["classes"] or run.annotations.exists() else " --labels FILE"
         if has_few_labels(data):
             terminal.emit(
                 f"next: labelwise annotate --run {_shown(run.path)}: a page to label images on, those that matter most"

@@ -64,6 +64,7 @@ class _Environment(_Form):
     seconds: float
     commands: list[Any]
     trouble: str | None = None
+    distilling_tested: int = 0
 
 
 class _TestLock(_Form):
@@ -231,6 +232,7 @@ class _Calibration(_Derived):
     classifier: str
     labels: int
     scored: int
+    suggested: int = 0
     folds: int
     temperature: float = Field(gt=0)
     scores: list[float]

@@ -57,6 +57,7 @@ _BEFORE_STEP_0 = {
     "config.toml",
     "owner.json",
     "suggested.jsonl",
+    "annotations.jsonl",
 }  # left by a run killed early
 
 

@@ -32,7 +32,7 @@ from labelwise.models.weights import read_spec
 from labelwise.rundir import RunDirectory
 from labelwise.stages.annotating import _announce, open_session
 from labelwise.stages.asking import Session, check_class, precision_in_words
-from labelwise.stages.benching import open_decoded
+from labelwise.stages.benching import open_decoded, set_up_bench
 from labelwise.stages.pretraining import pretrain
 from labelwise.stages.repeating import finetune
 from labelwise.stages.reporting import report
@@ -394,6 +394,31 @@ def test_the_test_images_are_those_that_finetune_tests_on(run: RunDirectory, tmp
         asked.append(state["file"])
         reply(session)
     assert sorted(asked) == ["test:0.png", "test:1.png", "test:2.png"]
+
+
+@pytest.mark.parametrize("why", ["moved", "suggested by an earlier version"])
+def test_what_was_suggested_is_never_taken_for_a_random_label(
+    run: RunDirectory, tmp_path: Path, why: str
+) -> None:
+    images = tmp_path / "images"
+    shutil.copytree(rundir.read_json(run.data)["root"], images)
+    data = rundir.read_json(run.data)
+    data["sources"]["images"] = data["root"] = str(images)
+    rundir.write_json(run.data, data)
+    session = start(run, tests=12, budget=30)
+    while session.state()["number"] is not None:
+        reply(session)
+    asked = [line["file"] for line in lines(run) if line["part"] == "suggested"]
+    wanted = set(asked)
+    if why == "moved":
+        (images / asked[0]).rename(images / "elsewhere.png")
+        wanted = {*asked[1:], "elsewhere.png"}
+    else:
+        run.suggested.unlink()
+    for _ in range(2):  # and it is written down once
+        bench = set_up_bench(run, FinetuneSettings(run=run.path))
+        assert {bench.names[row] for rows in bench.suggested for row in rows} == wanted
+    assert len(rundir.read_jsonl(run.suggested)) == (2 if why == "moved" else 1)
 
 
 def test_a_label_file_has_the_last_word(

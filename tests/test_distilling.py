@@ -26,6 +26,7 @@ from labelwise.stages.distilling import distill, show
 from labelwise.stages.finetuning import load_classifier
 from labelwise.stages.finetuning import predict as probabilities_of
 from labelwise.stages.predicting import predict
+from labelwise.stages.predicting import show as show_predicted
 from labelwise.stages.pretraining import pretrain
 from labelwise.stages.repeating import finetune
 from labelwise.stages.reporting import report
@@ -141,6 +142,12 @@ def test_predict_uses_the_distilled_classifier_and_expects_what_it_reached(
         "trained_on": 10 * FEW,
         "n_test": len(bench.test),
     }
+    show_predicted(found)
+    words = " ".join(capsys.readouterr().out.split())
+    assert "confidence is not calibrated: the classifier is distilled, so there are no sets" in words
+    assert "labels are too few" not in words
+    with pytest.raises(UsageError, match="this classifier was not calibrated; `labelwise finetune"):
+        predict(run, [Path(rundir.read_json(run.data)["root"]) / "3"], tmp_path / "sets.csv", coverage=0.9)
 
 
 def test_report_and_model_card_tell_of_it_and_follow_from_what_is_stored(
@@ -159,6 +166,9 @@ def test_report_and_model_card_tell_of_it_and_follow_from_what_is_stored(
     card = run.model_card.read_text()
     assert f"The classifier that is kept was distilled from one of these: {words}" in card
     assert "Every row is a classifier made as this one's start was" in card
+    finetune(FinetuneSettings(run=run.path, methods=("simclr",), label_counts=("all",), steps=2))
+    again = report(run)
+    assert (again["distilled"], again["test_uses"]) == (None, uses + 2), "what was seen stays seen"
 
 
 def test_finetune_is_the_way_back(

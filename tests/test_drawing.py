@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from labelwise import rundir
+from labelwise.annotations import Annotation, add_annotations
 from labelwise.cli import app
 from labelwise.config import FinetuneSettings, PretrainSettings
 from labelwise.errors import CheckpointError
@@ -315,13 +316,18 @@ def test_results_of_an_earlier_version_are_random(run: RunDirectory) -> None:
 
 
 def test_a_run_that_goes_on_from_another_knows_what_was_suggested_there(
-    run: RunDirectory, small_network: dict[str, Any]
+    run: RunDirectory, small_network: dict[str, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
     remember(run, names_of(run, 1))
+    add_annotations(run, [Annotation(names_of(run, 1)[0], 1, "label", "0", "suggested", "me", "now", None)])
     images, out = Path(rundir.read_json(run.data)["root"]), run.path.with_name("second")
     network = {key: small_network[key] for key in ("batch_size", "epochs", "precision")}
     second = pretrain(PretrainSettings(images=images, init=str(run.path), out=out, **network))
     assert rundir.read_jsonl(second.suggested) == rundir.read_jsonl(run.suggested)
+    asked = [f"--{key.replace('_', '-')}={value}" for key, value in network.items()]
+    app(["pretrain", str(images), f"--init={run.path}", f"--out={out}", *asked], standalone_mode=False)
+    words = capsys.readouterr().out
+    assert f"next: labelwise finetune --run {out} --label-counts" in words, "its labels came along"
 
 
 @pytest.mark.slow

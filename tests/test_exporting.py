@@ -16,6 +16,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import nn
 
+from labelwise import rundir
 from labelwise.errors import UsageError
 from labelwise.models.encoder import EncoderSpec, create_encoder
 from labelwise.models.heads import create_head
@@ -161,6 +162,16 @@ def test_weights_as_they_are_carry_what_it_takes(classified: RunDirectory, tmp_p
     assert (document["classes"], document["difference"]) == (classes, None)
     temperature = json.loads(classified.calibration.read_text())["temperature"]
     assert f"divided by a temperature of {temperature:.3g}," in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_a_temperature_is_told_where_there_is_one(classified: RunDirectory, tmp_path: Path) -> None:
+    run = RunDirectory(Path(shutil.copytree(classified.path, tmp_path / "run")))
+    facts = rundir.read_json(run.calibration)
+    for temperature, is_told in ((1.7, True), (1.0, False)):
+        rundir.write_json(run.calibration, {**facts, "temperature": temperature})
+        export(run, "safetensors", tmp_path / str(temperature))
+        card = (tmp_path / str(temperature) / "README.md").read_text()
+        assert ("divided by a temperature of 1.7," in card) == ("# Calibration" in card) == is_told
 
 
 def test_a_run_without_labels_gives_its_encoder(

@@ -521,6 +521,7 @@ def test_a_set_holds_each_class_that_is_as_probable_as_the_right_one_usually_is(
         assert document["sets"] == {
             "coverage": coverage,
             "labels": len(scores),
+            "suggested": 0,
             "empty": sum(not row["set"] for row in rows),
         }
         predict(run, [digits], tmp_path / f"{coverage}.parquet", coverage=coverage)
@@ -532,6 +533,33 @@ def test_a_set_holds_each_class_that_is_as_probable_as_the_right_one_usually_is(
             f"hold the right class of {coverage:.0%} of images like the {len(scores)} labels"
             in capsys.readouterr().out
         )
+
+
+def test_the_time_of_a_classifier_that_is_trained_anew_is_told(
+    classified: RunDirectory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told = []
+    monkeypatch.setattr(comparing, "time_a_step", lambda bench: 1.0)
+    monkeypatch.setattr(comparing, "_say_how_long", lambda seconds, settings: told.append(seconds))
+    for name in ("of other settings", "none"):
+        run = RunDirectory(Path(shutil.copytree(classified.path, tmp_path / name)))
+        if name == "none":
+            run.classifier.unlink()
+        finetune(FinetuneSettings(run=run.path, methods=("simclr",), label_counts=(20,), steps=1, draws=1))
+    assert told[0] == told[1] > 2
+
+
+def test_sets_that_rest_on_suggested_labels_say_so(
+    run: RunDirectory, digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy = RunDirectory(Path(shutil.copytree(run.path, tmp_path / "copy")))
+    show(predict(copy, [digits], tmp_path / "random.csv"))
+    assert "chosen by suggest" not in capsys.readouterr().out
+    facts = rundir.read_json(copy.calibration)
+    assert facts["suggested"] == 0
+    rundir.write_json(copy.calibration, {**facts, "suggested": 30})
+    show(predict(copy, [digits], tmp_path / "chosen.csv"))
+    assert "30 labels were chosen by suggest: on images at random it may be" in capsys.readouterr().out
 
 
 def test_fewer_than_fifty_labels_promise_no_sets(run: RunDirectory, digits: Path, tmp_path: Path) -> None:
@@ -557,6 +585,7 @@ def test_fewer_than_fifty_labels_promise_no_sets(run: RunDirectory, digits: Path
     copy.calibration.unlink()
     document = predict(copy, [digits], tmp_path / "old.csv")
     assert (document["calibrated_on"], document["sets"]) == (0, None)
+    assert document["uncalibrated"].startswith("the classifier is of an earlier version, or diverges")
 
 
 def test_names_of_classes_in_a_set_can_be_told_apart(tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from labelwise import environment, rundir
+from labelwise.annotations import Annotation, add_annotations, read_annotations
 from labelwise.config import METHODS, FinetuneSettings, PretrainSettings, read_run_config
 from labelwise.errors import (
     CheckpointError,
@@ -532,7 +533,9 @@ def test_a_second_run_with_other_settings_gets_a_folder_of_its_own(
         pretrain(PretrainSettings(images=digits, out=first.path, **quick, seed=5))
 
 
-def test_runs_can_be_listed_compared_and_removed(finished: RunDirectory, tmp_path: Path) -> None:
+def test_runs_can_be_listed_compared_and_removed(
+    finished: RunDirectory, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     for name in ("a", "b"):
         shutil.copytree(finished.path, tmp_path / name)
     text = (tmp_path / "b" / "config.toml").read_text().replace("temperature = 0.2", "temperature = 0.5")
@@ -554,11 +557,41 @@ def test_runs_can_be_listed_compared_and_removed(finished: RunDirectory, tmp_pat
     assert not compare_runs([tmp_path / "a", tmp_path / "b"])["same_test"]
     with pytest.raises(UsageError, match="name two runs or more"):
         compare_runs([tmp_path / "a"])
+    chosen = rundir.read_json(tmp_path / "b" / "report.json")
+    for entry in chosen["summary"]:
+        entry |= {"series": "suggested", "suggested": 5}
+    rundir.write_json(tmp_path / "b" / "report.json", chosen)
+    assert not compare_runs([tmp_path / "a", tmp_path / "b"])["results"], "labels were chosen otherwise"
+    rundir.write_json(tmp_path / "a" / "report.json", chosen)
+    show_comparison(compare_runs([tmp_path / "a", tmp_path / "b"]))
+    assert "20 labels (5 chosen by suggest), simclr" in capsys.readouterr().out
     remove_run(tmp_path / "a")
     assert [run["name"] for run in list_runs(tmp_path)["runs"]] == ["b"]
     (tmp_path / "mine").mkdir()
     with pytest.raises(UsageError, match="not a run folder"):
         remove_run(tmp_path / "mine")
+
+
+def test_a_run_that_alone_has_labels_from_the_page_is_not_removed(
+    finished: RunDirectory, tmp_path: Path
+) -> None:
+    run, later = (RunDirectory(Path(shutil.copytree(finished.path, tmp_path / name))) for name in ("a", "b"))
+    answers = [
+        Annotation("1.png", 1, "label", "cat", "test", "me", "now", None),
+        Annotation("2.png", 2, "label", "dog", "suggested", "me", "now", None),
+        Annotation("3.png", 3, "unsure", None, "suggested", "me", "now", None),
+    ]
+    add_annotations(run, answers)
+    add_annotations(later, answers[:1])
+    with pytest.raises(UsageError, match=r"holds 1 labels of `labelwise annotate` that no run beside it has"):
+        remove_run(run.path)
+    assert len(read_annotations(run)) == 3
+    add_annotations(later, answers[1:2])
+    remove_run(run.path)
+    with pytest.raises(UsageError, match=r"holds 2 labels .*delete annotations\.jsonl in it first"):
+        remove_run(later.path)
+    later.annotations.unlink()
+    remove_run(later.path)
 
 
 def test_encoders_of_other_seeds_give_a_gain_over_all_of_them(
@@ -891,6 +924,22 @@ def test_encoders_are_not_compared_without_the_methods_that_the_gain_is_made_of(
 ) -> None:
     with pytest.raises(UsageError, match="needs --methods with simclr and supervised"):
         finetune(FinetuneSettings(run=finished.path, **FEW, methods=("simclr", "pixels"), pretrain_seeds=3))
+
+
+def test_labels_given_on_the_page_of_another_encoder_are_not_written_over(
+    finished: RunDirectory, tmp_path: Path
+) -> None:
+    run, other = (
+        RunDirectory(Path(shutil.copytree(finished.path, tmp_path / name))) for name in ("one", "one-seed-1")
+    )
+    table = other.config.read_text()
+    assert "\nseed = 0\n" in table
+    other.config.write_text(table.replace("\nseed = 0\n", "\nseed = 1\n", 1))
+    answer = Annotation("1.png", 1, "label", "cat", "test", "me", "now", None)
+    add_annotations(other, [answer])
+    with pytest.raises(UsageError, match=r"one-seed-1: lies where .* labels from a page of its own"):
+        finetune(FinetuneSettings(run=run.path, **FEW, pretrain_seeds=2))
+    assert read_annotations(other) == {"1.png": answer}
 
 
 def test_another_run_where_an_encoder_would_lie_is_met_before_anything_is_trained(

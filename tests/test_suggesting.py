@@ -169,7 +169,7 @@ def test_labels_written_beside_the_suggestions_count_the_next_time(run: RunDirec
     assert document["labels"] == len(names)
     assert names.isdisjoint(files_of(document))
     assert document["next"] == (
-        f"add them to {tmp_path / 'mine.csv'}; then labelwise finetune --run {run.path} --labels {tmp_path / 'mine.csv'}."
+        f"labelwise annotate --run {run.path}, a page that asks about them; or add them to {tmp_path / 'mine.csv'}; then labelwise finetune --run {run.path} --labels {tmp_path / 'mine.csv'}."
     )
 
 
@@ -275,7 +275,7 @@ def test_what_more_labels_bring_is_read_off_the_curve(run: RunDirectory) -> None
     )
 
 
-def test_where_few_labels_are_there_the_page_to_label_on_is_the_next_step(
+def test_where_few_labels_are_there_annotate_is_the_next_step(
     run: RunDirectory,
     pretrained: RunDirectory,
     small_network: dict[str, Any],
@@ -289,10 +289,13 @@ def test_where_few_labels_are_there_the_page_to_label_on_is_the_next_step(
         recipe = ["--recipe", str(tmp_path / "small.toml"), "--out", str(each.path)]
         app(["pretrain", sources["images"], *test, *recipe], standalone_mode=False)  # it is there
         *first, last = (line for line in capsys.readouterr().out.splitlines() if line.startswith("next: "))
-        page = f"labelwise annotate --run {each.path}: a page to label images on, those that matter most"
-        assert first == [f"next: {page}"] * is_named
+        words = f"labelwise annotate --run {each.path}: a page to label images on, those that matter most"
+        assert first == ([f"next: {words}"] if is_named else [])
         assert last.startswith(f"next: labelwise finetune --run {each.path} ")
-    assert report(run)["next"][0] == page.replace(str(pretrained.path), str(run.path))
+    assert (
+        report(run)["next"][0]
+        == f"labelwise annotate --run {run.path}: a page to label images on, those that matter most"
+    )
 
 
 def test_where_nothing_is_left_to_label_that_is_said(run: RunDirectory) -> None:

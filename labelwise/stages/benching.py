@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from labelwise import rundir, terminal
-from labelwise.annotations import find_rows, read_annotations
+from labelwise import environment, rundir, terminal
+from labelwise.annotations import Annotation, find_rows, read_annotations
 from labelwise.config import FinetuneSettings, read_run_config
 from labelwise.errors import DataError
 from labelwise.images.cache import ImageCache, build_cache
@@ -87,6 +87,7 @@ def set_up_bench(run: RunDirectory, settings: FinetuneSettings) -> Bench:
             f"no test set: {folds}-fold cross-validation; the encoder saw {share} of them, without labels"
         )
     keep_freed_memory()
+    _remember_suggested(run, images, cache)
     plan = rundir.read_json(run.environment)["plan"]
     policy = _view_policy(read_run_config(run.config), plan)
     device = choose_device(settings.device)
@@ -95,6 +96,21 @@ def set_up_bench(run: RunDirectory, settings: FinetuneSettings) -> Bench:
         spec=spec, policy=policy, precision=_precision(plan, device), device=device,
         unbalanced=is_unbalanced(labels[labeled], len(classes)),
     )  # fmt: skip
+
+
+def _remember_suggested(run: RunDirectory, images: ImageSet, cache: ImageCache) -> None:
+    """Add what the page asked about as suggested to the history of `suggest`, where that names it otherwise, or not at all.
+
+    The image was moved since, or an earlier version suggested it.
+    """
+    history = rundir.read_jsonl(run.suggested)
+    named = {name for line in history if not line["as_if_unlabeled"] for name in line["files"]}
+    said = _said_on_page(run, images, cache)
+    asked = [images.names[row] for each, row in said if each.part == "suggested" and row is not None]
+    files = [name for name in asked if name not in named]
+    if files:
+        line = {"budget": len(files), "files": files, "as_if_unlabeled": False}
+        rundir.append_jsonl(run.suggested, {"at": environment.now(), **line})
 
 
 def _suggested(run: RunDirectory, names: list[str], labeled: Rows) -> list[Rows]:
@@ -138,15 +154,13 @@ def open_decoded(
 
 
 def _with_annotations(run: RunDirectory, images: ImageSet, cache: ImageCache) -> ImageSet:
-    """Labels given on the page of `labelwise annotate`, for images that have no other: found by their pixels, wherever they lie now."""
-    said = [each for each in read_annotations(run).values() if each.label is not None]
+    """Labels given on the page of `labelwise annotate`, for images that have no other."""
+    said = _said_on_page(run, images, cache)
     if not said:
         return images
-    rows = find_rows(said, images.names, cache.keys)
     labels = list(images.labels)
     gone, other = list[str](), list[str]()
-    for each in said:
-        row = rows.get(each.file)
+    for each, row in said:
         if row is None:
             gone.append(each.file)
         elif images.labels[row] not in (None, each.label):
@@ -163,6 +177,15 @@ def _with_annotations(run: RunDirectory, images: ImageSet, cache: ImageCache) ->
             f"{len(other):,} images have another label than `labelwise annotate` was told, e.g. {other[0]}; that one is not used."
         )
     return dataclasses.replace(images, labels=labels)
+
+
+def _said_on_page(
+    run: RunDirectory, images: ImageSet, cache: ImageCache
+) -> list[tuple[Annotation, int | None]]:
+    """Labels given on the page of `labelwise annotate`, each with its image: found by its pixels, wherever it lies now, or gone."""
+    said = [each for each in read_annotations(run).values() if each.label is not None]
+    rows = find_rows(said, images.names, cache.keys)
+    return [(each, rows.get(each.file)) for each in said]
 
 
 def _count_folds(root: str, labels: Rows, groups: Rows, classes: list[str]) -> int:

@@ -60,6 +60,7 @@ def calibrate(bench: Bench, signature: str) -> None:
         "classifier": classifier,
         "labels": len(rows),
         "scored": int(is_scored.sum()),
+        "suggested": sum(map(len, bench.suggested)),
         "folds": len(folds),
         "way": f"each fold scored by the same training ({way}) on the others, groups kept whole",
         "temperature": temperature,

@@ -121,7 +121,7 @@ def _compare(run: RunDirectory, settings: FinetuneSettings, devices: int) -> lis
     waiting_steps = [costs[job] for job in jobs if job not in finished and is_trained(job[0], bench)]
     if waiting_steps:
         steps = steps_in_a_row(waiting_steps, 1 if bench.device.type == "cpu" else devices)
-        if "simclr" in settings.methods and not bench.run.classifier.exists():
+        if "simclr" in settings.methods and not _is_kept(bench, signature_of(bench)):
             steps += steps_of("simclr", bench, bench.labeled) + steps_to_calibrate(
                 bench
             )  # the one that is kept
@@ -426,10 +426,15 @@ def _say_how_long(seconds: float, settings: FinetuneSettings) -> None:
 def _keep_classifier(bench: Bench) -> None:
     """Save the classifier trained on every label outside the test set, what it takes to use it, and how far to believe it."""
     signature = signature_of(bench)
-    before = rundir.read_derived(bench.run.classifier_json)
-    is_kept = before is not None and before["signature"] == signature and bench.run.classifier.exists()
-    if (is_kept or _train_to_keep(bench, signature)) and read_calibration(bench.run) is None:
+    is_there = _is_kept(bench, signature) or _train_to_keep(bench, signature)
+    if is_there and read_calibration(bench.run) is None:
         calibrate(bench, signature)
+
+
+def _is_kept(bench: Bench, signature: str) -> bool:
+    """Whether the classifier to keep is there."""
+    before = rundir.read_derived(bench.run.classifier_json)
+    return before is not None and before["signature"] == signature and bench.run.classifier.exists()
 
 
 def _train_to_keep(bench: Bench, signature: str) -> bool:

@@ -127,6 +127,7 @@ def show(document: dict[str, Any]) -> None:
     terminal.emit(f"distilled {document['labels']:,} labels, {document['images']:,} images")
     if document["test"] is not None:
         terminal.emit(f"test      {text.distilled_in_words(document['test'])}")
+    terminal.emit("believe   `predict` tells no calibrated confidence, no sets and nothing far of it")
     terminal.emit(
         f"back      labelwise finetune --run {document['run']} trains the classifier it came from again"
     )
@@ -282,3 +283,6 @@ def _keep(bench: Bench, kept: dict[str, Any], student: Probe, document: dict[str
             ),
         }
     )
+    if document["test"] is not None:
+        before = rundir.read_json(bench.run.environment).get("distilling_tested", 0)
+        environment.note(bench.run, distilling_tested=before + 2)  # it, and the one it came from

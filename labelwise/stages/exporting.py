@@ -207,7 +207,7 @@ def _card(run: RunDirectory, form: str, example: str) -> str:
 def _calibrated(run: RunDirectory) -> list[str]:
     """That a temperature is in the weights, where it is."""
     facts = read_calibration(run) if run.classifier.exists() else None
-    if facts is None:
+    if facts is None or facts["temperature"] == 1:  # too few labels for one
         return []
     words = f"its scores are divided by a temperature of {facts['temperature']:.3g}, in the weights of its last layer"
     return [

@@ -124,9 +124,10 @@ def make_promise(
     if len(scores) < FEWEST_FOR_SETS:
         if coverage is None:
             return None
+        why = f"calibrated on {len(scores)}; label more, then" if calibration else "not calibrated;"
         raise UsageError(
-            f"--coverage {coverage:g}: sets of classes rest on {FEWEST_FOR_SETS} labels or more, and this classifier was calibrated on "
-            f"{len(scores)}; label more, then `labelwise finetune --run {run.path}`."
+            f"--coverage {coverage:g}: sets of classes rest on {FEWEST_FOR_SETS} labels or more, and this classifier was {why} "
+            f"`labelwise finetune --run {run.path}`."
         )
     share = COVERAGE if coverage is None else coverage
     limit = quantile_of_next(scores, share)

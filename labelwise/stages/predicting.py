@@ -66,8 +66,8 @@ def predict(
 
     Returns:
         `out`, `images` (rows written), `labels` (how many of each), `abstained`, `far` (None where it is not known), `sets`
-        (`coverage`, `labels` that it rests on, and how many are `empty`; None without), `calibrated_on` (labels, 0 where
-        confidence is not calibrated), `left_out` (file and reason), `expected` (mean `accuracy` with the most `labels` that were
+        (`coverage`, `labels` that it rests on, how many `suggest` chose, and how many sets are `empty`; None without), `calibrated_on` (labels, 0 where
+        confidence is not calibrated), `uncalibrated` (why not, else None), `left_out` (file and reason), `expected` (mean `accuracy` with the most `labels` that were
         compared, `n_test`, and `trained_on`; None where the classifier is an older one; of a
         distilled one its own, None where it was not tested).
 
@@ -102,18 +102,36 @@ def predict(
         raise DataError(
             f"none of the {parts.done} images can be read, e.g. {first['file']}: {first['reason']}."
         )
-    sets = oracle.promise
+    sets, chosen = oracle.promise, calibration.get("suggested", 0) if calibration else 0
+    uncalibrated = _why_uncalibrated(run, calibration)
     return {
         "out": str(out),
         "images": parts.rows,
         "labels": dict(summary.labels.most_common()),
         "abstained": summary.abstained,
         "far": summary.far if "far" in columns else None,
-        "sets": {"coverage": sets.coverage, "labels": sets.labels, "empty": summary.empty} if sets else None,
-        "calibrated_on": calibration["scored"] if calibration and calibration["temperature"] != 1 else 0,
+        "sets": {
+            "coverage": sets.coverage,
+            "labels": sets.labels,
+            "suggested": chosen,
+            "empty": summary.empty,
+        }
+        if sets
+        else None,
+        "calibrated_on": calibration["scored"] if calibration and not uncalibrated else 0,
+        "uncalibrated": uncalibrated,
         "left_out": summary.left_out,
         "expected": _expected(results, kept) if kept is not None else None,
     }
+
+
+def _why_uncalibrated(run: RunDirectory, calibration: dict[str, Any] | None) -> str | None:
+    """Why probabilities are not calibrated, in words; None where they are."""
+    if calibration is not None:
+        return "labels are too few" if calibration["temperature"] == 1 else None
+    if rundir.read_json(run.classifier_json).get("distilled"):
+        return f"the classifier is distilled, so there are no sets and none is far; `labelwise finetune --run {run.path}` trains one that is not"
+    return f"the classifier is of an earlier version, or diverges on a part of its labels; `labelwise finetune --run {run.path}` tries anew"
 
 
 def _fill(parts: Parts, oracle: Oracle, images: ImageSet, deep: list[float] | None, columns: Columns) -> None:
@@ -184,20 +202,23 @@ def show(document: dict[str, Any]) -> None:
 def _doubts(document: dict[str, Any]) -> list[str]:
     """How many images it does not decide on, and what that rests on."""
     count, sets = document["images"], document["sets"]
-    if not document["calibrated_on"]:
-        lines = [
-            "confidence is not calibrated: too few labels, a distilled classifier, or one of an earlier version"
-        ]
+    if document["uncalibrated"]:
+        lines = [f"confidence is not calibrated: {document['uncalibrated']}"]
     else:
         lines = [f"confidence calibrated on {document['calibrated_on']:,} labels that were held out in turn"]
     if sets is None:
+        why = "" if document["uncalibrated"] else "; labels are too few for sets"
         lines.append(
-            f"abstain   {document['abstained']:,} of {count:,}, where confidence is below {DOUBTFUL:.0%}; labels are too few for sets"
+            f"abstain   {document['abstained']:,} of {count:,}, where confidence is below {DOUBTFUL:.0%}{why}"
         )
     else:
         lines.append(
             f"sets      hold the right class of {sets['coverage']:.0%} of images like the {sets['labels']:,} labels that this rests on"
         )
+        if sets["suggested"]:
+            lines.append(
+                f"          {sets['suggested']:,} labels were chosen by suggest: on images at random it may be another share"
+            )
         empty = (
             f", {sets['empty']:,} of them none; a higher --coverage makes these fewer"
             if sets["empty"]

@@ -119,6 +119,9 @@ def _check_place(run: RunDirectory, other: RunDirectory, how: PretrainSettings) 
             find_run(how)
         if other.config.exists() and read_run_config(other.config)["seed"] != how.seed:
             reason = "it has another seed"
+        ours, theirs = (set(map(str, rundir.read_jsonl(each.annotations))) for each in (run, other))
+        if theirs - ours:
+            reason = "it has labels from a page of its own, in place of which this run's would be put"
     except (UsageError, CheckpointError) as error:
         reason = str(error).split(":", 1)[-1].strip()
     if reason:

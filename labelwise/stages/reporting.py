@@ -101,9 +101,9 @@ def compose(
     summary, check = computed["summary"], _label_check(run, results)
     kept = kept_classifier(run, results)
     distilled = kept and kept.get("distilled")
-    test_uses = _test_uses(run, computed["over_encoders"]["runs"][1:])
-    if distilled and distilled["test"]:
-        test_uses += 2  # it, and the one it came from
+    test_uses = _test_uses(run, computed["over_encoders"]["runs"][1:]) + surroundings.get(
+        "distilling_tested", 0
+    )
     return {
         **computed,
         "data": data,

@@ -5,13 +5,14 @@ from pathlib import Path
 from typing import Any
 
 from labelwise import rundir, terminal
+from labelwise.annotations import read_annotations
 from labelwise.errors import CheckpointError, UsageError
 from labelwise.images.cache import list_caches
 from labelwise.measures.statistics import FEWEST_DRAWS
 from labelwise.ownership import hold
 from labelwise.predictions import read_predictions
-from labelwise.reports.text import MACRO, over_encoders_in_words, pretrained_on
-from labelwise.rundir import RunDirectory
+from labelwise.reports.text import MACRO, labels_in_words, over_encoders_in_words, pretrained_on
+from labelwise.rundir import RANDOM, RunDirectory
 from labelwise.stages.encoders import (
     SEED,
     differing_settings,
@@ -21,6 +22,7 @@ from labelwise.stages.encoders import (
 from labelwise.stages.scoring import read_scores
 
 _MEGABYTE = 1e6
+_KEYS = ("labels", "series", "suggested", "arm")  # of accuracies that can be compared
 
 
 def list_runs(folder: Path) -> dict[str, Any]:
@@ -74,7 +76,8 @@ def compare_runs(paths: Sequence[Path]) -> dict[str, Any]:
     """Find the settings in which runs differ, and put their results side by side.
 
     Returns:
-        `settings`: {key: [of each run]}; `results`: [{labels, arm, accuracies}] where all have some; `by_class`: whether these are
+        `settings`: {key: [of each run]}; `results`: [{labels, series, suggested, arm,
+        accuracies}] where all have some of labels chosen alike; `by_class`: whether these are
         means over classes, as the gains of all runs are; `same_test`: whether
         all were tested on the same images; `over_encoders`: where nothing differs but the seed of pretraining, the gain at each
         number of labels, with an interval over encoders too; `not_over_encoders`: where the seed differs, why there is none.
@@ -97,8 +100,8 @@ def compare_runs(paths: Sequence[Path]) -> dict[str, Any]:
         "settings": settings,
         "by_class": by_class,
         "results": [
-            {"labels": labels, "arm": arm, "accuracies": [each[labels, arm] for each in arms]}
-            for labels, arm in sorted(set.intersection(*(set(each) for each in arms)))
+            {**dict(zip(_KEYS, column, strict=True)), "accuracies": [each[column] for each in arms]}
+            for column in sorted(set.intersection(*(set(each) for each in arms)))
         ],
         "over_encoders": gains,
         "not_over_encoders": reason,
@@ -126,7 +129,7 @@ def show_comparison(document: dict[str, Any]) -> None:
     if document["results"]:
         rows = [
             [
-                f"{entry['labels']:,} labels, {entry['arm']}",
+                f"{labels_in_words(entry)}, {entry['arm']}",
                 *(f"{value:.1%}" for value in entry["accuracies"]),
             ]
             for entry in document["results"]
@@ -148,7 +151,7 @@ def remove_run(path: Path) -> Path:
     """Delete the folder of a run or a study, and `runs/latest` if it named this run; give where it was.
 
     Raises:
-        UsageError: It is neither, or a link to one, or a command is working on it.
+        UsageError: It is neither, or a link to one, or a command is working on it, or it alone holds labels from the page.
     """
     path = rundir.as_listed(path)
     rundir.finish_deleting(path.parent)
@@ -163,6 +166,7 @@ def remove_run(path: Path) -> Path:
     link = run.path.parent / rundir.LATEST.name
     was_latest = link.is_symlink() and link.resolve() == run.path
     with hold(run):
+        _check_answers_are_elsewhere(run)
         rundir.delete(run.path)
     if was_latest:
         link.unlink()
@@ -172,6 +176,24 @@ def remove_run(path: Path) -> Path:
     if was_latest and left:
         rundir.point_latest(max(left, key=lambda other: other.encoder.stat().st_mtime))
     return run.path
+
+
+def _check_answers_are_elsewhere(run: RunDirectory) -> None:
+    """Refuse to delete labels given on the page of `labelwise annotate` that no run beside this one has."""
+    others = [RunDirectory(file.parent) for file in run.path.parent.glob("[!.]*/annotations.jsonl")]
+    kept = {
+        (each.key, each.label)
+        for other in others
+        if other.path.resolve() != run.path
+        for each in read_annotations(other).values()
+    }
+    said = read_annotations(run).values()
+    alone = sum(each.label is not None and (each.key, each.label) not in kept for each in said)
+    if alone:
+        raise UsageError(
+            f"{run.path}: holds {alone:,} labels of `labelwise annotate` that no run beside it has; `labelwise annotate --run {run.path} "
+            f"--export labels.csv` keeps them. To lose them with the run, delete {run.annotations.name} in it first."
+        )
 
 
 def _described(
@@ -218,6 +240,10 @@ def _size(run: RunDirectory) -> int:
     return sum(file.stat().st_size for file in run.path.rglob("*") if file.is_file())
 
 
-def _means(summary: list[dict[str, Any]], key: str) -> dict[tuple[int, str], float]:
-    """Mean accuracy of each arm at each number of labels, of the images or over classes."""
-    return {(entry["labels"], arm): value["mean"] for entry in summary for arm, value in entry[key].items()}
+def _means(summary: list[dict[str, Any]], key: str) -> dict[tuple[int, str, int, str], float]:
+    """Mean accuracy at each of `_KEYS`, of the images or over classes; earlier versions noted no series."""
+    return {
+        (entry["labels"], entry.get("series", RANDOM), entry.get("suggested", 0), arm): value["mean"]
+        for entry in summary
+        for arm, value in entry[key].items()
+    }

@@ -280,9 +280,12 @@ def _describe(
         )
     if expected is not None:
         notes.append(_expected_in_words(expected))
+    ask = "" if as_if_unlabeled else f"labelwise annotate --run {run.path}, a page that asks about them; or "
     write = f"add them to {label_file}" if label_file else "write a CSV with the columns file,label"
     all_labels = (
-        f" FILE holds all labels, the {labels:,} earlier ones too." if labels and not label_file else ""
+        " FILE holds the earlier labels too, but for those from the page."
+        if labels and not label_file
+        else ""
     )
     return {
         "suggestions": suggestions,
@@ -293,7 +296,7 @@ def _describe(
         "expected": expected,
         "summary": f"{number:,} of {left:,} images to label next, the first ones matter most",
         "notes": notes,
-        "next": f"{write}; then labelwise finetune --run {run.path} --labels {label_file or 'FILE'}.{all_labels}",
+        "next": f"{ask}{write}; then labelwise finetune --run {run.path} --labels {label_file or 'FILE'}.{all_labels}",
     }
 
 
