@@ -59,6 +59,12 @@ def read_annotations(run: RunDirectory) -> dict[str, Annotation]:
     return last
 
 
+def named_classes(run: RunDirectory) -> list[str]:
+    """Every class that an answer named, in the order they were first named, so that each keeps its place from start to start."""
+    named = (row["label"] for row in rundir.read_jsonl(run.annotations))
+    return list(dict.fromkeys(label for label in named if label is not None))
+
+
 def find_rows(
     said: Iterable[Annotation], names: Sequence[str], keys: npt.NDArray[np.uint64]
 ) -> dict[str, int]:

@@ -4,6 +4,7 @@ import errno
 import hmac
 import ipaddress
 import json
+import logging
 import re
 import secrets
 import socket
@@ -109,6 +110,9 @@ def serve(
     """
     app = guard(get, post, token, is_local=is_loopback(host))
     listening = _listen(host, port)
+    logging.getLogger("waitress.queue").setLevel(
+        logging.ERROR
+    )  # that a browser asks for two images at once is no news
     server = waitress.create_server(
         app,
         sockets=[listening],

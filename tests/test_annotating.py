@@ -152,7 +152,7 @@ def test_undo_asks_again_also_after_a_new_start(run: RunDirectory) -> None:
     session = start(run)
     assert session.state()["file"] != first
     assert session.undo()["file"] == first
-    assert not session.undo()["can_undo"]
+    assert session.undo()["last"] is None
     assert [row["answer"] for row in lines(run)] == ["label", "undo", "label", "undo"]
     assert not read_annotations(run)
 
@@ -312,6 +312,22 @@ def test_a_class_is_one_that_label_files_can_hold() -> None:
             check_class(name)
 
 
+def test_a_class_keeps_its_place_from_start_to_start(run: RunDirectory) -> None:
+    session = start(run, tests=6, budget=0)
+    for label in ("pants", "shirt", "dress", "shirt"):
+        reply(session, label=label)
+    order = [each["name"] for each in session.state()["classes"]]
+    assert order == ["pants", "shirt", "dress"]
+    session.undo()
+    assert session.state()["last"]["said"] == "dress"
+    again = start(run, tests=6, budget=0)
+    reply(again, label="pants")
+    assert [each["name"] for each in again.state()["classes"]] == order
+    assert [
+        each["name"] for each in start(run, tests=6, budget=0, classes=("dress",)).state()["classes"]
+    ] == ["dress", "pants", "shirt"]
+
+
 def test_classes_that_are_named_come_first(run: RunDirectory) -> None:
     assert [each["name"] for each in start(run, classes=("seven", "two")).state()["classes"]] == [
         "seven",
@@ -324,9 +340,9 @@ def test_classes_that_are_named_come_first(run: RunDirectory) -> None:
 @pytest.mark.parametrize(
     ("labels", "planned", "there", "words"),
     [
-        (0, 100, 1000, "an accuracy is exact with 100 more to \u00b110 points"),
-        (25, 100, 1000, "an accuracy is exact to \u00b120 points, with 75 more to \u00b110 points"),
-        (100, 100, 171, "an accuracy is exact to \u00b110 points, with 71 more to \u00b17 points"),
+        (0, 100, 1000, "100 more make an accuracy exact to \u00b110 points"),
+        (25, 100, 1000, "an accuracy is exact to \u00b120 points, 75 more make it \u00b110"),
+        (100, 100, 171, "an accuracy is exact to \u00b110 points, 71 more make it \u00b17"),
         (100, 100, 170, "an accuracy is exact to \u00b110 points"),
         (2000, 100, 5000, "an accuracy is exact to \u00b12 points"),
         (3, 3, 3, ""),
@@ -655,7 +671,7 @@ def test_labels_from_a_real_browser_survive_a_kill(run: RunDirectory, tmp_path: 
             process.send_signal(signal.SIGINT)
             rest = process.stdout.read() if process.stdout else ""
             assert process.wait(20) == 130
-            assert "30 of these images have a label" in rest.replace("\n", " ")
+            assert "30 of the images that it asked about have a label" in rest.replace("\n", " ")
         assert not [each for each in browser.complaints() if "net::ERR_" not in each]
     assert {name: each.label for name, each in read_annotations(run).items()} == answered
     assert len(answered) == 30

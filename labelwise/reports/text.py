@@ -65,6 +65,7 @@ def table_note(document: dict[str, Any]) -> str:
     """What stands under the table of methods."""
     series = {entry["series"] for entry in document["summary"]}
     some = ", some of labels chosen by suggest" if MIXED in series else ""
+    uneven = any(len({arm["n"] for arm in entry["arms"].values()}) > 1 for entry in document["summary"])
     means = (
         [f"random label draws{some} [95 % interval {_over_draws(document)}]"] if series != {SUGGESTED} else []
     )
@@ -76,6 +77,11 @@ def table_note(document: dict[str, Any]) -> str:
         f"Accuracy in %, mean over {', or over '.join(means)}. "
         f"Gain: fine-tuned SimCLR minus from scratch{MACRO if document['by_class'] else ''}, "
         f"same {'draws' if series != {SUGGESTED} else 'labels'}."
+        + (
+            " Trainings are missing: a mean is over those that are there, the gain over those that both have."
+            if uneven
+            else ""
+        )
     )
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from labelwise import terminal
-from labelwise.annotations import find_rows, read_annotations, served
+from labelwise.annotations import find_rows, named_classes, read_annotations, served
 from labelwise.config import FinetuneSettings
 from labelwise.environment import this_user
 from labelwise.errors import DataError, LabelwiseError, UsageError
@@ -111,7 +111,7 @@ def annotate(
             stop=stop,
         )
         stop.check(
-            f"{session.labeled():,} of these images have a label, kept in {run.annotations}; next: labelwise finetune --run {run.path}"
+            f"{session.labeled():,} of the images that it asked about have a label, kept in {run.annotations}; next: labelwise finetune --run {run.path}"
         )
 
 
@@ -169,14 +169,14 @@ def open_session(
                 row: (names[int(each.argmax())], float(each.max()))
                 for row, each in zip(shown, chances, strict=True)
             }
-    everything = sorted({label for label in images.labels if label is not None})
+    elsewhere = {label for row, label in enumerate(images.labels) if label is not None and row not in said}
     session = Session(
         run,
         images,
         cache,
         tests + chosen,
         said,
-        [*named, *everything],
+        [*named, *sorted(elsewhere), *named_classes(run)],
         who,
         Hints(rows.tolist(), features, guesses),
         len(all_tests),

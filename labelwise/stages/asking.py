@@ -172,7 +172,7 @@ class Session:
         state: dict[str, Any] = {
             "number": None,
             "classes": [{"name": name, "count": counts[name]} for name in self._classes],
-            "can_undo": bool(self._history),
+            "last": self._last(),
             "untrained": self._untrained(),
             "parts": [self._progress(part) for part in PARTS],
             "next": f"labelwise finetune --run {self._run.path}",
@@ -190,6 +190,13 @@ class Session:
             "neighbours": near,
             "guess": None if item.part == "test" else self._guess(item.row, near),
         }
+
+    def _last(self) -> dict[str, str] | None:
+        """What undo would take back."""
+        if not self._history:
+            return None
+        said = self._said[self._history[-1]]
+        return {"file": said.file, "said": said.label or {"unsure": "not sure"}.get(said.answer, said.answer)}
 
     def _untrained(self) -> list[str]:
         """Classes that only test images have: there is nothing to learn them from."""
@@ -275,11 +282,12 @@ def precision_in_words(labels: int, planned: int, there: int) -> str:
     """
     goals = [planned, *(math.ceil(0.25 * (1.96 / goal) ** 2) for goal in _PRECISIONS)]
     goal = next((each for each in goals if labels < each <= there), None)
-    parts = [f"an accuracy is exact to \u00b1{half_width(labels):.0f} points"] if labels >= _FEWEST else []
-    if goal:
-        parts.append(f"with {goal - labels:,} more to \u00b1{half_width(goal):.0f} points")
-    words = ", ".join(parts)
-    return words if labels >= _FEWEST or not goal else f"an accuracy is exact {words}"
+    more = f"{goal - labels:,} more make it \u00b1{half_width(goal):.0f}" if goal else ""
+    if labels < _FEWEST:
+        return more.replace("make it", "make an accuracy exact to") + " points" if more else ""
+    return ", ".join(
+        [f"an accuracy is exact to \u00b1{half_width(labels):.0f} points", *([more] if more else [])]
+    )
 
 
 def half_width(labels: int) -> float:
