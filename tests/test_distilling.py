@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from labelwise import rundir
 from labelwise.cli import app
 from labelwise.config import FinetuneSettings, PretrainSettings
-from labelwise.errors import CheckpointError, DataError, Interrupted, UsageError
+from labelwise.errors import DataError, Interrupted, UsageError
 from labelwise.measures.statistics import Interval
 from labelwise.rundir import RunDirectory
 from labelwise.stages import distilling
@@ -264,7 +264,7 @@ def test_a_classifier_of_other_labels_is_not_distilled_with_these(
 def test_without_a_classifier_it_says_what_makes_one(
     pretrained: RunDirectory, copied: Callable[[RunDirectory], RunDirectory]
 ) -> None:
-    with pytest.raises(CheckpointError, match="has no classifier yet; `labelwise finetune"):
+    with pytest.raises(UsageError, match="has no classifier yet; `labelwise finetune"):
         distill(copied(pretrained))
 
 

@@ -140,14 +140,14 @@ def test_of_many_calls_those_are_compared_that_half_as_many_labels_lie_between(r
 def test_what_has_no_label_or_was_chosen_as_if_nothing_had_changes_nothing(run: RunDirectory) -> None:
     random = names_of(run, 4)
     before = bench_of(run, *random)
-    orders, signature = orders_of(before), comparing._signature(before)
+    orders, signature = orders_of(before), comparing.signature_of(before)
     remember(run, random[:5], as_if_unlabeled=True)
     remember(run, names_of(run, 1, 6))
     bench = bench_of(run, *random)
     assert orders_of(bench) == orders
-    assert comparing._signature(bench) == signature
+    assert comparing.signature_of(bench) == signature
     remember(run, random[:5])
-    assert comparing._signature(bench_of(run, *random)) != signature
+    assert comparing.signature_of(bench_of(run, *random)) != signature
 
 
 def test_where_classes_are_only_among_the_chosen_there_is_no_random_series(

@@ -30,7 +30,7 @@ from labelwise.config import FinetuneSettings, read_run_config, to_toml
 from labelwise.errors import CheckpointError, DataError, Interrupted, LabelwiseError, UsageError
 from labelwise.images.cache import build_cache
 from labelwise.images.source import open_images
-from labelwise.models.weights import read_metadata, save_module
+from labelwise.models.weights import read_hash, read_metadata, save_module
 from labelwise.rundir import RunDirectory
 from labelwise.stages import calibrating, comparing, predicting
 from labelwise.stages.benching import set_up_bench
@@ -588,11 +588,15 @@ def test_fewer_than_fifty_labels_promise_no_sets(run: RunDirectory, digits: Path
     assert document["uncalibrated"].startswith("the classifier is of an earlier version, or diverges")
 
 
-def test_names_of_classes_in_a_set_can_be_told_apart(run: RunDirectory, digits: Path, tmp_path: Path) -> None:
+def test_names_of_classes_in_a_set_can_be_told_apart(
+    run: RunDirectory, digits: Path, tmp_path: Path, rename_classes: Callable[..., None]
+) -> None:
     copy = RunDirectory(Path(shutil.copytree(run.path, tmp_path / "copy")))
     facts = rundir.read_json(copy.classifier_json)
     names = ["=cmd|x", "a\\", *(f"-{name}" for name in facts["classes"][2:])]
-    rundir.write_json(copy.classifier_json, {**facts, "classes": names})
+    rename_classes(copy, names)
+    calibration = rundir.read_json(copy.calibration)
+    rundir.write_json(copy.calibration, {**calibration, "classifier": read_hash(copy.classifier)})
     predict(copy, [digits], tmp_path / "out.csv", coverage=0.99)
     predict(copy, [digits], tmp_path / "out.parquet", coverage=0.99)
     whole = pq.read_table(tmp_path / "out.parquet").to_pylist()
