@@ -10,6 +10,8 @@ import pytest
 
 from labelwise import rundir
 from labelwise.config import PretrainSettings
+from labelwise.models.familiar import load_familiar, save_familiar
+from labelwise.models.weights import read_hash
 from labelwise.rundir import RunDirectory
 from labelwise.stages.pretraining import pretrain
 
@@ -53,6 +55,22 @@ def test_images_of_another_kind_are_named(
     assert found
     assert 15 <= int(found[1]) <= 25
     assert re.search(r"\(1% would be usual\), e\.g\. [^ ]+, [^ ]+, [^ ]+\. What", said)
+
+
+def test_where_the_classifier_was_distilled_since_that_is_said(
+    classified: RunDirectory,
+    images: Path,
+    tmp_path: Path,
+    small_network: dict[str, Any],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    before = RunDirectory(Path(shutil.copytree(classified.path, tmp_path / "before")))
+    familiar = load_familiar(before.familiar, read_hash(before.classifier))
+    assert familiar is not None
+    save_familiar(before.familiar, familiar, "another")
+    start(before, images, small_network)
+    words = " ".join(capsys.readouterr().err.split())
+    assert "how many are new to before is not known: its classifier is distilled" in words
 
 
 def test_labels_and_suggestions_come_along(

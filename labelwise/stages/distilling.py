@@ -71,9 +71,9 @@ def distill(run: RunDirectory, *, force: bool = False) -> dict[str, Any]:
         `high` inside the labels, None where they are too few; `by_class`: whether that is of the mean over classes; `test`: see `_test`, None where nothing was done or can be tested; `run`.
 
     Raises:
-        CheckpointError: The run has no classifier, or it is damaged.
+        CheckpointError: The classifier is damaged.
         DataError: Every image has a label.
-        UsageError: The classifier is distilled already, or is not that of these labels; or another command is working on the run.
+        UsageError: The run has no classifier, or it is distilled already, or is not that of these labels; or another command is working on the run.
         LabelwiseError: A training diverged.
         Interrupted: A signal came; the classifier is as it was.
     """

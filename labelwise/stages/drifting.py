@@ -26,6 +26,9 @@ def say_how_new(before: RunDirectory, images: ImageSet, pool: Pool, device: torc
     names = [images.names[row] for row in rows.tolist()]
     far = oracle.tell(names, evaluations[rows])["far"]
     if far is None:
+        terminal.say(
+            f"new        how many are new to {before.path.name} is not known: its classifier is distilled, or knows too few images"
+        )
         return
     share, which = (
         float(far.mean()),

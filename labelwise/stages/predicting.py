@@ -72,9 +72,9 @@ def predict(
         distilled one its own, None where it was not tested).
 
     Raises:
-        CheckpointError: The run has no classifier, or it is damaged.
+        CheckpointError: The classifier is damaged.
         DataError: There are no images.
-        UsageError: The table cannot be written there, or the labels are too few for the coverage asked for.
+        UsageError: The run has no classifier, the table cannot be written there, or the labels are too few for the coverage asked for.
     """
     remove_parts_of_whole(out)
     check_file(out, (".csv", ".parquet"), run, images)
