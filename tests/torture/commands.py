@@ -138,7 +138,8 @@ class Work:
 
     def start(self, stage: str, run: Path, *, epochs: int = 6, **more: Any) -> Command:
         recipe = self.folder / f"{stage}.toml"
-        recipe.write_text(RECIPE if stage == "pretrain" else FINETUNE_RECIPE)
+        if not recipe.exists():  # a command that was started just before may be reading it
+            recipe.write_text(RECIPE if stage == "pretrain" else FINETUNE_RECIPE)
         often = {"labelwise.stages.pretraining:SAVE_SECONDS": 0.0}  # so that there is something to go on from
         if stage == "pretrain":
             words = (self.images, "--out", run, "--epochs", epochs, *PRETRAIN, recipe, *self.options)

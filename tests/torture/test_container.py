@@ -6,6 +6,7 @@ import signal
 import site
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -111,6 +112,7 @@ def test_a_container_that_is_stopped_has_saved_and_goes_on(
     one = first_process(job)
     os.kill(one, signal.SIGSTOP)
     healthy = container.beside(job, "status", "/runs", "--max-age", 600)
+    time.sleep(1.5)  # it may have shown a sign of life just before
     stuck = container.beside(job, "status", "/runs", "--max-age", 1)
     os.kill(one, signal.SIGTERM)
     os.kill(one, signal.SIGCONT)
