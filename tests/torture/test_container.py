@@ -100,9 +100,11 @@ def container(tmp_path: Path, digits: Path) -> Iterator[Container]:
 
 
 def test_a_container_that_is_stopped_has_saved_and_goes_on(
-    container: Container, work: Work, undisturbed: Undisturbed, tally: Callable[..., None]
+    container: Container, work: Work, undisturbed: Undisturbed, tally: Callable[..., None], is_long: bool
 ) -> None:
     """`docker stop` sends SIGTERM to process 1, which has no default action for it; one that is stuck is unhealthy."""
+    if not is_long:
+        pytest.skip("takes two minutes; --long")
     run = RunDirectory(container.runs / "digits")
     (container.runs / "recipe.toml").write_text(RECIPE)
     words = ("pretrain", "/data", "--out", "/runs/digits", "--epochs", 6, *PRETRAIN, "/runs/recipe.toml")
