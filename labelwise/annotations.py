@@ -75,6 +75,9 @@ def find_rows(
         names: Of the images.
         keys: Of their pixels, (N,).
     """
+    said = list(said)
+    if not said:  # most runs have none, and may have a million images
+        return {}
     row_of = {name: row for row, name in enumerate(names)}
     by_key = dict(zip(keys.tolist(), range(len(names)), strict=True))
     found = {}

@@ -21,6 +21,7 @@ from labelwise.errors import UsageError
 
 TEXT, NUMBER, FLAG, TEXTS = pa.string(), pa.float32(), pa.bool_(), pa.list_(pa.string())
 Columns = dict[str, pa.DataType]
+FORMULA_SIGNS = ("=", "+", "-", "@", "\t", "\r")  # that a spreadsheet begins to compute at
 _ROWS = 8192  # of a group in a Parquet file, and of a part
 _SAVE_SECONDS = 5.0
 _MANIFEST = "manifest.json"
@@ -124,7 +125,7 @@ def _cell(name: str, kind: pa.DataType, value: Any) -> str:
 
 def _no_formula(text: str, before: str) -> str:
     """A text with a mark before it if a spreadsheet would compute it; `./` leaves a path the same path."""
-    if not text.startswith(("=", "+", "-", "@", "\t", "\r")) or _is_number(text):
+    if not text.startswith(FORMULA_SIGNS) or _is_number(text):
         return text
     return before + text
 

@@ -156,19 +156,34 @@ def rename_classes() -> Callable[["RunDirectory", list[str]], None]:
 @pytest.fixture(scope="session")
 def pretrained(tmp_path_factory: pytest.TempPathFactory, small_network: dict[str, Any]) -> "RunDirectory":
     """A small encoder of some digits, pretrained for one epoch; to be copied, not written to."""
+    folder = tmp_path_factory.mktemp("pretrained")
+    write_some_digits(folder / "images", 6)
+    return pretrain_in(folder, **small_network)
+
+
+def pretrain_in(folder: Path, **settings: Any) -> "RunDirectory":
+    """Pretrain on `images` in a folder, with the run and the cache of its own beside them."""
     from labelwise.config import PretrainSettings
     from labelwise.stages.pretraining import pretrain
 
-    folder = tmp_path_factory.mktemp("pretrained")
-    write_some_digits(folder / "images", 6)
-    settings = PretrainSettings(
-        images=folder / "images",
-        out=folder / "run",
-        **small_network,
-    )
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LABELWISE_CACHE", str(folder / "cache"))
-        return pretrain(settings)
+        return pretrain(PretrainSettings(images=folder / "images", out=folder / "run", **settings))
+
+
+@pytest.fixture(scope="session")
+def pretrain_there() -> Callable[..., "RunDirectory"]:
+    """`pretrain_in`, for fixtures of other files."""
+    return pretrain_in
+
+
+@pytest.fixture
+def run(unlabeled: "RunDirectory", tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> "RunDirectory":
+    """A copy to write to of what a file's own `unlabeled` is, with the cache that is there."""
+    from labelwise.rundir import RunDirectory
+
+    monkeypatch.setenv("LABELWISE_CACHE", str(unlabeled.path.parent / "cache"))
+    return RunDirectory(Path(shutil.copytree(unlabeled.path, tmp_path / "run")))
 
 
 @pytest.fixture(scope="session")

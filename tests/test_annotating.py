@@ -24,7 +24,7 @@ from PIL import Image
 from labelwise import rundir
 from labelwise.annotations import add_annotations, read_annotations
 from labelwise.cli import app
-from labelwise.config import FinetuneSettings, PretrainSettings
+from labelwise.config import FinetuneSettings
 from labelwise.errors import CheckpointError, DataError, UsageError
 from labelwise.images.label_studio import write_label_studio
 from labelwise.images.labels import read_label_table
@@ -33,7 +33,6 @@ from labelwise.rundir import RunDirectory
 from labelwise.stages.annotating import _announce, open_session
 from labelwise.stages.asking import Session, check_class, precision_in_words
 from labelwise.stages.benching import open_decoded, set_up_bench
-from labelwise.stages.pretraining import pretrain
 from labelwise.stages.repeating import finetune
 from labelwise.stages.reporting import report
 from labelwise.stages.suggesting import suggest
@@ -45,23 +44,14 @@ def unlabeled(
     tmp_path_factory: pytest.TempPathFactory,
     some_digits: Callable[[Path, int], Path],
     small_network: dict[str, Any],
+    pretrain_there: Callable[..., RunDirectory],
 ) -> RunDirectory:
     """An encoder of one epoch, of digits in one flat folder; a name ends with what it shows."""
     folder = tmp_path_factory.mktemp("annotating")
     (folder / "images").mkdir()
     for file in sorted(some_digits(folder / "digits", 9).glob("*/*.png")):
         shutil.copy(file, folder / "images" / f"{file.stem}-{file.parent.name}.png")
-    settings = PretrainSettings(images=folder / "images", out=folder / "run", **small_network)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("LABELWISE_CACHE", str(folder / "cache"))
-        return pretrain(settings)
-
-
-@pytest.fixture
-def run(unlabeled: RunDirectory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunDirectory:
-    """A copy to write to, with the cache that is there."""
-    monkeypatch.setenv("LABELWISE_CACHE", str(unlabeled.path.parent / "cache"))
-    return RunDirectory(Path(shutil.copytree(unlabeled.path, tmp_path / "run")))
+    return pretrain_there(folder, **small_network)
 
 
 def truth(state: dict[str, Any]) -> str:

@@ -39,23 +39,14 @@ def unlabeled(
     tmp_path_factory: pytest.TempPathFactory,
     some_digits: Callable[[Path, int], Path],
     small_network: dict[str, Any],
+    pretrain_there: Callable[..., RunDirectory],
 ) -> RunDirectory:
     """An encoder of one epoch, of 300 digits in one flat folder, a fifth of them locked away; names begin with the class."""
     folder = tmp_path_factory.mktemp("drawing")
     (folder / "images").mkdir()
     for file in some_digits(folder / "digits", 6).glob("*/*.png"):
         shutil.copy(file, folder / "images" / f"{file.parent.name}-{file.name}")
-    settings = PretrainSettings(images=folder / "images", out=folder / "run", **small_network)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("LABELWISE_CACHE", str(folder / "cache"))
-        return pretrain(settings)
-
-
-@pytest.fixture
-def run(unlabeled: RunDirectory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunDirectory:
-    """A copy to write to, with the cache that is there."""
-    monkeypatch.setenv("LABELWISE_CACHE", str(unlabeled.path.parent / "cache"))
-    return RunDirectory(Path(shutil.copytree(unlabeled.path, tmp_path / "run")))
+    return pretrain_there(folder, **small_network)
 
 
 def names_of(run: RunDirectory, of_each: int, start: int = 0, classes: str = "0123456789") -> list[str]:

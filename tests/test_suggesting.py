@@ -13,11 +13,10 @@ import pytest
 
 from labelwise import rundir
 from labelwise.cli import app
-from labelwise.config import PretrainSettings, to_toml
+from labelwise.config import to_toml
 from labelwise.errors import DataError, UsageError
 from labelwise.rundir import RunDirectory
 from labelwise.stages import suggesting
-from labelwise.stages.pretraining import pretrain
 from labelwise.stages.reporting import report
 from labelwise.stages.suggesting import ENOUGH, show, suggest
 
@@ -29,6 +28,7 @@ def unlabeled(
     tmp_path_factory: pytest.TempPathFactory,
     some_digits: Callable[[Path, int], Path],
     small_network: dict[str, Any],
+    pretrain_there: Callable[..., RunDirectory],
 ) -> RunDirectory:
     """An encoder of one epoch, of digits in one flat folder: some with strange names, each third one there twice."""
     folder = tmp_path_factory.mktemp("suggesting")
@@ -42,22 +42,7 @@ def unlabeled(
         if number % 8 == 7:
             (folder / "test").mkdir(exist_ok=True)
             shutil.copy(file, folder / "test" / file.name)
-    settings = PretrainSettings(
-        images=folder / "images",
-        out=folder / "run",
-        test=folder / "test",
-        **small_network,
-    )
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("LABELWISE_CACHE", str(folder / "cache"))
-        return pretrain(settings)
-
-
-@pytest.fixture
-def run(unlabeled: RunDirectory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunDirectory:
-    """A copy to write to, with the cache that is there."""
-    monkeypatch.setenv("LABELWISE_CACHE", str(unlabeled.path.parent / "cache"))
-    return RunDirectory(Path(shutil.copytree(unlabeled.path, tmp_path / "run")))
+    return pretrain_there(folder, test=folder / "test", **small_network)
 
 
 def files_of(document: dict[str, Any]) -> list[str]:

@@ -14,6 +14,7 @@ from typing import Any
 
 from labelwise.errors import DataError
 from labelwise.images.label_studio import read_label_studio
+from labelwise.tables import FORMULA_SIGNS
 
 SUFFIXES = (
     ".jpg",
@@ -38,7 +39,7 @@ PATH_COLUMNS = ("file_name", "image_path", "image", "path", "filename", "file")
 ID_COLUMNS = ("image_id", "id")  # file names without their suffix, where no column has whole ones
 LABEL_COLUMNS = ("label", "class", "choice", "category", "tag")
 OUTSIDE = ("test:", "labels:")  # before the name of an image that lies outside the image folder
-_MARKED = tuple(f"'{sign}" for sign in "=+-@\t\r")
+_MARKED = tuple(f"'{sign}" for sign in FORMULA_SIGNS)
 _LISTED = 5
 
 Table = tuple[
