@@ -14,7 +14,7 @@ import numpy as np
 from paired import compare, parser, seconds, show
 from pipeline import link_some
 
-from labelwise.images.cache import DECODED, read_evaluations
+from labelwise.images.cache import held_at_once, read_evaluations
 from labelwise.images.source import open_images
 from labelwise.learning.memory import keep_freed_memory
 from labelwise.learning.precision import choose_device
@@ -69,8 +69,9 @@ def fill_from_memory(oracle, pixels: np.ndarray, names: list[str], out: Path) ->
     """What `predict` does once files are decoded."""
     columns = oracle.columns(probabilities=False)
     with open_parts(out, columns, "") as parts:
-        for start in range(0, len(pixels), DECODED):
-            stop = min(start + DECODED, len(pixels))
+        together = held_at_once(oracle.spec.image_size)
+        for start in range(0, len(pixels), together):
+            stop = min(start + together, len(pixels))
             told = oracle.tell(names[start:stop], pixels[start:stop])
             parts.add(stop, {name: told[name] for name in columns}, [])
         with open_table(out, out.suffix, columns) as table:

@@ -39,7 +39,7 @@ _VERSION = 6  # of what the files in a cache mean
 _SAMPLED = 10_000  # images whose mean and spread stand for the set's
 _CHUNK = 512
 _MEASURED = 2**25  # bytes of squares that are measured together; sixteen times as much is held
-DECODED = 64  # images held at once that are not kept
+_DECODED = 2**20, 64, 256  # pixels of images that are held at once and not kept, and how many they are at least and at most
 _SAVE_SECONDS = 5.0
 _SQUARES, _EVALUATIONS = "squares.npy", "evaluations.npy"
 _ABANDONED_SECONDS = 7 * 24 * 3600.0
@@ -161,7 +161,7 @@ def read_evaluations(
     intensity_range: Range | None,
     left_out: list[dict[str, str]] | None = None,
 ) -> Iterator[tuple[npt.NDArray[np.int64], Pixels]]:
-    """Decode images `DECODED` at a time for an evaluation at another size, without keeping them.
+    """Decode images some at a time (`held_at_once`) for an evaluation at another size, without keeping them.
 
     Args:
         images: The set.
@@ -180,6 +180,7 @@ def read_evaluations(
     arguments = {"size": size, "intensity_range": intensity_range, "shortest": shortest}
     kept: list[int] = []
     pixels: list[Pixels] = []
+    together = held_at_once(size)
     with Readers("center", **arguments) as readers:
         asked = rows.tolist()
         for number, (row, answer) in enumerate(zip(asked, readers.map(asked, images.locate), strict=True), 1):
@@ -190,10 +191,16 @@ def read_evaluations(
                 raise DataError(f"{images.names[row]}: could be read before, and now not: {answer}")
             else:
                 left_out.append({"file": images.names[row], "reason": str(answer)})
-            if number % DECODED == 0 or number == len(asked):
+            if number % together == 0 or number == len(asked):
                 none = np.zeros((0, size, size, 3), np.uint8)
                 yield np.array(kept, np.int64), np.stack(pixels) if pixels else none
                 kept, pixels = [], []
+
+
+def held_at_once(size: int) -> int:
+    """How many evaluation images of a side `read_evaluations` gives at once."""
+    total, fewest, most = _DECODED
+    return max(fewest, min(most, total // size**2))
 
 
 def sample_sizes(images: ImageSet, count: int = 200) -> npt.NDArray[np.int64]:

@@ -76,7 +76,10 @@ def decode_image(
         if is_scaled and _orientation(image) in (5, 6, 7, 8):
             original = original[::-1]
         image = _upright(image)
-        image = _on_white(image) if _has_alpha(image) else image.convert("RGB")
+        if _has_alpha(image):
+            image = _on_white(image)
+        elif image.mode != "RGB":
+            image = image.convert("RGB")
         width, height = original if is_scaled else image.size
         return image, (height, width)
 
@@ -177,7 +180,9 @@ def evaluation_pixels(image: Image.Image, size: int) -> Pixels:
     if target != image.size:
         image = image.resize(target, Image.Resampling.BICUBIC)
     left, top = (target[0] - size) // 2, (target[1] - size) // 2
-    return np.asarray(image.crop((left, top, left + size, top + size)))
+    if image.size != (size, size):
+        image = image.crop((left, top, left + size, top + size))
+    return np.asarray(image)
 
 
 def evaluation_short_side(size: int) -> int:
@@ -238,6 +243,8 @@ def _reason(data: bytes, error: Exception) -> str:
 
 
 def _upright(image: Image.Image) -> Image.Image:
+    if image.format == "JPEG" and not image.info.keys() & {"exif", "xmp"}:
+        return image
     try:
         return ImageOps.exif_transpose(image)
     except Exception:  # noqa: BLE001 - a damaged EXIF block does not make the pixels wrong

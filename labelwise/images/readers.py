@@ -5,7 +5,7 @@ known. A child ends by itself when a file takes too long, when nothing is asked 
 was asked, when its parent is gone. One that does not, because it is stopped or the system lets no signal through, is given up.
 
     parent -> child   {"job", "arguments", "seconds", "files": [[row, path or null], ...]}, then the bytes of each null
-    child -> parent   [{"value"} or {"reason"}, ...], then the pixels of each value if the job gives some; or {"failed"}
+    child -> parent   [{"value", "pixels": bytes of them} or {"reason"}, ...], then the pixels of all, if there are any; or {"failed"}
 """
 
 import atexit
@@ -20,12 +20,14 @@ import stat
 import subprocess
 import sys
 import threading
+import time
 import traceback
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
+from itertools import accumulate
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NoReturn, Self
@@ -41,8 +43,9 @@ File = tuple[int, Contents]  # row of the image
 Place = tuple[str, int]  # a file and where its pixels begin
 Answer = tuple[Any, bytes]  # what a job found, and pixels
 
-_TOGETHER = 8  # files a child is given at once
-_AHEAD = 64  # times as many are asked for before the first of them is waited for
+_FEWEST, _MOST = 8, 64  # files a child is given at once; more the sooner it answers
+_SOON, _LATE = 0.02, 0.1  # seconds
+_AHEAD = 512  # files that are asked for before the first of them is waited for
 _SECONDS = 60.0  # for one file; the largest that are let in take two
 _SLACK_SECONDS = 30.0  # that a child may take beyond that before it is given up; it may have to start
 _IDLE_SECONDS = 10.0  # so long a child waits for the next job, which saves starting one (0.3 s)
@@ -69,6 +72,7 @@ class Readers:
         self._at_work: set[_Child] = set()
         self._count = int(max(1, min(processors(), free_memory() / _TAKES)))
         self._threads = ThreadPoolExecutor(self._count)
+        self._together = _FEWEST
         self._is_closed = False
 
     def __enter__(self) -> Self:
@@ -95,25 +99,36 @@ class Readers:
             OSError: What the job writes could not be written.
         """
         asked: deque[Future[list[Answer | UnreadableImage]]] = deque()
-        for start in range(0, len(rows), _TOGETHER):
-            asked.append(self._threads.submit(self._read, rows[start : start + _TOGETHER], locate))
-            if len(asked) == _AHEAD:
-                yield from asked.popleft().result()
-        while asked:
-            yield from asked.popleft().result()
+        start = done = 0
+        while done < len(rows):
+            while start < min(done + _AHEAD, len(rows)):
+                some = rows[start : start + self._together]
+                asked.append(self._threads.submit(self._read, some, locate))
+                start += len(some)
+            answers = asked.popleft().result()
+            done += len(answers)
+            yield from answers
 
     def _read(self, rows: Sequence[int], locate: Callable[[int], Contents]) -> list[Answer | UnreadableImage]:
         found = [(row, _locate(row, locate)) for row in rows]
         there = [(row, contents) for row, contents in found if not isinstance(contents, UnreadableImage)]
         if not there:
             return [contents for _, contents in found if isinstance(contents, UnreadableImage)]
+        began = time.monotonic()
         answers = iter(self._ask(_take(), there) or [self._ask_alone(each) for each in there])
+        took = time.monotonic() - began
+        if took < _SOON and len(rows) == self._together:
+            self._together = min(_MOST, 2 * len(rows))
+        elif took > _LATE:
+            self._together = _FEWEST
         return [contents if isinstance(contents, UnreadableImage) else next(answers) for _, contents in found]
 
     def _ask_alone(self, file: File) -> Answer | UnreadableImage:
-        """Ask a child of its own about one file; if it dies, that is the file's doing."""
-        child = _Child()
-        answers = self._ask(child, [file])
+        """Ask about one file; if a child of its own dies over it, that is the file's doing."""
+        answers = self._ask(_take(), [file])
+        if answers is None:
+            child = _Child()
+            answers = self._ask(child, [file])
         return answers[0] if answers else UnreadableImage(child.how_it_ended())
 
     def _ask(self, child: "_Child", files: Sequence[File]) -> list[Answer | UnreadableImage] | None:
@@ -171,16 +186,19 @@ class _Child:
                 if isinstance(contents, bytes):
                     self.connection.send_bytes(contents)
             answers = json.loads(self.connection.recv_bytes())
-            pixels = [self.connection.recv_bytes() for answer in answers if "value" in answer]
+            lengths = [answer["pixels"] for answer in answers if "pixels" in answer]
+            pixels = memoryview(self.connection.recv_bytes() if any(lengths) else b"")
         except (EOFError, OSError):  # of the connection: there is nobody at its other end
             return None
         finally:
             timer.cancel()
         if isinstance(answers, dict):
             _raise_failure(answers["failed"])
-        given = iter(pixels)
+        ends = iter(accumulate(lengths))
         return [
-            UnreadableImage(answer["reason"]) if "reason" in answer else (answer["value"], next(given))
+            UnreadableImage(answer["reason"])
+            if "reason" in answer
+            else (answer["value"], bytes(pixels[(end := next(ends)) - answer["pixels"] : end]))
             for answer in answers
         ]
 
@@ -305,9 +323,8 @@ def _serve_once(connection: Connection) -> None:
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
     connection.send_bytes(json.dumps([words for words, _ in answers]).encode())
-    for words, pixels in answers:
-        if "value" in words:
-            connection.send_bytes(pixels)
+    if pixels := b"".join(each for _, each in answers):
+        connection.send_bytes(pixels)
 
 
 def _answer(request: dict[str, Any], row: int, contents: Contents) -> tuple[dict[str, Any], bytes]:
@@ -317,7 +334,8 @@ def _answer(request: dict[str, Any], row: int, contents: Contents) -> tuple[dict
             if isinstance(contents, bytes):
                 data = contents
             elif stat.S_ISREG(os.stat(contents).st_mode):
-                data = Path(contents).read_bytes()
+                with open(contents, "rb", buffering=0) as file:
+                    data = file.read()
             else:
                 return {"reason": "not a regular file"}, b""
         except OSError as error:
@@ -327,7 +345,7 @@ def _answer(request: dict[str, Any], row: int, contents: Contents) -> tuple[dict
         return {"reason": str(error)}, b""
     except MemoryError:
         return {"reason": _TOO_LARGE}, b""
-    return {"value": value}, pixels
+    return {"value": value, "pixels": len(pixels)}, pixels
 
 
 def _limit_memory() -> None:

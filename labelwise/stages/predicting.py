@@ -11,7 +11,7 @@ import numpy as np
 
 from labelwise import rundir, terminal
 from labelwise.errors import DataError
-from labelwise.images.cache import DECODED, fingerprint, read_evaluations
+from labelwise.images.cache import fingerprint, held_at_once, read_evaluations
 from labelwise.images.source import ImageSet, open_given
 from labelwise.interruption import stop_between_steps
 from labelwise.learning.precision import choose_device
@@ -152,7 +152,7 @@ def _fill(parts: Parts, oracle: Oracle, images: ImageSet, deep: list[float] | No
                 stop.check(f"{parts.done:,} of {len(rows):,} images are done; the same command goes on.")
             names = [images.names[row] for row in chunk.tolist()]
             told = oracle.tell(names, pixels) if names else {name: [] for name in columns}
-            done = min(parts.done + DECODED, len(rows))
+            done = min(parts.done + held_at_once(oracle.spec.image_size), len(rows))
             bar.advance(done - parts.done)
             parts.add(done, {name: told[name] for name in columns}, left_out)
             left_out.clear()
