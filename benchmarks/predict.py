@@ -4,7 +4,8 @@
 
 Two figures, 1.00 where nothing but the forward pass takes time. `decoded`: pixels are in memory; what is left is calibration, sets,
 distances, parts and the table. `from files`: the whole command, which reads and decodes beside the forward pass. The rival is the
-network on the same pixels, normalised, 256 at once, and nothing else. Cost: seconds per image.
+network on the same pixels, normalised, 256 at once, with torch's own threads, and nothing else. `streams` is the same network in
+the streams that `predict` runs it in, beside that rival: how much of the two figures they give. Cost: seconds per image.
 """
 
 import tempfile
@@ -18,7 +19,7 @@ from labelwise.images.cache import held_at_once, read_evaluations
 from labelwise.images.source import open_images
 from labelwise.learning.memory import keep_freed_memory
 from labelwise.learning.precision import choose_device
-from labelwise.models.features import extract_features
+from labelwise.models.features import extract_features, map_in_streams
 from labelwise.rundir import open_run, read_json
 from labelwise.stages.finetuning import read_calibration
 from labelwise.stages.oracle import load_oracle, make_promise
@@ -58,7 +59,17 @@ def main() -> None:
             out.unlink()
             return cost
 
+        def streams() -> float:
+            network, normalization = oracle.speaker.classifier, oracle.spec.normalization
+            chunks = [pixels[start : start + 256] for start in range(0, len(pixels), 256)]
+
+            def work(some: np.ndarray) -> object:
+                return extract_features(network, some, np.arange(len(some)), normalization, place)
+
+            return seconds(lambda: list(map_in_streams(work, chunks, place))) / len(rows)
+
         figures = [
+            compare("streams", streams, forward, 1.0),
             compare("decoded", decoded, forward, 0.9),
             compare("from files", whole, forward, 0.7),
         ]
@@ -70,10 +81,10 @@ def fill_from_memory(oracle, pixels: np.ndarray, names: list[str], out: Path) ->
     columns = oracle.columns(probabilities=False)
     with open_parts(out, columns, "") as parts:
         together = held_at_once(oracle.spec.image_size)
-        for start in range(0, len(pixels), together):
-            stop = min(start + together, len(pixels))
-            told = oracle.tell(names[start:stop], pixels[start:stop])
-            parts.add(stop, {name: told[name] for name in columns}, [])
+        chunks = [slice(start, start + together) for start in range(0, len(pixels), together)]
+        answers = map_in_streams(lambda some: oracle.tell(names[some], pixels[some]), chunks, oracle.place)
+        for some, told in zip(chunks, answers, strict=True):
+            parts.add(min(some.stop, len(pixels)), {name: told[name] for name in columns}, [])
         with open_table(out, out.suffix, columns) as table:
             for part, _ in parts.read():
                 table.write(part)

@@ -1,6 +1,8 @@
 """Encoders by real timm with random weights, heads, files of weights, frozen features."""
 
 import json
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +14,7 @@ from torch import nn
 
 from labelwise.errors import CheckpointError, UsageError
 from labelwise.models.encoder import Encoder, EncoderSpec, choose_stem, create_encoder
-from labelwise.models.features import extract_features
+from labelwise.models.features import extract_features, map_in_streams
 from labelwise.models.heads import create_head, keep_first_layer
 from labelwise.models.weights import load_encoder, load_module, read_metadata, save_encoder, save_module
 
@@ -353,3 +355,31 @@ def test_the_header_of_an_encoder_is_text_that_other_programs_can_read(tmp_path:
         "mean": list(MEAN),
         "std": list(STD),
     }
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_streams_give_what_comes_out_in_order_and_leave_torch_its_threads(threads: int) -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    taken: list[int] = []
+
+    def slow_at_first(number: int) -> tuple[int, int]:
+        time.sleep(0.05 if number == 0 else 0)
+        return number, torch.get_num_threads()
+
+    def given() -> Iterator[int]:
+        for number in range(20):
+            taken.append(number)
+            yield number
+
+    try:
+        found = map_in_streams(slow_at_first, given(), torch.device("cpu"))
+        first = next(found)
+        assert len(taken) <= threads + 1, "images that are not asked about yet are not held"
+        assert [first, *found] == [(number, 1) for number in range(20)]
+        assert torch.get_num_threads() == threads
+        with pytest.raises(ZeroDivisionError):
+            list(map_in_streams(lambda number: 1 // number, range(5), torch.device("cpu")))
+        assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)

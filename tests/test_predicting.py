@@ -317,6 +317,7 @@ def test_a_table_holds_no_formula(
 def test_an_interrupted_table_is_gone_on_with_and_ends_the_same(
     run: RunDirectory, digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("labelwise.images.cache._DECODED", (0, 64, 64))
     shutil.copytree(digits, tmp_path / "new")
     (tmp_path / "new/0/broken.png").write_bytes(b"no image")
     expected = predict(run, [tmp_path / "new"], tmp_path / "whole.csv", probabilities=True)

@@ -1,5 +1,10 @@
 """Frozen features of images, computed in evaluation mode."""
 
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TypeVar
+
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -9,6 +14,38 @@ from labelwise.views.pipeline import Normalization, normalize
 
 SETTLING = 512  # images are enough to settle batch norm's statistics
 _CHUNK = 256
+_STREAMS = 4  # at most; each holds what a network computes of its images
+_Given = TypeVar("_Given")
+_Found = TypeVar("_Found")
+
+
+def map_in_streams(
+    work: Callable[[_Given], _Found], given: Iterable[_Given], device: torch.device
+) -> Iterator[_Found]:
+    """Run a network over chunks of images in a few threads, which share torch's between them, and give what comes out in order.
+
+    On a CPU two streams of one thread each did 15 % more than one of two beside which files were decoded (recipes/LOG.md): they do not
+    wait for each other after every layer. Other devices get one, beside which files are read.
+
+    Args:
+        work: What to do with a chunk; releases the interpreter while it computes.
+        given: The chunks; a few more are taken than were given back.
+        device: Where `work` computes.
+    """
+    threads = torch.get_num_threads()
+    streams = min(_STREAMS, threads) if device.type == "cpu" else 1
+    pool = ThreadPoolExecutor(streams, initializer=torch.set_num_threads, initargs=(threads // streams,))
+    asked: deque[Future[_Found]] = deque()
+    try:
+        for each in given:
+            asked.append(pool.submit(work, each))
+            if len(asked) > streams:
+                yield asked.popleft().result()
+        while asked:
+            yield asked.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+        torch.set_num_threads(threads)
 
 
 @torch.inference_mode()

@@ -14,10 +14,11 @@ from labelwise import rundir, terminal
 from labelwise.config import FinetuneSettings
 from labelwise.errors import DataError
 from labelwise.images.cache import read_evaluations
+from labelwise.images.decoding import Pixels
 from labelwise.images.source import open_given
 from labelwise.interruption import stop_between_steps
 from labelwise.learning.precision import choose_device
-from labelwise.models.features import extract_features
+from labelwise.models.features import extract_features, map_in_streams
 from labelwise.models.weights import load_encoder
 from labelwise.rundir import RunDirectory
 from labelwise.stages.benching import open_decoded, remember_sources
@@ -135,12 +136,17 @@ def _features_of(
     found = open_given(images)
     rows: npt.NDArray[np.int64] = np.arange(len(found.names))
     deep = rundir.read_json(run.data)["intensity_range"]
+
+    def work(
+        chunk: tuple[npt.NDArray[np.int64], Pixels],
+    ) -> tuple[npt.NDArray[np.int64], Tensor]:
+        some, pixels = chunk
+        return some, extract_features(encoder, pixels, np.arange(len(some)), spec.normalization, place)
+
     with terminal.track("embedding", len(rows)) as bar:
         done = 0
-        for chunk, pixels in read_evaluations(found, rows, spec.image_size, deep, left_out):
-            if not len(chunk):
-                continue
-            features = extract_features(encoder, pixels, np.arange(len(chunk)), spec.normalization, place)
+        decoded = read_evaluations(found, rows, spec.image_size, deep, left_out)
+        for chunk, features in map_in_streams(work, (each for each in decoded if len(each[0])), place):
             if not torch.isfinite(features).all():
                 raise DataError(
                     f"{run.encoder}: its features are not numbers; pretrain anew with a lower --learning-rate."

@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections import Counter
+from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,11 @@ import numpy as np
 from labelwise import rundir, terminal
 from labelwise.errors import DataError
 from labelwise.images.cache import fingerprint, held_at_once, read_evaluations
+from labelwise.images.decoding import Pixels
 from labelwise.images.source import ImageSet, open_given
 from labelwise.interruption import stop_between_steps
 from labelwise.learning.precision import choose_device
+from labelwise.models.features import map_in_streams
 from labelwise.models.weights import read_hash
 from labelwise.rundir import RunDirectory
 from labelwise.stages.finetuning import read_calibration
@@ -141,21 +144,30 @@ def _fill(parts: Parts, oracle: Oracle, images: ImageSet, deep: list[float] | No
         Interrupted: A signal came; all that is done is saved.
     """
     rows = np.arange(len(images.names))
-    left_out: list[dict[str, str]] = []
     scale = (deep[0], deep[1]) if deep else None
+    together = held_at_once(oracle.spec.image_size)
+    first = parts.done
+
+    def chunks() -> Iterator[tuple[list[str], Pixels, list[dict[str, str]]]]:
+        left_out: list[dict[str, str]] = []
+        for chunk, pixels in read_evaluations(images, rows[first:], oracle.spec.image_size, scale, left_out):
+            yield [images.names[row] for row in chunk.tolist()], pixels, left_out.copy()
+            left_out.clear()
+
+    def ask(
+        chunk: tuple[list[str], Pixels, list[dict[str, str]]],
+    ) -> tuple[dict[str, Any], list[dict[str, str]]]:
+        names, pixels, left_out = chunk
+        return oracle.tell(names, pixels) if names else {name: [] for name in columns}, left_out
+
     with stop_between_steps() as stop, terminal.track("predicting", len(rows), done=parts.done) as bar:
-        for chunk, pixels in read_evaluations(
-            images, rows[parts.done :], oracle.spec.image_size, scale, left_out
-        ):
+        for told, left_out in map_in_streams(ask, chunks(), oracle.place):
             if stop:
                 parts.save()
                 stop.check(f"{parts.done:,} of {len(rows):,} images are done; the same command goes on.")
-            names = [images.names[row] for row in chunk.tolist()]
-            told = oracle.tell(names, pixels) if names else {name: [] for name in columns}
-            done = min(parts.done + held_at_once(oracle.spec.image_size), len(rows))
+            done = min(parts.done + together, len(rows))
             bar.advance(done - parts.done)
             parts.add(done, {name: told[name] for name in columns}, left_out)
-            left_out.clear()
 
 
 def _finish(parts: Parts, out: Path, columns: Columns) -> _Summary:
