@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
@@ -109,18 +109,21 @@ class _Csv:
 
     def write(self, columns: dict[str, Any]) -> None:
         """Add rows; numbers with six digits after the point."""
-        cells = [[_cell(name, self._columns[name], each) for each in columns[name]] for name in self._columns]
+        cells = [_cells(name, kind, columns[name]) for name, kind in self._columns.items()]
         self._writer.writerows(zip(*cells, strict=True))
 
 
-def _cell(name: str, kind: pa.DataType, value: Any) -> str:
+def _cells(name: str, kind: pa.DataType, values: Iterable[Any]) -> list[str]:
     if kind == NUMBER:
-        return f"{value:.6f}"
+        return [f"{value:.6f}" for value in values]
     if kind == FLAG:
-        return "true" if value else "false"
+        return ["true" if value else "false" for value in values]
     if kind == TEXTS:
-        value = "|".join(each.replace("\\", "\\\\").replace("|", "\\|") for each in value)
-    return _no_formula(value, "./" if name == "file" else "'")
+        values = [
+            "|".join(each.replace("\\", "\\\\").replace("|", "\\|") for each in value) for value in values
+        ]
+    before = "./" if name == "file" else "'"
+    return [_no_formula(value, before) for value in values]
 
 
 def _no_formula(text: str, before: str) -> str:
