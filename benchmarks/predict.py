@@ -61,7 +61,7 @@ def main() -> None:
 
         def streams() -> float:
             network, normalization = oracle.speaker.classifier, oracle.spec.normalization
-            chunks = [pixels[start : start + 256] for start in range(0, len(pixels), 256)]
+            chunks = (pixels[start : start + 256] for start in range(0, len(pixels), 256))
 
             def work(some: np.ndarray) -> object:
                 return extract_features(network, some, np.arange(len(some)), normalization, place)
@@ -82,7 +82,9 @@ def fill_from_memory(oracle, pixels: np.ndarray, names: list[str], out: Path) ->
     with open_parts(out, columns, "") as parts:
         together = held_at_once(oracle.spec.image_size)
         chunks = [slice(start, start + together) for start in range(0, len(pixels), together)]
-        answers = map_in_streams(lambda some: oracle.tell(names[some], pixels[some]), chunks, oracle.place)
+        answers = map_in_streams(
+            lambda some: oracle.tell(names[some], pixels[some]), (some for some in chunks), oracle.place
+        )
         for some, told in zip(chunks, answers, strict=True):
             parts.add(min(some.stop, len(pixels)), {name: told[name] for name in columns}, [])
         with open_table(out, out.suffix, columns) as table:

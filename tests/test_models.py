@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from pathlib import Path
 
 import numpy as np
@@ -367,7 +367,7 @@ def test_streams_give_what_comes_out_in_order_and_leave_torch_its_threads(thread
         time.sleep(0.05 if number == 0 else 0)
         return number, torch.get_num_threads()
 
-    def given() -> Iterator[int]:
+    def given() -> Generator[int, None, None]:
         for number in range(20):
             taken.append(number)
             yield number
@@ -378,8 +378,10 @@ def test_streams_give_what_comes_out_in_order_and_leave_torch_its_threads(thread
         assert len(taken) <= threads + 1, "images that are not asked about yet are not held"
         assert [first, *found] == [(number, 1) for number in range(20)]
         assert torch.get_num_threads() == threads
+        numbers = (number for number in range(5))
         with pytest.raises(ZeroDivisionError):
-            list(map_in_streams(lambda number: 1 // number, range(5), torch.device("cpu")))
+            list(map_in_streams(lambda number: 1 // number, numbers, torch.device("cpu")))
+        assert list(numbers) == [], "closed, whatever still refers to it"
         assert torch.get_num_threads() == threads
     finally:
         torch.set_num_threads(before)

@@ -317,7 +317,7 @@ def test_a_table_holds_no_formula(
 def test_an_interrupted_table_is_gone_on_with_and_ends_the_same(
     run: RunDirectory, digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("labelwise.images.cache._DECODED", (0, 64, 64))
+    monkeypatch.setattr("labelwise.images.cache._DECODED", (0, 8, 8))
     shutil.copytree(digits, tmp_path / "new")
     (tmp_path / "new/0/broken.png").write_bytes(b"no image")
     expected = predict(run, [tmp_path / "new"], tmp_path / "whole.csv", probabilities=True)
@@ -329,12 +329,14 @@ def test_an_interrupted_table_is_gone_on_with_and_ends_the_same(
         signal.raise_signal(signal.SIGTERM)
 
     monkeypatch.setattr(Parts, "add", add_and_be_asked_to_stop)
-    with pytest.raises(Interrupted, match="64 of 91 images are done; the same command goes on"):
+    with pytest.raises(Interrupted, match="of 91 images are done; the same command goes on") as interrupted:
         predict(run, [tmp_path / "new"], tmp_path / "out.csv", probabilities=True)
+    assert 8 <= asked[-1] <= 48, "it ends soon, and keeps what was asked when the signal came"
+    assert str(interrupted.value).startswith(f"{asked[-1]} of 91"), interrupted.value
     assert not (tmp_path / "out.csv").exists()
     monkeypatch.setattr(Parts, "add", lambda self, done, *rest: (asked.append(done), add(self, done, *rest)))
     document = predict(run, [tmp_path / "new"], tmp_path / "out.csv", probabilities=True)
-    assert asked == [64, 91]
+    assert asked == [*range(8, 91, 8), 91]
     assert document == {**expected, "out": document["out"]}
     assert [entry["file"] for entry in document["left_out"]] == ["0/broken.png"]
     assert (tmp_path / "out.csv").read_bytes() == (tmp_path / "whole.csv").read_bytes()

@@ -39,11 +39,7 @@ _VERSION = 6  # of what the files in a cache mean
 _SAMPLED = 10_000  # images whose mean and spread stand for the set's
 _CHUNK = 512
 _MEASURED = 2**25  # bytes of squares that are measured together; sixteen times as much is held
-_DECODED = (
-    2**20,
-    64,
-    256,
-)  # pixels of images that are held at once and not kept, and how many they are at least and at most
+_DECODED = 2**20, 16, 256  # pixels of images held at once and not kept; how many at least, at most
 _SAVE_SECONDS = 5.0
 _SQUARES, _EVALUATIONS = "squares.npy", "evaluations.npy"
 _ABANDONED_SECONDS = 7 * 24 * 3600.0

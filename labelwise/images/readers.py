@@ -45,6 +45,7 @@ Answer = tuple[Any, bytes]  # what a job found, and pixels
 
 _FEWEST, _MOST = 8, 64  # files a child is given at once; more the sooner it answers
 _SOON, _LATE = 0.02, 0.1  # seconds
+_SMALL = 2**20  # bytes of files that lie in a table
 _AHEAD = 512  # files that are asked for before the first of them is waited for
 _SECONDS = 60.0  # for one file; the largest that are let in take two
 _SLACK_SECONDS = 30.0  # that a child may take beyond that before it is given up; it may have to start
@@ -99,10 +100,11 @@ class Readers:
             OSError: What the job writes could not be written.
         """
         asked: deque[Future[list[Answer | UnreadableImage]]] = deque()
+        each = max(_FEWEST, min(len(rows), _AHEAD) // (2 * self._count))  # so that no child stands idle
         start = done = 0
         while done < len(rows):
             while start < min(done + _AHEAD, len(rows)):
-                some = rows[start : start + self._together]
+                some = rows[start : start + min(each, self._together)]
                 asked.append(self._threads.submit(self._read, some, locate))
                 start += len(some)
             answers = asked.popleft().result()
@@ -117,16 +119,18 @@ class Readers:
         began = time.monotonic()
         answers = iter(self._ask(_take(), there) or [self._ask_alone(each) for each in there])
         took = time.monotonic() - began
-        if took < _SOON and len(rows) == self._together:
+        inside = sum(len(contents) for _, contents in there if isinstance(contents, bytes))
+        if took < _SOON and inside < _SMALL and len(rows) == self._together:
             self._together = min(_MOST, 2 * len(rows))
         elif took > _LATE:
             self._together = _FEWEST
         return [contents if isinstance(contents, UnreadableImage) else next(answers) for _, contents in found]
 
     def _ask_alone(self, file: File) -> Answer | UnreadableImage:
-        """Ask about one file; if a child of its own dies over it, that is the file's doing."""
-        answers = self._ask(_take(), [file])
-        if answers is None:
+        """Ask about one file; if it takes a child too long, or one of its own dies over it, that is the file's doing."""
+        child = _take()
+        answers = self._ask(child, [file])
+        if answers is None and child.process.wait() != -signal.SIGALRM:
             child = _Child()
             answers = self._ask(child, [file])
         return answers[0] if answers else UnreadableImage(child.how_it_ended())
@@ -176,7 +180,10 @@ class _Child:
         Raises:
             OSError: What the job writes could not be written.
         """
-        timer = threading.Timer(len(files) * _SECONDS + _SLACK_SECONDS, self._is_too_late)
+        seconds = (
+            min(len(files), _FEWEST) * _SECONDS + _SLACK_SECONDS
+        )  # more are only asked for where files take a moment
+        timer = threading.Timer(seconds, self._is_too_late)
         timer.daemon = True
         timer.start()
         named = [(row, contents if isinstance(contents, str) else None) for row, contents in files]

@@ -1,7 +1,7 @@
 """Frozen features of images, computed in evaluation mode."""
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
@@ -20,7 +20,7 @@ _Found = TypeVar("_Found")
 
 
 def map_in_streams(
-    work: Callable[[_Given], _Found], given: Iterable[_Given], device: torch.device
+    work: Callable[[_Given], _Found], given: Generator[_Given, None, None], device: torch.device
 ) -> Iterator[_Found]:
     """Run a network over chunks of images in a few threads, which share torch's between them, and give what comes out in order.
 
@@ -29,11 +29,12 @@ def map_in_streams(
 
     Args:
         work: What to do with a chunk; releases the interpreter while it computes.
-        given: The chunks; a few more are taken than were given back.
+        given: The chunks; a few more are taken than were given back. Closed in the end.
         device: Where `work` computes.
     """
     threads = torch.get_num_threads()
-    streams = min(_STREAMS, threads) if device.type == "cpu" else 1
+    most = min(_STREAMS, threads) if device.type == "cpu" else 1
+    streams = max(number for number in range(1, most + 1) if threads % number == 0)  # no thread is left over
     pool = ThreadPoolExecutor(streams, initializer=torch.set_num_threads, initargs=(threads // streams,))
     asked: deque[Future[_Found]] = deque()
     try:
@@ -44,6 +45,7 @@ def map_in_streams(
         while asked:
             yield asked.popleft().result()
     finally:
+        given.close()
         pool.shutdown(cancel_futures=True)
         torch.set_num_threads(threads)
 

@@ -64,55 +64,60 @@ def annotate(
         UsageError: A class's name cannot be used, the address cannot be had, or another page asks about the run already.
     """
     token = choose_token(host, token)
-    session, images, cache = open_session(run, test_images, budget, classes, who or this_user())
-    nonce = secrets.token_urlsafe(16)
-    page = get_template("annotate.html.jinja").render(nonce=nonce, run=run.path.name)
-    policy = (
-        f"default-src 'none'; script-src 'nonce-{nonce}'; style-src 'nonce-{nonce}'; img-src 'self' data:; connect-src 'self'; "
-        "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
-    )
+    with served(run):  # before what is there is looked at: nobody else may answer from here on
+        session, images, cache = open_session(run, test_images, budget, classes, who or this_user())
+        nonce = secrets.token_urlsafe(16)
+        page = get_template("annotate.html.jinja").render(nonce=nonce, run=run.path.name)
+        policy = (
+            f"default-src 'none'; script-src 'nonce-{nonce}'; style-src 'nonce-{nonce}'; img-src 'self' data:; connect-src 'self'; "
+            "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+        )
 
-    def get(path: str) -> Reply | None:
-        if path == "/":
-            return Reply(page.encode(), "text/html; charset=utf-8", policy=policy)
-        number = path.removeprefix("/image/")
-        row = session.row(int(number)) if number != path and number.isdecimal() and len(number) < 10 else None
-        if row is None:
+        def get(path: str) -> Reply | None:
+            if path == "/":
+                return Reply(page.encode(), "text/html; charset=utf-8", policy=policy)
+            number = path.removeprefix("/image/")
+            row = (
+                session.row(int(number))
+                if number != path and number.isdecimal() and len(number) < 10
+                else None
+            )
+            if row is None:
+                return None
+            try:
+                kind, picture = read_picture(images, row, cache.intensity_range)
+            except UnreadableImage as error:
+                return refuse("410 Gone", f"{images.names[row]}: cannot be read any more: {error}")
+            return Reply(picture, kind)
+
+        def post(path: str, given: dict[str, Any]) -> Reply | None:
+            try:
+                if path == "/state":
+                    return reply_json(session.state())
+                if path == "/answer":
+                    return reply_json(session.answer(given))
+                if path == "/undo":
+                    return reply_json(session.undo())
+            except ValueError as error:
+                return refuse("400 Bad Request", str(error))
+            except (LabelwiseError, OSError) as error:
+                terminal.warn(str(error))
+                return refuse("500 Internal Server Error", f"Not kept: {error}")
             return None
-        try:
-            kind, picture = read_picture(images, row, cache.intensity_range)
-        except UnreadableImage as error:
-            return refuse("410 Gone", f"{images.names[row]}: cannot be read any more: {error}")
-        return Reply(picture, kind)
 
-    def post(path: str, given: dict[str, Any]) -> Reply | None:
-        try:
-            if path == "/state":
-                return reply_json(session.state())
-            if path == "/answer":
-                return reply_json(session.answer(given))
-            if path == "/undo":
-                return reply_json(session.undo())
-        except ValueError as error:
-            return refuse("400 Bad Request", str(error))
-        except (LabelwiseError, OSError) as error:
-            terminal.warn(str(error))
-            return refuse("500 Internal Server Error", f"Not kept: {error}")
-        return None
-
-    with served(run), stop_between_steps() as stop:
-        serve(
-            get,
-            post,
-            host=host,
-            port=port,
-            token=token,
-            ready=lambda at: _announce(host, at, token, browser=browser),
-            stop=stop,
-        )
-        stop.check(
-            f"{session.labeled():,} of the images that it asked about have a label, kept in {run.annotations}; next: labelwise finetune --run {run.path}"
-        )
+        with stop_between_steps() as stop:
+            serve(
+                get,
+                post,
+                host=host,
+                port=port,
+                token=token,
+                ready=lambda at: _announce(host, at, token, browser=browser),
+                stop=stop,
+            )
+            stop.check(
+                f"{session.labeled():,} of the images that it asked about have a label, kept in {run.annotations}; next: labelwise finetune --run {run.path}"
+            )
 
 
 def open_session(

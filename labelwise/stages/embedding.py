@@ -145,8 +145,10 @@ def _features_of(
 
     with terminal.track("embedding", len(rows)) as bar:
         done = 0
-        decoded = read_evaluations(found, rows, spec.image_size, deep, left_out)
-        for chunk, features in map_in_streams(work, (each for each in decoded if len(each[0])), place):
+        chunks = (
+            each for each in read_evaluations(found, rows, spec.image_size, deep, left_out) if len(each[0])
+        )
+        for chunk, features in map_in_streams(work, chunks, place):
             if not torch.isfinite(features).all():
                 raise DataError(
                     f"{run.encoder}: its features are not numbers; pretrain anew with a lower --learning-rate."

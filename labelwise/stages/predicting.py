@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Generator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -148,11 +148,13 @@ def _fill(parts: Parts, oracle: Oracle, images: ImageSet, deep: list[float] | No
     together = held_at_once(oracle.spec.image_size)
     first = parts.done
 
-    def chunks() -> Iterator[tuple[list[str], Pixels, list[dict[str, str]]]]:
+    def chunks() -> Generator[tuple[list[str], Pixels, list[dict[str, str]]], None, None]:
         left_out: list[dict[str, str]] = []
         for chunk, pixels in read_evaluations(images, rows[first:], oracle.spec.image_size, scale, left_out):
             yield [images.names[row] for row in chunk.tolist()], pixels, left_out.copy()
             left_out.clear()
+            if stop:  # what is being asked is still kept
+                return
 
     def ask(
         chunk: tuple[list[str], Pixels, list[dict[str, str]]],
@@ -162,12 +164,12 @@ def _fill(parts: Parts, oracle: Oracle, images: ImageSet, deep: list[float] | No
 
     with stop_between_steps() as stop, terminal.track("predicting", len(rows), done=parts.done) as bar:
         for told, left_out in map_in_streams(ask, chunks(), oracle.place):
-            if stop:
-                parts.save()
-                stop.check(f"{parts.done:,} of {len(rows):,} images are done; the same command goes on.")
             done = min(parts.done + together, len(rows))
             bar.advance(done - parts.done)
             parts.add(done, {name: told[name] for name in columns}, left_out)
+        if parts.done < len(rows):
+            parts.save()
+            stop.check(f"{parts.done:,} of {len(rows):,} images are done; the same command goes on.")
 
 
 def _finish(parts: Parts, out: Path, columns: Columns) -> _Summary:
