@@ -1,4 +1,4 @@
-"""annotations.jsonl: what people said of images on the page of `labelwise annotate`; a line for each answer, and none is changed."""
+"""What people said of images on the page of `labelwise annotate`: annotations.jsonl, a line for each answer, none of which is changed, and classes.json, the classes in the order shown."""
 
 import dataclasses
 import errno
@@ -43,51 +43,64 @@ class Annotation:
     seconds: float | None
 
 
-def read_annotations(run: RunDirectory) -> dict[str, Annotation]:
-    """The last answer to each image, by its name, in the order they were given; undone ones are left out.
+def read_annotations(run: RunDirectory) -> list[Annotation]:
+    """The last answer to each image, in the order they were given; undone ones are left out.
+
+    An image is known by its name and its pixels: another one may have its name later.
 
     Raises:
         CheckpointError: The file is damaged.
     """
     names = [field.name for field in dataclasses.fields(Annotation)]
-    last: dict[str, Annotation] = {}
+    last: dict[tuple[str, int], Annotation] = {}
     for row in rundir.read_jsonl(run.annotations):
         said = Annotation(**{name: row[name] for name in names})
-        last.pop(said.file, None)
+        last.pop((said.file, said.key), None)
         if said.answer != UNDO:
-            last[said.file] = said
-    return last
-
-
-def named_classes(run: RunDirectory) -> list[str]:
-    """Every class that an answer named, in the order they were first named, so that each keeps its place from start to start."""
-    named = (row["label"] for row in rundir.read_jsonl(run.annotations))
-    return list(dict.fromkeys(label for label in named if label is not None))
+            last[said.file, said.key] = said
+    return list(last.values())
 
 
 def find_rows(
-    said: Iterable[Annotation], names: Sequence[str], keys: npt.NDArray[np.uint64]
-) -> dict[str, int]:
-    """Row of the image that each answer is about, by the name it had then: found by its pixels, wherever it lies now.
+    said: Sequence[Annotation], names: Sequence[str], keys: npt.NDArray[np.uint64]
+) -> list[int | None]:
+    """Row of the image that each answer is about, found by its pixels, wherever it lies now; None where it is gone.
 
     Args:
-        said: Answers; those whose images are gone or have other pixels now are left out.
+        said: Answers.
         names: Of the images.
         keys: Of their pixels, (N,).
     """
-    said = list(said)
     if not said:  # most runs have none, and may have a million images
-        return {}
+        return []
     row_of = {name: row for row, name in enumerate(names)}
     by_key = dict(zip(keys.tolist(), range(len(names)), strict=True))
-    found = {}
+    found = []
     for each in said:
         row = row_of.get(each.file)
-        if row is None or int(keys[row]) != each.key:
-            row = by_key.get(each.key)
-        if row is not None:
-            found[each.file] = row
+        found.append(row if row is not None and int(keys[row]) == each.key else by_key.get(each.key))
     return found
+
+
+def read_classes(run: RunDirectory) -> list[str]:
+    """The classes that the page showed last, in its order, so that each keeps its key from start to start.
+
+    Raises:
+        CheckpointError: The file is damaged.
+    """
+    return list(rundir.read_json(run.classes)["classes"]) if run.classes.exists() else []
+
+
+def keep_classes(run: RunDirectory, classes: Iterable[str]) -> None:
+    """Write down which classes the page shows, if they are others than before.
+
+    Raises:
+        CheckpointError: The run is gone.
+    """
+    _check_is_there(run)
+    shown = list(classes)
+    if shown != read_classes(run):
+        rundir.write_json(run.classes, {"classes": shown})
 
 
 def add_annotations(run: RunDirectory, said: Iterable[Annotation]) -> None:
@@ -96,12 +109,16 @@ def add_annotations(run: RunDirectory, said: Iterable[Annotation]) -> None:
     Raises:
         CheckpointError: The run is gone.
     """
-    if not run.config.exists():
-        raise CheckpointError(f"{run.path}: this run is gone; nothing was kept.")
+    _check_is_there(run)
     is_new = not run.annotations.exists()
     rundir.append_jsonl(run.annotations, *map(dataclasses.asdict, said))
     if is_new:
         rundir.flush(run.path)
+
+
+def _check_is_there(run: RunDirectory) -> None:
+    if not run.config.exists():
+        raise CheckpointError(f"{run.path}: this run is gone; nothing was kept.")
 
 
 @contextmanager
@@ -112,12 +129,12 @@ def served(run: RunDirectory) -> Iterator[None]:
         ResourceError: The run cannot be written to.
         UsageError: Another page asks already.
     """
-    try:
-        file = os.open(run.annotations, os.O_RDWR | os.O_CREAT, 0o644)
-    except OSError as error:
-        raise ResourceError(
-            f"{run.annotations}: cannot be written ({error.strerror}); copy the run to a place that can be, and name the copy with --run."
-        ) from None
+    for target in (run.path, run.annotations):
+        if target.exists() and not os.access(target, os.W_OK):
+            raise ResourceError(
+                f"{target}: cannot be written; copy the run to a place that can be, and name the copy with --run."
+            )
+    file = os.open(run.path, os.O_RDONLY)  # the folder, which nothing replaces
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:

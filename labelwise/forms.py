@@ -228,6 +228,10 @@ class _Annotation(_Form):
     seconds: float | None
 
 
+class _Classes(_Form):
+    classes: list[str]
+
+
 class _Calibration(_Derived):
     classifier: str
     labels: int
@@ -282,6 +286,7 @@ _FORMS: dict[str, type[_Form]] = {
     "metrics.jsonl": _Metric,
     "results.jsonl": _Result,
     "annotations.jsonl": _Annotation,
+    "classes.json": _Classes,
     "suggested.jsonl": _Suggested,
     "neighbours.json": _Neighbours,
     "near_copies.json": _Pairs,

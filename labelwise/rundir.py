@@ -19,6 +19,7 @@ finetune/             results.jsonl, predictions.parquet, label_check.json (labe
 report.html, report.md, report.json, model-card.md (of the classifier)
 suggestions.csv, suggestions.html   which images to label next
 annotations.jsonl     what people said of images on the page of `labelwise annotate`
+classes.json          the classes on that page, in the order of their keys
 suggested.jsonl       a line per call of suggest: what it chose, in order
 """
 
@@ -58,6 +59,7 @@ _BEFORE_STEP_0 = {
     "owner.json",
     "suggested.jsonl",
     "annotations.jsonl",
+    "classes.json",
 }  # left by a run killed early
 
 
@@ -172,6 +174,10 @@ class RunDirectory:
         return self.path / "annotations.jsonl"
 
     @property
+    def classes(self) -> Path:
+        return self.path / "classes.json"
+
+    @property
     def suggested(self) -> Path:
         return self.path / "suggested.jsonl"
 
@@ -247,6 +253,8 @@ def take_over_labels(run: RunDirectory, earlier: RunDirectory) -> None:
     for ours, theirs in ((run.suggested, earlier.suggested), (run.annotations, earlier.annotations)):
         if theirs.exists():
             rewrite_jsonl(ours, read_jsonl(theirs))
+    if earlier.classes.exists():
+        write_json(run.classes, read_json(earlier.classes))
 
 
 def point_latest(run: RunDirectory) -> None:

@@ -22,16 +22,16 @@ from browser import open_browser
 from PIL import Image
 
 from labelwise import rundir
-from labelwise.annotations import add_annotations, read_annotations
+from labelwise.annotations import add_annotations, read_annotations, served
 from labelwise.cli import app
 from labelwise.config import FinetuneSettings
-from labelwise.errors import CheckpointError, DataError, UsageError
+from labelwise.errors import CheckpointError, DataError, ResourceError, UsageError
 from labelwise.images.label_studio import write_label_studio
 from labelwise.images.labels import read_label_table
 from labelwise.models.weights import read_spec
 from labelwise.rundir import RunDirectory
-from labelwise.stages.annotating import _announce, open_session
-from labelwise.stages.asking import Session, check_class, precision_in_words
+from labelwise.stages.annotating import _announce, annotate, open_session
+from labelwise.stages.asking import OutdatedError, Session, check_class, precision_in_words
 from labelwise.stages.benching import open_decoded, set_up_bench
 from labelwise.stages.repeating import finetune
 from labelwise.stages.reporting import report
@@ -65,9 +65,13 @@ def start(run: RunDirectory, tests: int = 6, budget: int = 5, classes: tuple[str
 
 def reply(session: Session, answer: str = "label", label: str | None = None) -> dict[str, Any]:
     """Answer what is asked now."""
-    state = session.state()
+    state = session.state({})
     given = {"number": state["number"], "file": state["file"], "answer": answer, "seconds": 1.25}
     return session.answer({**given, "label": label or (truth(state) if answer == "label" else None)})
+
+
+def undo(session: Session) -> dict[str, Any]:
+    return session.undo({"last": session.state({})["last"]})
 
 
 def own_images(run: RunDirectory, tmp_path: Path) -> Path:
@@ -88,7 +92,7 @@ def test_test_images_come_first_and_nothing_sways_the_answer(run: RunDirectory) 
     locked = set(rundir.read_json(run.test_lock)["names"])
     session = start(run)
     asked = []
-    while (state := session.state())["number"] is not None:
+    while (state := session.state({}))["number"] is not None:
         asked.append(state["file"])
         is_test = len(asked) <= 6
         assert (state["part"] == "test") is is_test is (state["file"] in locked)
@@ -114,15 +118,15 @@ def test_the_sample_is_random_and_always_the_same(run: RunDirectory) -> None:
     locked = rundir.read_json(run.test_lock)["names"]
     session = start(run, tests=10_000, budget=0)
     asked = []
-    while (state := session.state())["number"] is not None:
+    while (state := session.state({}))["number"] is not None:
         asked.append(state["file"])
         reply(session)
     assert sorted(asked) == sorted(locked)
     assert asked != locked
-    assert truth(start(run, tests=10_000, budget=0).state() | {"file": asked[0]}) == asked[0][-5]
+    assert truth(start(run, tests=10_000, budget=0).state({}) | {"file": asked[0]}) == asked[0][-5]
     shutil.rmtree(run.path / "annotations.jsonl", ignore_errors=True)
     run.annotations.unlink()
-    assert start(run, tests=3, budget=0).state()["file"] == asked[0]
+    assert start(run, tests=3, budget=0).state({})["file"] == asked[0]
 
 
 def test_an_answer_is_on_the_disk_before_the_next_image_shows(run: RunDirectory) -> None:
@@ -130,19 +134,19 @@ def test_an_answer_is_on_the_disk_before_the_next_image_shows(run: RunDirectory)
     for count in range(1, 5):
         reply(session)
         assert len(lines(run)) == count
-    assert start(run).state()["file"] == session.state()["file"]
+    assert start(run).state({})["file"] == session.state({})["file"]
 
 
 def test_undo_asks_again_also_after_a_new_start(run: RunDirectory) -> None:
     session = start(run)
-    first = session.state()["file"]
+    first = session.state({})["file"]
     reply(session, label="wrong")
-    assert session.undo()["file"] == first
+    assert undo(session)["file"] == first
     reply(session)
     session = start(run)
-    assert session.state()["file"] != first
-    assert session.undo()["file"] == first
-    assert session.undo()["last"] is None
+    assert session.state({})["file"] != first
+    assert undo(session)["file"] == first
+    assert undo(session)["last"] is None
     assert [row["answer"] for row in lines(run)] == ["label", "undo", "label", "undo"]
     assert not read_annotations(run)
 
@@ -150,24 +154,24 @@ def test_undo_asks_again_also_after_a_new_start(run: RunDirectory) -> None:
 def test_what_is_skipped_comes_again_next_time_what_is_not_sure_does_not(run: RunDirectory) -> None:
     session = start(run, tests=3, budget=0)
     skipped, unsure, named = [
-        (session.state()["file"], reply(session, answer))[0] for answer in ("skip", "unsure", "label")
+        (session.state({})["file"], reply(session, answer))[0] for answer in ("skip", "unsure", "label")
     ]
-    assert session.state()["number"] is None
-    assert session.state()["parts"][0] | {"words": ""} == {
+    assert session.state({})["number"] is None
+    assert session.state({})["parts"][0] | {"words": ""} == {
         "part": "test", "of": 3, "labels": 1, "unsure": 1, "skipped": 1, "words": "",
     }  # fmt: skip
     again = start(run, tests=3, budget=0)
-    assert again.state()["file"] == skipped
+    assert again.state({})["file"] == skipped
     reply(again)
-    assert again.state()["number"] is None
-    assert {name: said.label for name, said in read_annotations(run).items()} == {
+    assert again.state({})["number"] is None
+    assert {said.file: said.label for said in read_annotations(run)} == {
         skipped: skipped[-5], unsure: None, named: named[-5],
     }  # fmt: skip
 
 
 def test_answers_that_are_none_are_refused_and_nothing_is_kept(run: RunDirectory) -> None:
     session = start(run)
-    name = session.state()["file"]
+    name = session.state({})["file"]
     for given in (
         {},
         {"number": 0, "answer": "skip", "file": None},
@@ -184,7 +188,7 @@ def test_answers_that_are_none_are_refused_and_nothing_is_kept(run: RunDirectory
         {"number": 0, "answer": "label", "label": "cat,dog"},
         {"number": 0, "answer": "label", "label": ["cat"]},
     ):
-        with pytest.raises(ValueError, match=r"^(number|file|answer|label): "):
+        with pytest.raises(ValueError, match=r"^((number|answer|label): |Since a new start)"):
             session.answer({"file": name, **given})
     assert not run.annotations.exists()
     for seconds in (-1, 1e9, "1", None, True, float("nan")):
@@ -202,10 +206,10 @@ def test_a_class_that_a_folder_has_can_be_chosen_whatever_its_name_is(run: RunDi
 
 def test_what_is_not_sure_is_not_chosen_again(run: RunDirectory) -> None:
     session = start(run, tests=0, budget=4)
-    unsure = [(session.state()["file"], reply(session, "unsure"))[0] for _ in range(4)]
+    unsure = [(session.state({})["file"], reply(session, "unsure"))[0] for _ in range(4)]
     session = start(run, tests=0, budget=4)
     fresh = set()
-    while (state := session.state())["number"] is not None:
+    while (state := session.state({}))["number"] is not None:
         fresh.add(state["file"])
         reply(session, "unsure")
     assert len(fresh) == 4
@@ -214,14 +218,14 @@ def test_what_is_not_sure_is_not_chosen_again(run: RunDirectory) -> None:
 
 def test_what_is_skipped_comes_again_before_others_are_chosen(run: RunDirectory) -> None:
     session = start(run, tests=0, budget=3)
-    skipped = session.state()["file"]
+    skipped = session.state({})["file"]
     reply(session, "skip")
     reply(session)
     reply(session)
     session = start(run, tests=0, budget=3)
-    assert session.state()["file"] == skipped
+    assert session.state({})["file"] == skipped
     assert reply(session)["number"] is None
-    assert start(run, tests=0, budget=3).state()["parts"][1]["labels"] == 0
+    assert start(run, tests=0, budget=3).state({})["parts"][1]["labels"] == 0
 
 
 def test_more_suggestions_than_the_budget_are_asked_in_turns(run: RunDirectory) -> None:
@@ -232,10 +236,10 @@ def test_more_suggestions_than_the_budget_are_asked_in_turns(run: RunDirectory) 
         reply(start(run, tests=0, budget=2))
         session = start(run, tests=0, budget=2)
         reply(session)
-        assert session.state()["number"] is None
+        assert session.state({})["number"] is None
         counts.append(session.labeled())
     assert counts == [2, 2]
-    assert start(run, tests=0, budget=2).state()["parts"][1]["of"] == 1
+    assert start(run, tests=0, budget=2).state({})["parts"][1]["of"] == 1
     assert run.suggestions.read_bytes() == table
 
 
@@ -245,7 +249,7 @@ def test_suggestions_that_were_changed_give_no_test_image_and_none_twice(run: Ru
     rows = run.suggestions.read_text(encoding="utf-8").splitlines()
     run.suggestions.write_text("\n".join([*rows, rows[1], f"5,{locked[0]},why,", "6,gone.png"]))
     session = start(run, tests=10_000, budget=10)
-    assert [each["of"] for each in session.state()["parts"]] == [len(locked), 3]
+    assert [each["of"] for each in session.state({})["parts"]] == [len(locked), 3]
     for nonsense in (b"rank;file;why\n1;a.png;b\n", b"rank,file,why\n1,\xff.png,b\n"):
         run.suggestions.write_bytes(nonsense)
         with pytest.raises(DataError, match=r"suggestions.csv: not as `labelwise suggest` wrote it"):
@@ -269,7 +273,7 @@ def test_a_class_that_only_test_images_have_is_said(run: RunDirectory) -> None:
     session = start(run, tests=2, budget=1)
     reply(session, label="rare")
     reply(session, label="common")
-    assert session.state()["untrained"] == ["rare", "common"]
+    assert session.state({})["untrained"] == ["rare", "common"]
     assert reply(session, label="common")["untrained"] == ["rare"]
 
 
@@ -284,12 +288,12 @@ def test_a_run_that_was_removed_does_not_come_back(run: RunDirectory) -> None:
 def test_a_line_torn_by_a_power_cut_is_asked_again(run: RunDirectory) -> None:
     session = start(run)
     reply(session)
-    second = session.state()["file"]
+    second = session.state({})["file"]
     reply(session)
     text = run.annotations.read_bytes()
     run.annotations.write_bytes(text[:-20])
     session = start(run)
-    assert session.state()["file"] == second
+    assert session.state({})["file"] == second
     reply(session)
     assert [row["file"] for row in lines(run)][1:] == [second]
 
@@ -306,20 +310,147 @@ def test_a_class_keeps_its_place_from_start_to_start(run: RunDirectory) -> None:
     session = start(run, tests=6, budget=0)
     for label in ("pants", "shirt", "dress", "shirt"):
         reply(session, label=label)
-    order = [each["name"] for each in session.state()["classes"]]
+    order = [each["name"] for each in session.state({})["classes"]]
     assert order == ["pants", "shirt", "dress"]
-    session.undo()
-    assert session.state()["last"]["said"] == "dress"
+    undo(session)
+    assert session.state({})["last"]["said"] == "dress"
     again = start(run, tests=6, budget=0)
     reply(again, label="pants")
-    assert [each["name"] for each in again.state()["classes"]] == order
+    assert [each["name"] for each in again.state({})["classes"]] == order
     assert [
-        each["name"] for each in start(run, tests=6, budget=0, classes=("dress",)).state()["classes"]
+        each["name"] for each in start(run, tests=6, budget=0, classes=("dress",)).state({})["classes"]
     ] == ["dress", "pants", "shirt"]
 
 
+def test_classes_keep_their_keys_whatever_comes_later(run: RunDirectory, tmp_path: Path) -> None:
+    def shown(**more: Any) -> list[str]:
+        return [each["name"] for each in start(run, **more).state({})["classes"]]
+
+    assert shown(classes=("shirt", "dress")) == ["shirt", "dress"]
+    session = start(run)
+    reply(session, label="pants")
+    names = rundir.read_json(run.test_lock)["names"]
+    (tmp_path / "labels.csv").write_text(f"file,label\n{names[0]},another\n")
+    run.config.write_text(f'{run.config.read_text()}\n[finetune]\nlabels = "{tmp_path / "labels.csv"}"\n')
+    assert shown() == ["shirt", "dress", "pants", "another"]
+    assert shown(classes=("pants",)) == ["pants", "shirt", "dress", "another"], "asked for"
+
+
+def test_a_class_that_was_mistyped_goes_when_it_is_taken_back(run: RunDirectory) -> None:
+    session = start(run, classes=("shirt", "dress"))
+    for label in ("shrit", "dress", "pnats"):
+        reply(session, label=label)
+    undo(session)
+    assert [each["name"] for each in session.state({})["classes"]] == ["shirt", "dress", "shrit"]
+    undo(session)
+    assert [each["name"] for each in undo(session)["classes"]] == ["shirt", "dress"], "those named stay"
+    reply(session, label="pnats")
+    reply(session, label="coat")
+    session.undo({"last": session.state({})["last"]})
+    reply(session, label="pnats")
+    undo(session)
+    assert [each["name"] for each in start(run).state({})["classes"]] == ["shirt", "dress", "pnats"]
+
+
+def test_a_class_is_spelled_as_its_folder_is(run: RunDirectory) -> None:
+    session = start(run, classes=("shirt",))
+    session._classes["cafe\u0301"] = None  # as macOS names folders
+    reply(session, label="caf\u00e9")
+    assert lines(run)[0]["label"] == "cafe\u0301"
+
+
+def test_two_pages_are_asked_about_different_images(run: RunDirectory) -> None:
+    session = start(run, tests=4, budget=0)
+    one, other = session.state({"page": "one"}), session.state({"page": "other"})
+    assert (one["number"], other["number"]) == (0, 1)
+    assert session.state({"page": "one"})["number"] == 0, "loaded anew"
+
+    def answer(page: str, state: dict[str, Any], label: str) -> dict[str, Any]:
+        given = {"page": page, "number": state["number"], "file": state["file"], "answer": "label"}
+        return session.answer({**given, "label": label, "seconds": 1})
+
+    one = answer("one", one, "mine")
+    assert one["number"] == 2
+    other = answer("other", other, "yours")
+    with pytest.raises(OutdatedError, match="Another page has answered it meanwhile: yours"):
+        answer("one", {"number": 1, "file": lines(run)[1]["file"]}, "late")
+    assert one["last"]["said"] == "mine"
+    undone = session.undo({"page": "one", "last": one["last"]})
+    assert (undone["number"], undone["last"]) == (0, None)
+    with pytest.raises(OutdatedError, match="taken this back already"):
+        session.undo({"page": "one", "last": one["last"]})
+    assert [(each.label, each.answer) for each in read_annotations(run)] == [("yours", "label")]
+    answer("one", undone, "mine")
+    session.state({"page": "gone"})
+    left = session.state({"page": "one"})
+    while left["number"] is not None:
+        left = answer("one", left, "mine")
+    assert len(read_annotations(run)) == 4, "also what a page showed that was closed"
+
+
+def test_a_label_that_was_imported_is_not_taken_back(run: RunDirectory, tmp_path: Path) -> None:
+    first = start(run).state({})["file"]
+    (tmp_path / "labels.csv").write_text(f"file,label\n{first},x\n")
+    import_labels(run, tmp_path / "labels.csv")
+    session = start(run)
+    assert session.state({})["parts"][0]["labels"] == 1
+    assert session.state({})["last"] is None
+    assert undo(session)["parts"][0]["labels"] == 1
+
+
+def test_an_image_that_has_the_name_of_another_takes_no_label_from_it(
+    run: RunDirectory, tmp_path: Path
+) -> None:
+    images = own_images(run, tmp_path)
+    session = start(run, tests=2, budget=0)
+    first, second = [(session.state({})["file"], reply(session, label=label))[0] for label in "ab"]
+    (images / first).rename(images / "elsewhere.png")
+    (images / second).rename(images / first)
+    session = start(run, tests=3, budget=0)
+    assert session.state({})["parts"][0]["labels"] == 2
+    Image.effect_noise((8, 8), 90).save(images / second)
+    (tmp_path / "labels.csv").write_text(f"file,label\n{second},c\n")
+    assert import_labels(run, tmp_path / "labels.csv").startswith("1 labels taken")
+    wanted = {"elsewhere.png": "a", first: "b", second: "c"}
+
+    def said(of: RunDirectory) -> dict[str, str | None]:
+        opened, _ = open_decoded(of, FinetuneSettings(run=of.path), read_spec(of.encoder))
+        labels = dict(zip(opened.names, opened.labels, strict=True))
+        return {name: labels[name] for name in wanted}
+
+    assert said(run) == wanted
+    with pytest.raises(DataError, match=r"says 'c' of .*, and 'a' was said before"):
+        (tmp_path / "labels.csv").write_text("file,label\nelsewhere.png,c\n")
+        import_labels(run, tmp_path / "labels.csv")
+    for out in ("labels.csv", "folder"):
+        (tmp_path / "labels.csv").unlink(missing_ok=True)
+        assert export_labels(run, tmp_path / out).startswith("3 labels written")
+    assert {file.name: file.parent.name for file in (tmp_path / "folder").rglob("*.png")} == wanted
+    export_labels(run, tmp_path / "again.csv")
+    rows, _ = read_label_table(tmp_path / "again.csv")
+    assert {row.path: row.label for row in rows} == wanted
+    undone = start(run, tests=3, budget=0)
+    assert undo(undone)["last"]["said"] == "a"
+    assert said(run) == wanted | {first: None}
+
+
+def test_a_start_that_is_refused_leaves_nothing(run: RunDirectory) -> None:
+    with pytest.raises(UsageError, match="--classes"):
+        annotate(run, classes=("a", ""), browser=False)
+    with pytest.raises(DataError, match="every image that could be asked about has a label"):
+        annotate(run, test_images=0, budget=0, classes=("a",), browser=False)
+    assert not run.annotations.exists()
+    assert not run.classes.exists()
+
+
+def test_a_run_that_cannot_be_written_is_said(run: RunDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.access", lambda *_: False)
+    with pytest.raises(ResourceError, match="cannot be written; copy the run"), served(run):
+        pass
+
+
 def test_classes_that_are_named_come_first(run: RunDirectory) -> None:
-    assert [each["name"] for each in start(run, classes=("seven", "two")).state()["classes"]] == [
+    assert [each["name"] for each in start(run, classes=("seven", "two")).state({})["classes"]] == [
         "seven",
         "two",
     ]
@@ -346,7 +477,7 @@ def test_it_says_how_many_more_make_which_precision(
 
 def test_labels_of_the_page_are_taken_by_finetune(run: RunDirectory) -> None:
     session = start(run, tests=12, budget=30)
-    while session.state()["number"] is not None:
+    while session.state({})["number"] is not None:
         reply(session)
     settings = FinetuneSettings(run=run.path, methods=("simclr_probe", "pixels"), label_counts=("all",))
     document = report(finetune(settings))
@@ -357,7 +488,7 @@ def test_labels_of_the_page_are_taken_by_finetune(run: RunDirectory) -> None:
 def test_a_label_goes_where_the_image_goes_and_not_to_another_one(run: RunDirectory, tmp_path: Path) -> None:
     images = own_images(run, tmp_path)
     session = start(run, tests=3, budget=0)
-    moved, overwritten, kept = [(session.state()["file"], reply(session))[0] for _ in range(3)]
+    moved, overwritten, kept = [(session.state({})["file"], reply(session))[0] for _ in range(3)]
     (images / moved).rename(images / "elsewhere.png")
     Image.new("RGB", (8, 8), "red").save(images / overwritten)
     opened, _ = open_decoded(run, FinetuneSettings(run=run.path), read_spec(run.encoder))
@@ -372,21 +503,21 @@ def test_what_was_moved_stays_answered_and_what_was_overwritten_is_asked_again(
 ) -> None:
     images = own_images(run, tmp_path)
     session = start(run, tests=2, budget=2)
-    moved, lost, overwritten, kept = [(session.state()["file"], reply(session))[0] for _ in range(4)]
+    moved, lost, overwritten, kept = [(session.state({})["file"], reply(session))[0] for _ in range(4)]
     (images / moved).rename(images / "elsewhere.png")
     for angle, name in enumerate((lost, overwritten)):
         Image.linear_gradient("L").resize((8, 8)).rotate(90 * angle).save(images / name)
-    state = start(run, tests=1, budget=2).state()
+    state = start(run, tests=1, budget=2).state({})
     assert state["file"] == overwritten
     assert [each["labels"] for each in state["parts"]] == [1, 1]
     assert state["neighbours"][0]["file"] == kept
     assert (
-        start(run, tests=1_000, budget=0).state()["parts"][0]["of"] == 39
+        start(run, tests=1_000, budget=0).state({})["parts"][0]["of"] == 39
     )  # what is lost is no test image now
     (images / "elsewhere.png").rename(images / "first.png")
     session = start(run, tests=1, budget=0)
-    assert session.undo()["file"] == "first.png"
-    assert start(run, tests=1, budget=0).state()["file"] == "first.png"
+    assert undo(session)["file"] == "first.png"
+    assert start(run, tests=1, budget=0).state({})["file"] == "first.png"
 
 
 def test_the_test_images_are_those_that_finetune_tests_on(run: RunDirectory, tmp_path: Path) -> None:
@@ -396,7 +527,7 @@ def test_the_test_images_are_those_that_finetune_tests_on(run: RunDirectory, tmp
     run.config.write_text(f'{run.config.read_text()}\n[finetune]\ntest = "{tmp_path / "tests"}"\n')
     session = start(run, tests=10, budget=0)
     asked = []
-    while (state := session.state())["number"] is not None:
+    while (state := session.state({}))["number"] is not None:
         asked.append(state["file"])
         reply(session)
     assert sorted(asked) == ["test:0.png", "test:1.png", "test:2.png"]
@@ -412,7 +543,7 @@ def test_what_was_suggested_is_never_taken_for_a_random_label(
     data["sources"]["images"] = data["root"] = str(images)
     rundir.write_json(run.data, data)
     session = start(run, tests=12, budget=30)
-    while session.state()["number"] is not None:
+    while session.state({})["number"] is not None:
         reply(session)
     asked = [line["file"] for line in lines(run) if line["part"] == "suggested"]
     wanted = set(asked)
@@ -431,7 +562,7 @@ def test_a_label_file_has_the_last_word(
     run: RunDirectory, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     session = start(run, tests=2, budget=0)
-    name = session.state()["file"]
+    name = session.state({})["file"]
     reply(session, label="from the page")
     table = tmp_path / "labels.csv"
     table.write_text(f"file,label\n{name},from the file\n")
@@ -451,7 +582,7 @@ def test_what_is_exported_can_be_imported(
     for label in ("=cmd()", "-7", None, None, None, None, None):
         reply(session, label=label)
     reply(session, "unsure")
-    said = {file: each.label for file, each in read_annotations(run).items() if each.label}
+    said = {each.file: each.label for each in read_annotations(run) if each.label}
     assert export_labels(run, tmp_path / name) == f"7 labels written to {tmp_path / name}"
     with pytest.raises(UsageError, match="is there already"):
         export_labels(run, tmp_path / name)
@@ -459,11 +590,11 @@ def test_what_is_exported_can_be_imported(
     words = import_labels(other, tmp_path / name, "somebody")
     assert words.startswith(f"7 labels taken from {tmp_path / name}, 4 of them of test images")
     taken = read_annotations(other)
-    assert {file: each.label for file, each in taken.items()} == said
-    assert Counter(each.part for each in taken.values()) == {"test": 4, "imported": 3}
-    assert {each.who for each in taken.values()} == {"somebody"}
+    assert {each.file: each.label for each in taken} == said
+    assert Counter(each.part for each in taken) == {"test": 4, "imported": 3}
+    assert {each.who for each in taken} == {"somebody"}
     assert import_labels(other, tmp_path / name).startswith("0 labels taken")
-    assert start(other, tests=4, budget=0).state()["number"] is None
+    assert start(other, tests=4, budget=0).state({})["number"] is None
 
 
 def test_copies_that_contradict_each_other_are_refused(run: RunDirectory, tmp_path: Path) -> None:
@@ -485,17 +616,17 @@ def test_an_import_takes_no_label_that_the_images_had(pretrained: RunDirectory, 
     (tmp_path / "copies" / "another").mkdir(parents=True)
     shutil.copy(next(root.rglob("*.png")), tmp_path / "copies" / "another")
     assert import_labels(run, tmp_path / "copies").startswith("1 labels taken")
-    assert {each.label for each in read_annotations(run).values()} == {"another"}
+    assert {each.label for each in read_annotations(run)} == {"another"}
 
 
 def test_images_of_one_name_in_two_folders_are_both_exported(run: RunDirectory, tmp_path: Path) -> None:
     images = own_images(run, tmp_path)
     session = start(run, tests=3, budget=0)
-    first, second, changed = [(session.state()["file"], reply(session, label="x"))[0] for _ in range(3)]
+    first, second, changed = [(session.state({})["file"], reply(session, label="x"))[0] for _ in range(3)]
     (images / "a").mkdir()
     (images / first).rename(images / "a" / "b.png")
     (images / second).rename(images / "a_b.png")
-    said = [dataclasses.replace(each, file=name) for each, name in zip(read_annotations(run).values(), ("a/b.png", "a_b.png", changed), strict=True)]  # fmt: skip
+    said = [dataclasses.replace(each, file=name) for each, name in zip(read_annotations(run), ("a/b.png", "a_b.png", changed), strict=True)]  # fmt: skip
     run.annotations.unlink()
     add_annotations(run, said)
     Image.new("L", (8, 8), 9).save(images / changed)  # is another image now
@@ -506,14 +637,14 @@ def test_images_of_one_name_in_two_folders_are_both_exported(run: RunDirectory, 
 
 def test_an_import_that_contradicts_is_refused_whole(run: RunDirectory, tmp_path: Path) -> None:
     session = start(run, tests=3, budget=0)
-    first = session.state()["file"]
+    first = session.state({})["file"]
     reply(session)
-    second = session.state()["file"]
+    second = session.state({})["file"]
     table = tmp_path / "labels.csv"
     table.write_text(f"file,label\n{second},2\n{first},another\n")
     with pytest.raises(DataError, match=r"says 'another' of .* was said before; nothing was taken"):
         import_labels(run, table)
-    assert list(read_annotations(run)) == [first]
+    assert [each.file for each in read_annotations(run)] == [first]
 
 
 def test_nothing_to_export_is_said(run: RunDirectory, tmp_path: Path) -> None:
@@ -626,7 +757,7 @@ def test_labels_from_a_real_browser_survive_a_kill(run: RunDirectory, tmp_path: 
             )
             name = browser.value("document.getElementById('file').textContent")
             digit = name.removesuffix(".png")[-1]
-            if digit in answered.values():
+            if browser.value(f"state.classes.some(each => each.name === '{digit}')"):
                 browser.press(digit)
             else:
                 browser.write(digit)
@@ -649,7 +780,7 @@ def test_labels_from_a_real_browser_survive_a_kill(run: RunDirectory, tmp_path: 
             assert "nothing that was answered is lost" in browser.value(
                 "document.getElementById('trouble').textContent"
             )
-        assert {name: each.label for name, each in read_annotations(run).items()} == answered
+        assert {each.file: each.label for each in read_annotations(run)} == answered
         with serving(run, "--test-images", "6", "--budget", "24") as (address, process):
             browser.open(address, 390, 800)
             label(browser, 6)
@@ -663,7 +794,7 @@ def test_labels_from_a_real_browser_survive_a_kill(run: RunDirectory, tmp_path: 
             assert process.wait(20) == 130
             assert "30 of the images that it asked about have a label" in rest.replace("\n", " ")
         assert not [each for each in browser.complaints() if "net::ERR_" not in each]
-    assert {name: each.label for name, each in read_annotations(run).items()} == answered
+    assert {each.file: each.label for each in read_annotations(run)} == answered
     assert len(answered) == 30
     settings = FinetuneSettings(run=run.path, methods=("simclr_probe",), label_counts=("all",))
     assert {each["n_test"] for each in report(finetune(settings))["results"]} == {6}
@@ -672,7 +803,7 @@ def test_labels_from_a_real_browser_survive_a_kill(run: RunDirectory, tmp_path: 
 @pytest.mark.slow
 def test_the_page_keeps_what_was_meant(run: RunDirectory) -> None:
     def kept() -> list[str | None]:
-        return [each.label for each in read_annotations(run).values()]
+        return [each.label for each in read_annotations(run)]
 
     shown = "document.getElementById('image').className !== 'loading'"
     words = ("--test-images", "8", "--budget", "0", "--classes", "caterpillar,cat")
@@ -710,6 +841,61 @@ def test_the_page_keeps_what_was_meant(run: RunDirectory) -> None:
 
 
 @pytest.mark.slow
+def test_what_is_typed_into_the_field_stays_there(run: RunDirectory) -> None:
+    words = ("--test-images", "5", "--budget", "0", "--classes", "3d-printer,coat")
+    with open_browser() as browser, serving(run, *words) as (address, _):
+
+        def wait_for(number: int) -> None:
+            browser.wait(
+                f"state && state.number === {number} && at('image').className !== 'loading' && !busy"
+            )
+
+        def click(name: str) -> None:
+            place = browser.value(
+                f"(({{ x, y }}) => ({{ x: x + 9, y: y + 9 }}))(at('{name}').getBoundingClientRect())"
+            )
+            for kind in ("mousePressed", "mouseReleased"):
+                browser.ask("Input.dispatchMouseEvent", type=kind, button="left", clickCount=1, **place)
+
+        browser.open(address)
+        wait_for(0)
+        click("find")
+        browser.write("10")
+        assert browser.value("at('find').value") == "10"
+        browser.press("Enter")
+        wait_for(1)
+        browser.press("2")  # a class's key again
+        wait_for(2)
+        browser.write("x")
+        browser.press("Backspace")
+        assert browser.value("at('find').value + state.number") == "2"
+        browser.press("1")
+        wait_for(3)
+        assert [each.label for each in read_annotations(run)] == ["10", "coat", "3d-printer"]
+        browser.press("Backspace")
+        wait_for(2)
+        browser.press("1")
+        wait_for(3)
+        browser.value("state.number = 1, state.file = '-'")  # as if the server had been started anew
+        browser.press("1")
+        browser.wait("!at('trouble').hidden && !busy")
+        assert browser.value("at('trouble').textContent + state.number") == (
+            "Since a new start another image has this number; here is what is asked now.3"
+        )
+        browser.press("1")
+        wait_for(4)
+        assert browser.value("at('trouble').hidden")
+        browser.press(" ")
+        browser.wait("!at('done').hidden")
+        assert browser.value("at('over').textContent") == (
+            "Nothing is left to ask; what was skipped (1) comes again at the next start."
+        )
+        assert browser.value("at('last-of-all').textContent").startswith("Undo takes back: skipped (")
+        browser.press("Backspace")
+        wait_for(4)
+
+
+@pytest.mark.slow
 def test_a_second_page_on_one_run_is_refused(run: RunDirectory) -> None:
     words = ("--test-images", "2", "--budget", "0")
     with serving(run, *words) as (_, process):
@@ -734,14 +920,8 @@ def test_a_thousand_answers_at_once_are_kept_whole(run: RunDirectory) -> None:
 
         def post(number: int) -> int:
             place = number % 25
-            body = json.dumps(
-                {
-                    "number": place,
-                    "file": (names + [""] * 5)[place],
-                    "answer": "label",
-                    "label": f"class {number}",
-                }
-            )
+            given = {"number": place, "file": (names + [""] * 5)[place], "answer": "skip"}
+            body = json.dumps({**given, "seconds": number})
             request = urllib.request.Request(
                 f"{base}/answer",
                 body.encode(),
@@ -757,11 +937,9 @@ def test_a_thousand_answers_at_once_are_kept_whole(run: RunDirectory) -> None:
         with ThreadPoolExecutor(100) as pool:
             codes = list(pool.map(post, range(1000)))
     assert Counter(codes) == {200: 800, 400: 200}  # 20 to 24 are no images
-    assert sorted(row["label"] for row in lines(run)) == sorted(
-        f"class {number}" for number in range(1000) if number % 25 < 20
-    )
-    last = {row["file"]: row["label"] for row in lines(run)}
-    assert {name: each.label for name, each in read_annotations(run).items()} == last
+    assert sorted(row["seconds"] for row in lines(run)) == [each for each in range(1000) if each % 25 < 20]
+    last = {row["file"]: row["seconds"] for row in lines(run)}
+    assert {each.file: each.seconds for each in read_annotations(run)} == last
 
 
 def test_the_command_takes_and_gives_labels(run: RunDirectory, tmp_path: Path) -> None:

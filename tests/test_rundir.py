@@ -290,7 +290,7 @@ def test_what_a_kill_left_half_written_is_no_foreign_file(tmp_path: Path) -> Non
     out.mkdir()
     for name in (".data.json-x1", ".environment.json-x2", ".config.toml-x3", "owner.json", "splits"):
         (out / name).write_text("")
-    for name in ("suggested.jsonl", "annotations.jsonl"):  # of the run that it goes on from
+    for name in ("suggested.jsonl", "annotations.jsonl", "classes.json"):  # of the run that it goes on from
         (out / name).write_text("")
     rundir.check_output_folder(out, tmp_path / "photos")
     (out / ".bashrc").write_text("")

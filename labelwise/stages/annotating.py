@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from labelwise import terminal
-from labelwise.annotations import find_rows, named_classes, read_annotations, served
+from labelwise.annotations import find_rows, keep_classes, read_annotations, read_classes, served
 from labelwise.config import FinetuneSettings
 from labelwise.environment import this_user
 from labelwise.errors import DataError, LabelwiseError, UsageError
@@ -26,7 +26,7 @@ from labelwise.models.weights import load_encoder
 from labelwise.reports.html import get_template
 from labelwise.rundir import RunDirectory
 from labelwise.serving import Reply, choose_token, is_loopback, refuse, reply_json, serve
-from labelwise.stages.asking import Hints, Item, Session, check_class
+from labelwise.stages.asking import Hints, Item, OutdatedError, Session, check_class
 from labelwise.stages.benching import open_separated, remember_sources
 from labelwise.stages.finetuning import chances_of, load_classifier
 from labelwise.stages.suggesting import suggest
@@ -93,11 +93,13 @@ def annotate(
         def post(path: str, given: dict[str, Any]) -> Reply | None:
             try:
                 if path == "/state":
-                    return reply_json(session.state())
+                    return reply_json(session.state(given))
                 if path == "/answer":
                     return reply_json(session.answer(given))
                 if path == "/undo":
-                    return reply_json(session.undo())
+                    return reply_json(session.undo(given))
+            except OutdatedError as error:
+                return refuse("409 Conflict", str(error))
             except ValueError as error:
                 return refuse("400 Bad Request", str(error))
             except (LabelwiseError, OSError) as error:
@@ -132,7 +134,8 @@ def open_session(
     encoder, spec = load_encoder(run.path)
     images, cache, _, lock, _ = open_separated(run, settings, spec)
     answers = read_annotations(run)
-    said = {row: answers[name] for name, row in find_rows(answers.values(), images.names, cache.keys).items()}
+    rows_said = find_rows(answers, images.names, cache.keys)
+    said = {row: each for each, row in zip(answers, rows_said, strict=True) if row is not None}
     may_ask = [
         bool(cache.readable[row]) and (label is None or row in said)
         for row, label in enumerate(images.labels)
@@ -175,13 +178,16 @@ def open_session(
                 for row, each in zip(shown, chances, strict=True)
             }
     elsewhere = {label for row, label in enumerate(images.labels) if label is not None and row not in said}
+    answered = [each.label for each in answers if each.label is not None]
+    shown_classes = dict.fromkeys([*named, *read_classes(run), *sorted(elsewhere), *answered])
+    keep_classes(run, shown_classes)
     session = Session(
         run,
         images,
         cache,
         tests + chosen,
         said,
-        [*named, *sorted(elsewhere), *named_classes(run)],
+        list(shown_classes),
         who,
         Hints(rows.tolist(), features, guesses),
         len(all_tests),

@@ -10,7 +10,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
-from labelwise.annotations import UNDO, Annotation, add_annotations
+from labelwise.annotations import UNDO, Annotation, add_annotations, keep_classes
 from labelwise.environment import now
 from labelwise.images.cache import ImageCache
 from labelwise.images.labels import holds_several
@@ -23,6 +23,7 @@ _ANSWERS = ("label", "unsure", "skip")
 _NEIGHBOURS = 5
 _LONGEST_LABEL = 100  # letters
 _LONGEST_LOOK = 24 * 3600.0  # seconds
+_MOST_PAGES = 100  # that are remembered
 _FEWEST = 10  # labels that tell anything
 _PRECISIONS = (0.1, 0.075, 0.05, 0.03)  # of an accuracy, worth labeling more test images for
 
@@ -51,15 +52,22 @@ class Hints:
     guesses: dict[int, tuple[str, float]]
 
 
+class OutdatedError(ValueError):
+    """A page shows what is no longer so."""
+
+
 class Session:
-    """Questions and answers of one start of the page; its methods may be called from several threads.
+    """Questions and answers of one start of the command; its methods may be called from several threads.
+
+    Several pages may be open, each with a name of its own, which it sends as `page`: while one shows an image no other is asked
+    about it, and each takes back its own answers.
 
     Args:
         run: Where answers are kept.
         images, cache: Of the run, with the labels that are known.
         items: What to ask, in order; what was answered before is among it.
         said: Answer that was given before, by row.
-        classes: Known ones.
+        classes: Known ones, in the order that they are shown in.
         who: Answers.
         hints: Never used for test images.
         tests_there: How many test images could be asked about.
@@ -84,33 +92,43 @@ class Session:
         number_of = {item.row: number for number, item in enumerate(items)}
         self._said = {number_of[row]: each for row, each in said.items() if row in number_of}
         self._skipped = {number for number, each in self._said.items() if each.answer == "skip"}
-        self._history = [number for number in self._said if number not in self._skipped]
+        self._history = [
+            ("", number)
+            for number, each in self._said.items()
+            if number not in self._skipped and each.seconds is not None
+        ]
+        self._shown: dict[str, int] = {}  # number of the image that a page shows
         self._labels = {
             item.row: self._said[number].label if number in self._said else None
             for number, item in enumerate(items)
         }
-        self._classes = dict.fromkeys(classes)
+        self._classes, self._added = dict.fromkeys(classes), set[str]()
 
-    def state(self) -> dict[str, Any]:
-        """What the page shows: the image to ask about, classes, guess, neighbours, progress."""
+    def state(self, given: dict[str, Any]) -> dict[str, Any]:
+        """What a page shows: the image to ask about, classes, guess, neighbours, progress.
+
+        Args:
+            given: Its name as `page`.
+        """
         with self._lock:
-            return self._state()
+            return self._state(_page(given))
 
     def answer(self, given: dict[str, Any]) -> dict[str, Any]:
         """Keep an answer, and give the state after it.
 
         Args:
-            given: `number` and `file` of the image, `answer`, `label`, and for how many `seconds` it was looked at.
+            given: `page`, `number` and `file` of the image, `answer`, `label`, and for how many `seconds` it was looked at.
 
         Raises:
             CheckpointError: The run is gone.
+            OutdatedError: Another image has this number now, or another page answered.
             ValueError: It answers nothing that is asked.
         """
         number, answer, seconds = given.get("number"), given.get("answer"), given.get("seconds")
         if type(number) is not int or not 0 <= number < len(self._items):
             raise ValueError("number: none of the images.")
         if given.get("file") != self._images.names[self._items[number].row]:
-            raise ValueError("file: since a new start another image has this number; reload the page.")
+            raise OutdatedError("Since a new start another image has this number; here is what is asked now.")
         if answer not in _ANSWERS:
             raise ValueError(f"answer: one of {', '.join(_ANSWERS)}.")
         if (
@@ -120,22 +138,37 @@ class Session:
         ):
             seconds = None
         label = given.get("label") if answer == "label" else None
-        if answer == "label" and not (isinstance(label, str) and label in self._classes):
-            label = check_class(label)
+        page = _page(given)
         with self._lock:
-            self._keep(number, answer, label, None if seconds is None else round(float(seconds), 1))
-            return self._state()
+            if answer == "label" and not (isinstance(label, str) and label in self._classes):
+                label = check_class(label)
+                composed = {unicodedata.normalize("NFC", name): name for name in self._classes}
+                label = composed.get(label, label)  # as a folder's name spells it
+            before = self._said.get(number)
+            if before is not None and before.answer != "skip":
+                raise OutdatedError(f"Another page has answered it meanwhile: {_in_words(before)}.")
+            self._keep(page, number, answer, label, None if seconds is None else round(float(seconds), 1))
+            return self._state(page)
 
-    def undo(self) -> dict[str, Any]:
-        """Take the last answer back, and give the state after it, which asks the same again.
+    def undo(self, given: dict[str, Any]) -> dict[str, Any]:
+        """Take a page's last answer back, or one of an earlier start, and give the state after it, which asks the same again.
+
+        Args:
+            given: `page`, and what it believes that it takes back as `last`.
 
         Raises:
             CheckpointError: The run is gone.
+            OutdatedError: Another answer would be taken back.
         """
+        page = _page(given)
         with self._lock:
-            if self._history:
-                self._keep(self._history[-1], UNDO, None, None)
-            return self._state()
+            if given.get("last") != self._last(page):
+                raise OutdatedError("Another page has taken this back already.")
+            number = self._last_number(page)
+            if number is not None:
+                self._shown.pop(page, None)
+                self._keep(page, number, UNDO, None, None)
+            return self._state(page)
 
     def row(self, number: int) -> int | None:
         """Row of the image that is asked about by a number; None where none is."""
@@ -145,34 +178,61 @@ class Session:
         """How many of the images have a label now."""
         return sum(label is not None for label in self._labels.values())
 
-    def _keep(self, number: int, answer: str, label: str | None, seconds: float | None) -> None:
-        item = self._items[number]
+    def _keep(self, page: str, number: int, answer: str, label: str | None, seconds: float | None) -> None:
+        item, classes = self._items[number], dict(self._classes)
+        if label is not None:
+            classes.setdefault(label)
+        if answer == UNDO and (unused := self._unused_without(number)) is not None:
+            del classes[unused]
+        keep_classes(self._run, classes)
         name, key = self._images.names[item.row], int(self._cache.keys[item.row])
         if number in self._said:  # it may have been moved since
             name = self._said[number].file
         said = Annotation(name, key, answer, label, item.part, self._who, now(), seconds)
         add_annotations(self._run, [said])
+        self._added = (self._added | (classes.keys() - self._classes)) & classes.keys()
+        self._classes = classes
         self._skipped.discard(number)
-        self._history = [each for each in self._history if each != number]
+        self._history = [each for each in self._history if each[1] != number]
         self._said.pop(number, None)
         if answer != UNDO:
             self._said[number] = said
-            self._history.append(number)
+            self._history.append((page, number))
         self._labels[item.row] = label
-        if label is not None:
-            self._classes.setdefault(label)
 
-    def _state(self) -> dict[str, Any]:
+    def _unused_without(self, number: int) -> str | None:
+        """The class that is there for one answer alone, if it has the last place, so that no other one loses its key with it."""
+        last, label = next(reversed(self._classes), None), self._said[number].label
+        others = (each.label for other, each in self._said.items() if other != number)
+        return (
+            last
+            if last is not None and last == label and last in self._added and last not in others
+            else None
+        )
+
+    def _waiting(self, page: str) -> list[int]:
+        """Numbers of the images that a page may ask about, in their order; those that others show come last."""
         waiting = [
             number
             for number in range(len(self._items))
             if number not in self._said or number in self._skipped
         ]
+        elsewhere = {number for other, number in self._shown.items() if other != page}
+        waiting.sort(key=lambda number: number in elsewhere)
+        self._shown.pop(page, None)
+        if waiting:
+            self._shown[page] = waiting[0]
+        if len(self._shown) > _MOST_PAGES:
+            del self._shown[next(iter(self._shown))]
+        return waiting
+
+    def _state(self, page: str) -> dict[str, Any]:
+        waiting = self._waiting(page)
         counts = Counter(each.label for each in self._said.values())
         state: dict[str, Any] = {
             "number": None,
             "classes": [{"name": name, "count": counts[name]} for name in self._classes],
-            "last": self._last(),
+            "last": self._last(page),
             "untrained": self._untrained(),
             "parts": [self._progress(part) for part in PARTS],
             "next": f"labelwise finetune --run {self._run.path}",
@@ -191,12 +251,19 @@ class Session:
             "guess": None if item.part == "test" else self._guess(item.row, near),
         }
 
-    def _last(self) -> dict[str, str] | None:
+    def _last_number(self, page: str) -> int | None:
+        """Of the image that a page's undo is about."""
+        return next((number for by, number in reversed(self._history) if by in ("", page)), None)
+
+    def _last(self, page: str) -> dict[str, str] | None:
         """What undo would take back."""
-        if not self._history:
+        number = self._last_number(page)
+        if number is None:
             return None
-        said = self._said[self._history[-1]]
-        return {"file": said.file, "said": said.label or {"unsure": "not sure"}.get(said.answer, said.answer)}
+        return {
+            "file": self._images.names[self._items[number].row],
+            "said": _in_words(self._said[number]),
+        }
 
     def _untrained(self) -> list[str]:
         """Classes that only test images have: there is nothing to learn them from."""
@@ -252,6 +319,14 @@ class Session:
             return None
         label, votes = Counter(each["label"] for each in neighbours).most_common(1)[0]
         return {"label": label, "by": "neighbours", "votes": votes, "of": len(neighbours)}
+
+
+def _page(given: dict[str, Any]) -> str:
+    return str(given.get("page", ""))[:_LONGEST_LABEL]
+
+
+def _in_words(said: Annotation) -> str:
+    return said.label or {"unsure": "not sure", "skip": "skipped"}[said.answer]
 
 
 def check_class(label: object) -> str:

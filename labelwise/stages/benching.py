@@ -183,9 +183,8 @@ def _said_on_page(
     run: RunDirectory, images: ImageSet, cache: ImageCache
 ) -> list[tuple[Annotation, int | None]]:
     """Labels given on the page of `labelwise annotate`, each with its image: found by its pixels, wherever it lies now, or gone."""
-    said = [each for each in read_annotations(run).values() if each.label is not None]
-    rows = find_rows(said, images.names, cache.keys)
-    return [(each, rows.get(each.file)) for each in said]
+    said = [each for each in read_annotations(run) if each.label is not None]
+    return list(zip(said, find_rows(said, images.names, cache.keys), strict=True))
 
 
 def _count_folds(root: str, labels: Rows, groups: Rows, classes: list[str]) -> int:

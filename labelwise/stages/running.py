@@ -185,9 +185,9 @@ def _check_answers_are_elsewhere(run: RunDirectory) -> None:
         (each.key, each.label)
         for other in others
         if other.path.resolve() != run.path
-        for each in read_annotations(other).values()
+        for each in read_annotations(other)
     }
-    said = read_annotations(run).values()
+    said = read_annotations(run)
     alone = sum(each.label is not None and (each.key, each.label) not in kept for each in said)
     if alone:
         raise UsageError(

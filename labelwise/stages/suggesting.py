@@ -9,7 +9,7 @@ import numpy.typing as npt
 import torch
 
 from labelwise import environment, rundir, terminal
-from labelwise.annotations import read_annotations
+from labelwise.annotations import find_rows, read_annotations
 from labelwise.config import FinetuneSettings
 from labelwise.errors import DataError, UsageError
 from labelwise.images.splits import pool_indices
@@ -71,8 +71,9 @@ def suggest(
         encoder, spec = load_encoder(run.path)
         images, cache, groups, lock, _ = open_separated(run, settings, spec)
         pool = pool_indices(images, cache.readable, lock)
-        unsure = {name for name, each in read_annotations(run).items() if each.answer == "unsure"}
-        pool = pool[[images.names[row] not in unsure for row in pool]]
+        said = [each for each in read_annotations(run) if each.answer == "unsure"]
+        unsure = [row for row in find_rows(said, images.names, cache.keys) if row is not None]
+        pool = pool[~np.isin(pool, unsure)]
         has_label = np.array([images.labels[row] is not None for row in pool])
         as_if_unlabeled = bool(has_label.all())
         labeled = has_label & (not as_if_unlabeled)

@@ -1,5 +1,6 @@
 """`labelwise annotate --import` and `--export`: labels from other tools, and for them."""
 
+import dataclasses
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -13,6 +14,7 @@ from labelwise.environment import now, this_user
 from labelwise.errors import DataError
 from labelwise.images.label_studio import write_label_studio
 from labelwise.images.labels import OUTSIDE, SUFFIXES
+from labelwise.images.source import ImageSet
 from labelwise.models.weights import read_spec
 from labelwise.rundir import RunDirectory
 from labelwise.stages.benching import open_decoded, remember_sources
@@ -38,29 +40,27 @@ def import_labels(run: RunDirectory, source: Path, who: str | None = None) -> st
     """
     settings = FinetuneSettings.resolve({"run": run.path, "labels": source})
     images, cache = open_decoded(run, settings, read_spec(run.encoder), annotated=False)
-    said, locked = read_annotations(run), set(rundir.read_json(run.test_lock)["names"])
-    own = {
-        key: name
-        for key, name in zip(cache.keys.tolist(), images.names, strict=True)
-        if not name.startswith(OUTSIDE)
-    }
-    own |= {key: name for key, name in zip(cache.keys.tolist(), images.names, strict=True) if name in locked}
+    answers, locked = read_annotations(run), set(rundir.read_json(run.test_lock)["names"])
+    said = dict(zip(find_rows(answers, images.names, cache.keys), answers, strict=True))
+    rows = [row for row, name in enumerate(images.names) if not name.startswith(OUTSIDE)]
+    rows += [row for row, name in enumerate(images.names) if name in locked]
+    own = {int(cache.keys[row]): row for row in rows}
     copies = any(name.startswith(OUTSIDE[1]) for name in images.names)  # in a folder of class folders
     fresh, foreign = [], 0
-    for row in np.flatnonzero(cache.readable).tolist():
-        name, label, key = images.names[row], images.labels[row], int(cache.keys[row])
+    for there in np.flatnonzero(cache.readable).tolist():
+        name, label, key = images.names[there], images.labels[there], int(cache.keys[there])
         if label is None or name.startswith(OUTSIDE[0]) or copies != name.startswith(OUTSIDE[1]):
             continue  # a label that it had before
-        if copies:
-            if key not in own:
-                foreign += 1
-                continue
-            name = own[key]
-        before = said.get(name)
-        if before is None or before.label is None or before.key != key:
+        row = own.get(key) if copies else there
+        if row is None:
+            foreign += 1
+            continue
+        name, before = images.names[row], said.get(row)
+        if before is None or before.label is None:
             part = "test" if name in locked else "imported"
-            said[name] = Annotation(name, key, "label", label, part, who or this_user(), now(), None)
-            fresh.append(said[name])
+            file = name if before is None else before.file  # it may have been moved since
+            said[row] = Annotation(file, key, "label", label, part, who or this_user(), now(), None)
+            fresh.append(said[row])
         elif before.label != label:
             raise DataError(
                 f"{source}: says {label!r} of {name}, and {before.label!r} was said before; nothing was taken. Keep one."
@@ -86,9 +86,16 @@ def export_labels(run: RunDirectory, out: Path) -> str:
         DataError: There is nothing to write, or a class's name cannot be that of a folder.
         UsageError: It cannot be written there.
     """
-    said = [each for each in read_annotations(run).values() if each.label is not None]
+    said = [each for each in read_annotations(run) if each.label is not None]
     if not said:
         raise DataError(f"{run.path}: no label was given on the page of `labelwise annotate` yet.")
+    if len({each.file for each in said}) < len(said):  # one was moved, and another has its name
+        images, rows = _locate(run, said)
+        said = [
+            dataclasses.replace(each, file=images.names[row])
+            for each, row in zip(said, rows, strict=True)
+            if row is not None
+        ]
     suffix = out.suffix.lower()
     if suffix in (".csv", ".json"):
         check_file(out, (out.suffix,), run)
@@ -126,25 +133,32 @@ def _copy_images(run: RunDirectory, said: list[Annotation], out: Path) -> int:
     for label in {str(each.label) for each in said}:
         if label in (".", "..") or "/" in label or label.startswith("."):
             raise DataError(f"{label!r}: no name for a folder; export a .csv or .json file.")
-    settings = remember_sources(run, FinetuneSettings.resolve({"run": run.path}))
-    images, cache = open_decoded(run, settings, read_spec(run.encoder))
-    rows = find_rows(said, images.names, cache.keys)
-    gone = [each.file for each in said if each.file not in rows]
-    if gone:
-        terminal.warn(
-            f"{len(gone):,} labeled images are gone or have other pixels now, and are left out, e.g. {gone[0]}."
-        )
+    images, rows = _locate(run, said)
 
     def write(folder: Path) -> None:
-        for each in said:
-            if each.file in rows:
-                contents = images.locate(rows[each.file])
+        for each, row in zip(said, rows, strict=True):
+            if row is not None:
+                contents = images.locate(row)
                 data = contents if isinstance(contents, bytes) else Path(contents).read_bytes()
-                is_file = each.file.lower().endswith(SUFFIXES)
+                name = images.names[row]  # now: what it was called then may be another image's name
+                is_file = name.lower().endswith(SUFFIXES)
                 suffix = "" if is_file else ".png" if data.startswith(b"\x89PNG") else ".jpg"
-                target = folder / _split(each) / str(each.label) / f"{each.file}{suffix}"
+                target = folder / _split(each) / str(each.label) / f"{name}{suffix}"
                 target.parent.mkdir(parents=True, exist_ok=True)
                 target.write_bytes(data)
 
     rundir.write_folder(out, write)
-    return len(rows)
+    return len(said) - rows.count(None)
+
+
+def _locate(run: RunDirectory, said: list[Annotation]) -> tuple[ImageSet, list[int | None]]:
+    """The images of a run, and rows of those that answers are about; says which are gone."""
+    settings = remember_sources(run, FinetuneSettings.resolve({"run": run.path}))
+    images, cache = open_decoded(run, settings, read_spec(run.encoder))
+    rows = find_rows(said, images.names, cache.keys)
+    gone = [each.file for each, row in zip(said, rows, strict=True) if row is None]
+    if gone:
+        terminal.warn(
+            f"{len(gone):,} labeled images are gone or have other pixels now, and are left out, e.g. {gone[0]}."
+        )
+    return images, rows
