@@ -893,6 +893,12 @@ def test_what_is_typed_into_the_field_stays_there(run: RunDirectory) -> None:
         assert browser.value("at('last-of-all').textContent").startswith("Undo takes back: skipped (")
         browser.press("Backspace")
         wait_for(4)
+        for names, keys in (
+            (["3", "cat", "10", "0"], ["3", "", "", "0"]),
+            (["cat", "3", *"abcdefgh"], [*"123456789", ""]),
+        ):
+            browser.value(f"state.classes = {names}.map(name => ({{ name }}))")
+            assert browser.value("state.classes.map((_, place) => keyOf(place))") == keys
 
 
 @pytest.mark.slow

@@ -126,6 +126,56 @@ def test_children_are_used_again_and_are_not_many() -> None:
 
 
 @pytest.mark.usefixtures("misbehaving")
+@pytest.mark.parametrize(
+    ("soon", "late", "size", "first", "last"),
+    [
+        (math.inf, math.inf, 1, 8, 64),
+        (0.0, math.inf, 1, 8, 8),
+        (math.inf, math.inf, 2**18, 8, 8),  # what lies in a table is held until it is read
+        (0.0, 0.0, 1, 64, 8),
+    ],
+)
+def test_a_child_is_given_more_files_the_sooner_it_answers(
+    monkeypatch: pytest.MonkeyPatch, soon: float, late: float, size: int, first: int, last: int
+) -> None:
+    monkeypatch.setattr(readers, "_SOON", soon)
+    monkeypatch.setattr(readers, "_LATE", late)
+    monkeypatch.setattr(readers, "processors", lambda: 1)
+    counts = []
+    ask = readers._Child.ask
+
+    def count(child: Any, request: Any, files: Any) -> Any:
+        counts.append(len(files))
+        return ask(child, request, files)
+
+    monkeypatch.setattr(readers._Child, "ask", count)
+    with Readers("misbehave") as children:
+        children._together = first
+        answers = list(children.map(range(1000), lambda row: b"x" * size))
+    assert len(answers) == sum(counts) == 1000
+    assert (counts[0], counts[-2]) == (first, last)
+    assert set(counts[:-1]) <= {8, 16, 32, 64}
+
+
+@pytest.mark.usefixtures("misbehaving")
+def test_many_files_at_once_have_the_time_of_eight(monkeypatch: pytest.MonkeyPatch) -> None:
+    given = []
+
+    class Timer(threading.Timer):
+        def __init__(self, seconds: float, call: Any) -> None:
+            given.append(seconds)
+            super().__init__(seconds, call)
+
+    monkeypatch.setattr(readers.threading, "Timer", Timer)
+    monkeypatch.setattr(readers, "_SLACK_SECONDS", 5.0)
+    child = readers._Child()
+    for count in (1, 8, 64):
+        assert child.ask({"job": "misbehave", "arguments": {}}, [(row, b"x") for row in range(count)])
+    child.end()
+    assert given == [6.0, 13.0, 13.0]
+
+
+@pytest.mark.usefixtures("misbehaving")
 @pytest.mark.parametrize(("free", "most"), [(0.0, 1), (2.9 * 2**30, 2), (math.inf, 5)])
 def test_there_are_no_more_children_than_memory_for_them(
     monkeypatch: pytest.MonkeyPatch, free: float, most: int
