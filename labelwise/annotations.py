@@ -82,6 +82,14 @@ def find_rows(
     return found
 
 
+def by_row(
+    said: Sequence[Annotation], names: Sequence[str], keys: npt.NDArray[np.uint64]
+) -> dict[int, Annotation]:
+    """The last answer to each image that is there, by its row; arguments as of `find_rows`."""
+    rows = find_rows(said, names, keys)
+    return {row: each for each, row in zip(said, rows, strict=True) if row is not None}
+
+
 def read_classes(run: RunDirectory) -> list[str]:
     """The classes that the page showed last, in its order, so that each keeps its key from start to start.
 
@@ -129,12 +137,13 @@ def served(run: RunDirectory) -> Iterator[None]:
         ResourceError: The run cannot be written to.
         UsageError: Another page asks already.
     """
-    for target in (run.path, run.annotations):
-        if target.exists() and not os.access(target, os.W_OK):
-            raise ResourceError(
-                f"{target}: cannot be written; copy the run to a place that can be, and name the copy with --run."
-            )
-    file = os.open(run.path, os.O_RDONLY)  # the folder, which nothing replaces
+    try:  # a file that nothing replaces: file systems over a network know no lock of a folder
+        file = os.open(run.annotations, os.O_RDWR | os.O_CREAT, 0o644)
+        rundir.flush(run.path)
+    except OSError as error:
+        raise ResourceError(
+            f"{run.annotations}: cannot be written ({error.strerror}); copy the run to a place that can be, and name the copy with --run."
+        ) from None
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:

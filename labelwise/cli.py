@@ -128,7 +128,7 @@ def _pretrain(recipe: Recipe = None, json: Json = False, **given: Any) -> None:
     """Train an encoder on a folder of unlabeled images (SimCLR). The same command again goes on."""
     from labelwise.learning.ranks import is_rank
     from labelwise.reports.text import few_labels, has_few_labels
-    from labelwise.rundir import read_json
+    from labelwise.rundir import read_json, read_jsonl
     from labelwise.stages.launching import count_devices, launch
     from labelwise.stages.pretraining import pretrain
 
@@ -145,7 +145,7 @@ def _pretrain(recipe: Recipe = None, json: Json = False, **given: Any) -> None:
         terminal.emit_json({"run": str(run.path), "encoder": str(run.encoder)})
     else:
         data = read_json(run.data)
-        labels = "" if data["classes"] or run.annotations.exists() else " --labels FILE"
+        labels = "" if data["classes"] or read_jsonl(run.annotations) else " --labels FILE"
         if has_few_labels(data):
             terminal.emit(
                 f"next: labelwise annotate --run {_shown(run.path)}: a page to label images on, those that matter most"

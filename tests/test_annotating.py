@@ -26,8 +26,10 @@ from labelwise.annotations import add_annotations, read_annotations, served
 from labelwise.cli import app
 from labelwise.config import FinetuneSettings
 from labelwise.errors import CheckpointError, DataError, ResourceError, UsageError
+from labelwise.images.decoding import UnreadableImage
 from labelwise.images.label_studio import write_label_studio
 from labelwise.images.labels import read_label_table
+from labelwise.images.pictures import read_picture
 from labelwise.models.weights import read_spec
 from labelwise.rundir import RunDirectory
 from labelwise.stages.annotating import _announce, annotate, open_session
@@ -66,7 +68,7 @@ def start(run: RunDirectory, tests: int = 6, budget: int = 5, classes: tuple[str
 def reply(session: Session, answer: str = "label", label: str | None = None) -> dict[str, Any]:
     """Answer what is asked now."""
     state = session.state({})
-    given = {"number": state["number"], "file": state["file"], "answer": answer, "seconds": 1.25}
+    given = {"number": state["number"], "key": state["key"], "answer": answer, "seconds": 1.25}
     return session.answer({**given, "label": label or (truth(state) if answer == "label" else None)})
 
 
@@ -171,10 +173,10 @@ def test_what_is_skipped_comes_again_next_time_what_is_not_sure_does_not(run: Ru
 
 def test_answers_that_are_none_are_refused_and_nothing_is_kept(run: RunDirectory) -> None:
     session = start(run)
-    name = session.state({})["file"]
+    key = session.state({})["key"]
     for given in (
         {},
-        {"number": 0, "answer": "skip", "file": None},
+        {"number": 0, "answer": "skip", "key": None},
         {"number": 1, "answer": "skip"},  # which is another image
         {"number": -1, "answer": "skip"},
         {"number": 10_000, "answer": "skip"},
@@ -189,11 +191,18 @@ def test_answers_that_are_none_are_refused_and_nothing_is_kept(run: RunDirectory
         {"number": 0, "answer": "label", "label": ["cat"]},
     ):
         with pytest.raises(ValueError, match=r"^((number|answer|label): |Since a new start)"):
-            session.answer({"file": name, **given})
+            session.answer({"key": key, **given})
     assert not run.annotations.exists()
-    for seconds in (-1, 1e9, "1", None, True, float("nan")):
-        session.answer({"number": 0, "file": name, "answer": "skip", "seconds": seconds})
-        assert lines(run)[-1]["seconds"] is None
+    for seconds, kept in (
+        (-1, None),
+        (1e9, 86400.0),
+        ("1", None),
+        (None, None),
+        (True, None),
+        (float("nan"), None),
+    ):
+        session.answer({"number": 0, "key": key, "answer": "skip", "seconds": seconds})
+        assert lines(run)[-1]["seconds"] == kept
 
 
 def test_a_class_that_a_folder_has_can_be_chosen_whatever_its_name_is(run: RunDirectory) -> None:
@@ -366,18 +375,18 @@ def test_two_pages_are_asked_about_different_images(run: RunDirectory) -> None:
     assert session.state({"page": "one"})["number"] == 0, "loaded anew"
 
     def answer(page: str, state: dict[str, Any], label: str) -> dict[str, Any]:
-        given = {"page": page, "number": state["number"], "file": state["file"], "answer": "label"}
+        given = {"page": page, "number": state["number"], "key": state["key"], "answer": "label"}
         return session.answer({**given, "label": label, "seconds": 1})
 
     one = answer("one", one, "mine")
     assert one["number"] == 2
     other = answer("other", other, "yours")
-    with pytest.raises(OutdatedError, match="Another page has answered it meanwhile: yours"):
-        answer("one", {"number": 1, "file": lines(run)[1]["file"]}, "late")
+    with pytest.raises(OutdatedError, match="It is answered already: yours"):
+        answer("one", {"number": 1, "key": str(lines(run)[1]["key"])}, "late")
     assert one["last"]["said"] == "mine"
     undone = session.undo({"page": "one", "last": one["last"]})
     assert (undone["number"], undone["last"]) == (0, None)
-    with pytest.raises(OutdatedError, match="taken this back already"):
+    with pytest.raises(OutdatedError, match="another answer now"):
         session.undo({"page": "one", "last": one["last"]})
     assert [(each.label, each.answer) for each in read_annotations(run)] == [("yours", "label")]
     answer("one", undone, "mine")
@@ -408,6 +417,11 @@ def test_an_image_that_has_the_name_of_another_takes_no_label_from_it(
     (images / second).rename(images / first)
     session = start(run, tests=3, budget=0)
     assert session.state({})["parts"][0]["labels"] == 2
+    export_labels(run, tmp_path / "two.csv")
+    assert {row.path: row.label for row in read_label_table(tmp_path / "two.csv")[0]} == {
+        "elsewhere.png": "a",
+        first: "b",
+    }
     Image.effect_noise((8, 8), 90).save(images / second)
     (tmp_path / "labels.csv").write_text(f"file,label\n{second},c\n")
     assert import_labels(run, tmp_path / "labels.csv").startswith("1 labels taken")
@@ -435,18 +449,45 @@ def test_an_image_that_has_the_name_of_another_takes_no_label_from_it(
 
 
 def test_a_start_that_is_refused_leaves_nothing(run: RunDirectory) -> None:
-    with pytest.raises(UsageError, match="--classes"):
+    with pytest.raises(UsageError, match="--classes: label: 1 to 100 letters"):
         annotate(run, classes=("a", ""), browser=False)
+    assert not run.annotations.exists()
     with pytest.raises(DataError, match="every image that could be asked about has a label"):
         annotate(run, test_images=0, budget=0, classes=("a",), browser=False)
-    assert not run.annotations.exists()
+    assert not read_annotations(run)
     assert not run.classes.exists()
 
 
-def test_a_run_that_cannot_be_written_is_said(run: RunDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("os.access", lambda *_: False)
-    with pytest.raises(ResourceError, match="cannot be written; copy the run"), served(run):
+def test_a_run_that_cannot_be_written_is_said(run: RunDirectory) -> None:
+    run.annotations.mkdir()
+    with pytest.raises(ResourceError, match=r"cannot be written \(.*\); copy the run"), served(run):
         pass
+
+
+def test_undo_asks_about_the_image_that_it_takes_back(run: RunDirectory) -> None:
+    session = start(run, tests=4, budget=0)
+    skipped = session.state({})["file"]
+    reply(session, "skip")
+    second = session.state({})["file"]
+    reply(session)
+    session = start(run, tests=4, budget=0)
+    assert session.state({})["file"] == skipped
+    assert undo(session)["file"] == second
+    assert session.state({})["file"] == second, "also when the page is loaded anew"
+    assert reply(session)["file"] == skipped
+
+
+def test_a_picture_is_the_image_that_the_answer_will_be_kept_for(
+    run: RunDirectory, tmp_path: Path, photo: Callable[..., Image.Image]
+) -> None:
+    images = own_images(run, tmp_path)
+    photo(tmp_path / "photo.jpg", 1, (4000, 3000)).save(images / "large.jpg")  # training needs fewer pixels
+    opened, cache = open_decoded(run, FinetuneSettings(run=run.path), read_spec(run.encoder))
+    large, small = opened.names.index("large.jpg"), 0
+    assert [read_picture(opened, row, cache)[0] for row in (large, small)] == ["image/jpeg", "image/png"]
+    shutil.copy(images / opened.names[1], images / opened.names[small])
+    with pytest.raises(UnreadableImage, match="another image is there now"):
+        read_picture(opened, small, cache)
 
 
 def test_classes_that_are_named_come_first(run: RunDirectory) -> None:
@@ -454,8 +495,6 @@ def test_classes_that_are_named_come_first(run: RunDirectory) -> None:
         "seven",
         "two",
     ]
-    with pytest.raises(UsageError, match="--classes: label: 1 to 100 letters"):
-        start(run, classes=("seven", ""))
 
 
 @pytest.mark.parametrize(
@@ -871,12 +910,18 @@ def test_what_is_typed_into_the_field_stays_there(run: RunDirectory) -> None:
         assert browser.value("at('find').value + state.number") == "2"
         browser.press("1")
         wait_for(3)
+        click("find")
+        browser.write("x")
+        browser.press("Backspace")
+        browser.write("3")
+        assert browser.value("at('find').value + state.number") == "33", "the field was clicked"
+        browser.press("Escape")
         assert [each.label for each in read_annotations(run)] == ["10", "coat", "3d-printer"]
         browser.press("Backspace")
         wait_for(2)
         browser.press("1")
         wait_for(3)
-        browser.value("state.number = 1, state.file = '-'")  # as if the server had been started anew
+        browser.value("state.number = 1, state.key = '-'")  # as if the server had been started anew
         browser.press("1")
         browser.wait("!at('trouble').hidden && !busy")
         assert browser.value("at('trouble').textContent + state.number") == (
@@ -902,6 +947,24 @@ def test_what_is_typed_into_the_field_stays_there(run: RunDirectory) -> None:
 
 
 @pytest.mark.slow
+def test_two_people_share_the_work(run: RunDirectory) -> None:
+    words = ("--test-images", "4", "--budget", "0", "--classes", "x,y")
+    with open_browser() as one, open_browser() as other, serving(run, *words) as (address, _):
+        for browser, number in ((one, 0), (other, 1)):
+            browser.open(address)
+            browser.wait(f"state && state.number === {number} && at('image').className !== 'loading'")
+        one.press("1")
+        one.wait("state.number === 2 && at('image').className !== 'loading'")
+        other.press("2")
+        other.wait("state.number === 3")
+        one.open(address + "&again")
+        one.wait("state && state.number === 2 && at('image').className !== 'loading'")
+        one.press("Backspace")
+        one.wait("state.number === 0 && !state.last")
+        assert [each.label for each in read_annotations(run)] == ["y"]
+
+
+@pytest.mark.slow
 def test_a_second_page_on_one_run_is_refused(run: RunDirectory) -> None:
     words = ("--test-images", "2", "--budget", "0")
     with serving(run, *words) as (_, process):
@@ -918,15 +981,15 @@ def test_a_second_page_on_one_run_is_refused(run: RunDirectory) -> None:
 
 @pytest.mark.slow
 def test_a_thousand_answers_at_once_are_kept_whole(run: RunDirectory) -> None:
-    session, images, _ = open_session(run, 20, 0, (), "tester")
+    session, _, cache = open_session(run, 20, 0, (), "tester")
     rows = [session.row(number) for number in range(20)]
-    names = [images.names[row] for row in rows if row is not None]
+    keys = [str(cache.keys[row]) for row in rows if row is not None]
     with serving(run, "--test-images", "20", "--budget", "0") as (address, _):
         base, token = address.split("/?token=")
 
         def post(number: int) -> int:
             place = number % 25
-            given = {"number": place, "file": (names + [""] * 5)[place], "answer": "skip"}
+            given = {"number": place, "key": (keys + [""] * 5)[place], "answer": "skip"}
             body = json.dumps({**given, "seconds": number})
             request = urllib.request.Request(
                 f"{base}/answer",

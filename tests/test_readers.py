@@ -127,16 +127,16 @@ def test_children_are_used_again_and_are_not_many() -> None:
 
 @pytest.mark.usefixtures("misbehaving")
 @pytest.mark.parametrize(
-    ("soon", "late", "size", "first", "last"),
+    ("soon", "late", "count", "size", "first", "last"),
     [
-        (math.inf, math.inf, 1, 8, 64),
-        (0.0, math.inf, 1, 8, 8),
-        (math.inf, math.inf, 2**18, 8, 8),  # what lies in a table is held until it is read
-        (0.0, 0.0, 1, 64, 8),
+        (math.inf, math.inf, 2000, 1, 8, 64),
+        (0.0, math.inf, 1000, 1, 8, 8),
+        (math.inf, math.inf, 600, 2**18, 8, 8),  # what lies in a table is held until it is read
+        (0.0, 0.0, 1000, 1, 64, 8),
     ],
 )
 def test_a_child_is_given_more_files_the_sooner_it_answers(
-    monkeypatch: pytest.MonkeyPatch, soon: float, late: float, size: int, first: int, last: int
+    monkeypatch: pytest.MonkeyPatch, soon: float, late: float, count: int, size: int, first: int, last: int
 ) -> None:
     monkeypatch.setattr(readers, "_SOON", soon)
     monkeypatch.setattr(readers, "_LATE", late)
@@ -144,15 +144,15 @@ def test_a_child_is_given_more_files_the_sooner_it_answers(
     counts = []
     ask = readers._Child.ask
 
-    def count(child: Any, request: Any, files: Any) -> Any:
+    def noted(child: Any, request: Any, files: Any) -> Any:
         counts.append(len(files))
         return ask(child, request, files)
 
-    monkeypatch.setattr(readers._Child, "ask", count)
+    monkeypatch.setattr(readers._Child, "ask", noted)
     with Readers("misbehave") as children:
         children._together = first
-        answers = list(children.map(range(1000), lambda row: b"x" * size))
-    assert len(answers) == sum(counts) == 1000
+        answers = list(children.map(range(count), lambda row: b"x" * size))
+    assert len(answers) == sum(counts) == count
     assert (counts[0], counts[-2]) == (first, last)
     assert set(counts[:-1]) <= {8, 16, 32, 64}
 

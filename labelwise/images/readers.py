@@ -388,15 +388,23 @@ def _center(data: bytes, row: int, *, size: int, intensity_range: Range | None, 
 
 
 def _picture(
-    data: bytes, row: int, *, longest: int, small: int, intensity_range: Range | None, shortest: int
+    data: bytes,
+    row: int,
+    *,
+    longest: int,
+    small: int,
+    intensity_range: Range | None,
+    shortest: int,
+    key_shortest: int,
 ) -> Answer:
-    """Media type and file of the whole image, for a browser; the file's metadata is not in it."""
+    """Content key, media type and file of the whole image, for a browser; the file's metadata is not in it."""
     image, _ = decoding.decode_image(data, intensity_range, shortest)
+    key = decoding.content_key(np.asarray(decoding.decode_image(data, intensity_range, key_shortest)[0]))
     image.thumbnail((longest, longest))
     form = "PNG" if max(image.size) <= small else "JPEG"
     buffer = io.BytesIO()
     image.save(buffer, form, **({} if form == "PNG" else {"quality": 90}))
-    return f"image/{form.lower()}", buffer.getvalue()
+    return (key, f"image/{form.lower()}"), buffer.getvalue()
 
 
 def _square(data: bytes, row: int, *, side: int, intensity_range: Range | None, shortest: int) -> Answer:

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from labelwise import terminal
-from labelwise.annotations import find_rows, keep_classes, read_annotations, read_classes, served
+from labelwise.annotations import by_row, keep_classes, read_annotations, read_classes, served
 from labelwise.config import FinetuneSettings
 from labelwise.environment import this_user
 from labelwise.errors import DataError, LabelwiseError, UsageError
@@ -64,6 +64,10 @@ def annotate(
         UsageError: A class's name cannot be used, the address cannot be had, or another page asks about the run already.
     """
     token = choose_token(host, token)
+    try:
+        classes = tuple(check_class(name) for name in classes)
+    except ValueError as error:
+        raise UsageError(f"--classes: {error}") from None
     with served(run):  # before what is there is looked at: nobody else may answer from here on
         session, images, cache = open_session(run, test_images, budget, classes, who or this_user())
         nonce = secrets.token_urlsafe(16)
@@ -85,9 +89,9 @@ def annotate(
             if row is None:
                 return None
             try:
-                kind, picture = read_picture(images, row, cache.intensity_range)
+                kind, picture = read_picture(images, row, cache)
             except UnreadableImage as error:
-                return refuse("410 Gone", f"{images.names[row]}: cannot be read any more: {error}")
+                return refuse("410 Gone", f"{images.names[row]}: cannot be shown any more: {error}")
             return Reply(picture, kind)
 
         def post(path: str, given: dict[str, Any]) -> Reply | None:
@@ -126,16 +130,11 @@ def open_session(
     run: RunDirectory, test_images: int, budget: int, classes: tuple[str, ...], who: str
 ) -> tuple[Session, ImageSet, ImageCache]:
     """Find out what to ask, and what helps to answer; arguments as of `annotate`."""
-    try:
-        named = [check_class(name) for name in classes]
-    except ValueError as error:
-        raise UsageError(f"--classes: {error}") from None
     settings = remember_sources(run, FinetuneSettings.resolve({"run": run.path}))
     encoder, spec = load_encoder(run.path)
     images, cache, _, lock, _ = open_separated(run, settings, spec)
     answers = read_annotations(run)
-    rows_said = find_rows(answers, images.names, cache.keys)
-    said = {row: each for each, row in zip(answers, rows_said, strict=True) if row is not None}
+    said = by_row(answers, images.names, cache.keys)
     may_ask = [
         bool(cache.readable[row]) and (label is None or row in said)
         for row, label in enumerate(images.labels)
@@ -179,7 +178,7 @@ def open_session(
             }
     elsewhere = {label for row, label in enumerate(images.labels) if label is not None and row not in said}
     answered = [each.label for each in answers if each.label is not None]
-    shown_classes = dict.fromkeys([*named, *read_classes(run), *sorted(elsewhere), *answered])
+    shown_classes = dict.fromkeys([*classes, *read_classes(run), *sorted(elsewhere), *answered])
     keep_classes(run, shown_classes)
     session = Session(
         run,

@@ -22,6 +22,7 @@ PARTS = ("test", "suggested")
 _ANSWERS = ("label", "unsure", "skip")
 _NEIGHBOURS = 5
 _LONGEST_LABEL = 100  # letters
+_LONGEST_NAME = 40  # letters, of a page
 _LONGEST_LOOK = 24 * 3600.0  # seconds
 _MOST_PAGES = 100  # that are remembered
 _FEWEST = 10  # labels that tell anything
@@ -59,8 +60,8 @@ class OutdatedError(ValueError):
 class Session:
     """Questions and answers of one start of the command; its methods may be called from several threads.
 
-    Several pages may be open, each with a name of its own, which it sends as `page`: while one shows an image no other is asked
-    about it, and each takes back its own answers.
+    Several browsers may have the page open, each with a name of its own, which it sends as `page`: while one shows an image others
+    are asked about other ones, if there are any, and each takes back its own answers.
 
     Args:
         run: Where answers are kept.
@@ -117,7 +118,7 @@ class Session:
         """Keep an answer, and give the state after it.
 
         Args:
-            given: `page`, `number` and `file` of the image, `answer`, `label`, and for how many `seconds` it was looked at.
+            given: `page`, `number` and `key` of the image, `answer`, `label`, and for how many `seconds` it was looked at.
 
         Raises:
             CheckpointError: The run is gone.
@@ -127,15 +128,11 @@ class Session:
         number, answer, seconds = given.get("number"), given.get("answer"), given.get("seconds")
         if type(number) is not int or not 0 <= number < len(self._items):
             raise ValueError("number: none of the images.")
-        if given.get("file") != self._images.names[self._items[number].row]:
+        if given.get("key") != self._key(number):
             raise OutdatedError("Since a new start another image has this number; here is what is asked now.")
         if answer not in _ANSWERS:
             raise ValueError(f"answer: one of {', '.join(_ANSWERS)}.")
-        if (
-            isinstance(seconds, bool)
-            or not isinstance(seconds, int | float)
-            or not 0 <= seconds <= _LONGEST_LOOK
-        ):
+        if isinstance(seconds, bool) or not isinstance(seconds, int | float) or not seconds >= 0:
             seconds = None
         label = given.get("label") if answer == "label" else None
         page = _page(given)
@@ -146,8 +143,14 @@ class Session:
                 label = composed.get(label, label)  # as a folder's name spells it
             before = self._said.get(number)
             if before is not None and before.answer != "skip":
-                raise OutdatedError(f"Another page has answered it meanwhile: {_in_words(before)}.")
-            self._keep(page, number, answer, label, None if seconds is None else round(float(seconds), 1))
+                raise OutdatedError(f"It is answered already: {_in_words(before)}.")
+            self._keep(
+                page,
+                number,
+                answer,
+                label,
+                None if seconds is None else round(min(seconds, _LONGEST_LOOK), 1),
+            )
             return self._state(page)
 
     def undo(self, given: dict[str, Any]) -> dict[str, Any]:
@@ -163,11 +166,11 @@ class Session:
         page = _page(given)
         with self._lock:
             if given.get("last") != self._last(page):
-                raise OutdatedError("Another page has taken this back already.")
+                raise OutdatedError("What would be taken back is another answer now; look again.")
             number = self._last_number(page)
             if number is not None:
-                self._shown.pop(page, None)
                 self._keep(page, number, UNDO, None, None)
+                self._shown[page] = number
             return self._state(page)
 
     def row(self, number: int) -> int | None:
@@ -211,15 +214,15 @@ class Session:
         )
 
     def _waiting(self, page: str) -> list[int]:
-        """Numbers of the images that a page may ask about, in their order; those that others show come last."""
+        """Numbers of the images that a page may ask about: the one that it shows, then all in their order, those that others show last."""
         waiting = [
             number
             for number in range(len(self._items))
             if number not in self._said or number in self._skipped
         ]
         elsewhere = {number for other, number in self._shown.items() if other != page}
-        waiting.sort(key=lambda number: number in elsewhere)
-        self._shown.pop(page, None)
+        mine = self._shown.pop(page, None)
+        waiting.sort(key=lambda number: (number != mine, number in elsewhere))
         if waiting:
             self._shown[page] = waiting[0]
         if len(self._shown) > _MOST_PAGES:
@@ -243,13 +246,18 @@ class Session:
         near = [] if item.part == "test" else self._neighbours(item.row)
         return state | {
             "number": number,
-            "after": waiting[1] if len(waiting) > 1 else None,
+            "after": {"number": waiting[1], "key": self._key(waiting[1])} if len(waiting) > 1 else None,
+            "key": self._key(number),
             "file": self._images.names[item.row],
             "part": item.part,
             "why": item.why,
             "neighbours": near,
             "guess": None if item.part == "test" else self._guess(item.row, near),
         }
+
+    def _key(self, number: int) -> str:
+        """Of an image's pixels, as a text: JavaScript knows no integers as large."""
+        return str(self._cache.keys[self._items[number].row])
 
     def _last_number(self, page: str) -> int | None:
         """Of the image that a page's undo is about."""
@@ -322,7 +330,7 @@ class Session:
 
 
 def _page(given: dict[str, Any]) -> str:
-    return str(given.get("page", ""))[:_LONGEST_LABEL]
+    return str(given.get("page", ""))[:_LONGEST_NAME]
 
 
 def _in_words(said: Annotation) -> str:

@@ -1,14 +1,13 @@
 """`labelwise annotate --import` and `--export`: labels from other tools, and for them."""
 
 import dataclasses
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 
 from labelwise import rundir, terminal
-from labelwise.annotations import Annotation, add_annotations, find_rows, read_annotations
+from labelwise.annotations import Annotation, add_annotations, by_row, find_rows, read_annotations
 from labelwise.config import FinetuneSettings
 from labelwise.environment import now, this_user
 from labelwise.errors import DataError
@@ -40,8 +39,8 @@ def import_labels(run: RunDirectory, source: Path, who: str | None = None) -> st
     """
     settings = FinetuneSettings.resolve({"run": run.path, "labels": source})
     images, cache = open_decoded(run, settings, read_spec(run.encoder), annotated=False)
-    answers, locked = read_annotations(run), set(rundir.read_json(run.test_lock)["names"])
-    said = dict(zip(find_rows(answers, images.names, cache.keys), answers, strict=True))
+    said = by_row(read_annotations(run), images.names, cache.keys)
+    locked = set(rundir.read_json(run.test_lock)["names"])
     rows = [row for row, name in enumerate(images.names) if not name.startswith(OUTSIDE)]
     rows += [row for row, name in enumerate(images.names) if name in locked]
     own = {int(cache.keys[row]): row for row in rows}
@@ -89,26 +88,43 @@ def export_labels(run: RunDirectory, out: Path) -> str:
     said = [each for each in read_annotations(run) if each.label is not None]
     if not said:
         raise DataError(f"{run.path}: no label was given on the page of `labelwise annotate` yet.")
-    if len({each.file for each in said}) < len(said):  # one was moved, and another has its name
-        images, rows = _locate(run, said)
-        said = [
-            dataclasses.replace(each, file=images.names[row])
-            for each, row in zip(said, rows, strict=True)
-            if row is not None
-        ]
     suffix = out.suffix.lower()
     if suffix in (".csv", ".json"):
         check_file(out, (out.suffix,), run)
-        pairs = [(each.file, str(each.label)) for each in said]
-        write: Callable[[Path], None] = (
-            partial(_write_table, said) if suffix == ".csv" else partial(write_label_studio, pairs)
-        )
-        rundir.write_atomically(out, write)
-        count = len(said)
     else:
         check_folder(out, run)
-        count = _copy_images(run, said, out)
-    return f"{count:,} labels written to {out}"
+        _check_are_folders({str(each.label) for each in said})
+    images, there = _locate(run, said)
+    if suffix == ".csv":
+        rundir.write_atomically(out, partial(_write_table, list(there.values())))
+    elif suffix == ".json":
+        pairs = [(each.file, str(each.label)) for each in there.values()]
+        rundir.write_atomically(out, partial(write_label_studio, pairs))
+    else:
+        rundir.write_folder(out, partial(_copy_images, images, there))
+    return f"{len(there):,} labels written to {out}"
+
+
+def _locate(run: RunDirectory, said: list[Annotation]) -> tuple[ImageSet, dict[int, Annotation]]:
+    """The images of a run, and answers by row, with the names that the images have now; says which images are gone.
+
+    Raises:
+        DataError: All are.
+    """
+    settings = remember_sources(run, FinetuneSettings.resolve({"run": run.path}))
+    images, cache = open_decoded(run, settings, read_spec(run.encoder))
+    rows = find_rows(said, images.names, cache.keys)
+    gone = [each.file for each, row in zip(said, rows, strict=True) if row is None]
+    if len(gone) == len(said):
+        raise DataError(
+            f"{images.root}: all labeled images are gone or have other pixels now, e.g. {gone[0]}."
+        )
+    if gone:
+        terminal.warn(
+            f"{len(gone):,} labeled images are gone or have other pixels now, and are left out, e.g. {gone[0]}."
+        )
+    there = by_row(said, images.names, cache.keys)
+    return images, {row: dataclasses.replace(each, file=images.names[row]) for row, each in there.items()}
 
 
 def _write_table(said: list[Annotation], fresh: Path) -> None:
@@ -128,37 +144,24 @@ def _split(said: Annotation) -> str:
     return "test" if said.part == "test" else "train"
 
 
-def _copy_images(run: RunDirectory, said: list[Annotation], out: Path) -> int:
-    """Copy labeled images into class folders, and say how many; the folder is there once it is whole."""
-    for label in {str(each.label) for each in said}:
+def _check_are_folders(labels: set[str]) -> None:
+    """Make sure that folders can have the names of classes.
+
+    Raises:
+        DataError: One cannot.
+    """
+    for label in labels:
         if label in (".", "..") or "/" in label or label.startswith("."):
             raise DataError(f"{label!r}: no name for a folder; export a .csv or .json file.")
-    images, rows = _locate(run, said)
-
-    def write(folder: Path) -> None:
-        for each, row in zip(said, rows, strict=True):
-            if row is not None:
-                contents = images.locate(row)
-                data = contents if isinstance(contents, bytes) else Path(contents).read_bytes()
-                name = images.names[row]  # now: what it was called then may be another image's name
-                is_file = name.lower().endswith(SUFFIXES)
-                suffix = "" if is_file else ".png" if data.startswith(b"\x89PNG") else ".jpg"
-                target = folder / _split(each) / str(each.label) / f"{name}{suffix}"
-                target.parent.mkdir(parents=True, exist_ok=True)
-                target.write_bytes(data)
-
-    rundir.write_folder(out, write)
-    return len(said) - rows.count(None)
 
 
-def _locate(run: RunDirectory, said: list[Annotation]) -> tuple[ImageSet, list[int | None]]:
-    """The images of a run, and rows of those that answers are about; says which are gone."""
-    settings = remember_sources(run, FinetuneSettings.resolve({"run": run.path}))
-    images, cache = open_decoded(run, settings, read_spec(run.encoder))
-    rows = find_rows(said, images.names, cache.keys)
-    gone = [each.file for each, row in zip(said, rows, strict=True) if row is None]
-    if gone:
-        terminal.warn(
-            f"{len(gone):,} labeled images are gone or have other pixels now, and are left out, e.g. {gone[0]}."
-        )
-    return images, rows
+def _copy_images(images: ImageSet, said: dict[int, Annotation], folder: Path) -> None:
+    """Copy labeled images into class folders."""
+    for row, each in said.items():
+        contents = images.locate(row)
+        data = contents if isinstance(contents, bytes) else Path(contents).read_bytes()
+        is_file = each.file.lower().endswith(SUFFIXES)
+        suffix = "" if is_file else ".png" if data.startswith(b"\x89PNG") else ".jpg"
+        target = folder / _split(each) / str(each.label) / f"{each.file}{suffix}"
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(data)
