@@ -91,12 +91,9 @@ def by_row(
 
 
 def read_classes(run: RunDirectory) -> list[str]:
-    """The classes that the page showed last, in its order, so that each keeps its key from start to start.
-
-    Raises:
-        CheckpointError: The file is damaged.
-    """
-    return list(rundir.read_json(run.classes)["classes"]) if run.classes.exists() else []
+    """The classes that the page showed last, in its order, so that each keeps its key from start to start."""
+    kept = rundir.read_derived(run.classes)
+    return list(kept["classes"]) if kept is not None else []
 
 
 def keep_classes(run: RunDirectory, classes: Iterable[str]) -> None:

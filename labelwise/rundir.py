@@ -253,8 +253,8 @@ def take_over_labels(run: RunDirectory, earlier: RunDirectory) -> None:
     for ours, theirs in ((run.suggested, earlier.suggested), (run.annotations, earlier.annotations)):
         if theirs.exists():
             rewrite_jsonl(ours, read_jsonl(theirs))
-    if earlier.classes.exists():
-        write_json(run.classes, read_json(earlier.classes))
+    if (classes := read_derived(earlier.classes)) is not None:
+        write_json(run.classes, classes)
 
 
 def point_latest(run: RunDirectory) -> None:

@@ -335,8 +335,8 @@ def test_classes_keep_their_keys_whatever_comes_later(run: RunDirectory, tmp_pat
     def shown(**more: Any) -> list[str]:
         return [each["name"] for each in start(run, **more).state({})["classes"]]
 
-    assert shown(classes=("shirt", "dress")) == ["shirt", "dress"]
-    session = start(run)
+    assert shown(classes=("shrit", "dress")) == ["shrit", "dress"]
+    session = start(run, classes=("shirt", "dress"))
     reply(session, label="pants")
     names = rundir.read_json(run.test_lock)["names"]
     (tmp_path / "labels.csv").write_text(f"file,label\n{names[0]},another\n")
@@ -366,6 +366,34 @@ def test_a_class_is_spelled_as_its_folder_is(run: RunDirectory) -> None:
     session._classes["cafe\u0301"] = None  # as macOS names folders
     reply(session, label="caf\u00e9")
     assert lines(run)[0]["label"] == "cafe\u0301"
+
+
+def test_an_order_of_classes_that_is_damaged_is_made_anew(
+    run: RunDirectory, capsys: pytest.CaptureFixture[str]
+) -> None:
+    reply(start(run, classes=("a", "b")), label="b")
+    for damage in ("{", "[]", '{"classes": [1]}'):
+        run.classes.write_text(damage)
+        assert [each["name"] for each in start(run).state({})["classes"]] == ["b"]
+        assert "classes.json: damaged" in capsys.readouterr().err
+    reply(start(run), label="c")
+    assert rundir.read_json(run.classes) == {"classes": ["b", "c"]}
+
+
+def test_an_import_is_refused_while_the_page_asks(run: RunDirectory, tmp_path: Path) -> None:
+    (tmp_path / "labels.csv").write_text(f"file,label\n{start(run).state({})['file']},x\n")
+    with served(run), pytest.raises(UsageError, match="asks about it already"):
+        import_labels(run, tmp_path / "labels.csv")
+    assert not read_annotations(run)
+
+
+def test_an_imported_label_of_a_test_image_that_was_moved_is_for_testing(
+    run: RunDirectory, tmp_path: Path
+) -> None:
+    images = own_images(run, tmp_path)
+    (images / rundir.read_json(run.test_lock)["names"][0]).rename(images / "elsewhere.png")
+    (tmp_path / "labels.csv").write_text("file,label\nelsewhere.png,x\n")
+    assert "1 of them of test images" in import_labels(run, tmp_path / "labels.csv")
 
 
 def test_two_pages_are_asked_about_different_images(run: RunDirectory) -> None:
@@ -907,6 +935,7 @@ def test_what_is_typed_into_the_field_stays_there(run: RunDirectory) -> None:
         wait_for(2)
         browser.write("x")
         browser.press("Backspace")
+        browser.press("Backspace")  # one too many
         assert browser.value("at('find').value + state.number") == "2"
         browser.press("1")
         wait_for(3)
@@ -917,10 +946,24 @@ def test_what_is_typed_into_the_field_stays_there(run: RunDirectory) -> None:
         assert browser.value("at('find').value + state.number") == "33", "the field was clicked"
         browser.press("Escape")
         assert [each.label for each in read_annotations(run)] == ["10", "coat", "3d-printer"]
+        browser.wait("performance.now() - erasedAt > 1000")
         browser.press("Backspace")
         wait_for(2)
+        browser.value(
+            "const ask = fetch; fetch = async (...all) => { await new Promise(end => setTimeout(end, 500)); return ask(...all); }"
+        )
         browser.press("1")
+        browser.write("coat")  # for the next image already
         wait_for(3)
+        assert browser.value("at('find').value") == "coat"
+        browser.press("Escape")
+        browser.value("fetch = ask")
+        browser.write("a,b")
+        browser.press("Enter")
+        browser.wait("!at('trouble').hidden && !busy")
+        assert browser.value("at('find').value + state.number") == "a,b3"
+        browser.press("Escape")
+        assert browser.value("at('trouble').hidden")
         browser.value("state.number = 1, state.key = '-'")  # as if the server had been started anew
         browser.press("1")
         browser.wait("!at('trouble').hidden && !busy")

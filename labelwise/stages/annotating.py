@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from labelwise import terminal
-from labelwise.annotations import by_row, keep_classes, read_annotations, read_classes, served
+from labelwise.annotations import by_row, read_annotations, read_classes, served
 from labelwise.config import FinetuneSettings
 from labelwise.environment import this_user
 from labelwise.errors import DataError, LabelwiseError, UsageError
@@ -178,15 +178,13 @@ def open_session(
             }
     elsewhere = {label for row, label in enumerate(images.labels) if label is not None and row not in said}
     answered = [each.label for each in answers if each.label is not None]
-    shown_classes = dict.fromkeys([*classes, *read_classes(run), *sorted(elsewhere), *answered])
-    keep_classes(run, shown_classes)
     session = Session(
         run,
         images,
         cache,
         tests + chosen,
         said,
-        list(shown_classes),
+        [*classes, *read_classes(run), *sorted(elsewhere), *answered],
         who,
         Hints(rows.tolist(), features, guesses),
         len(all_tests),

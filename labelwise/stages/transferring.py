@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from labelwise import rundir, terminal
-from labelwise.annotations import Annotation, add_annotations, by_row, find_rows, read_annotations
+from labelwise.annotations import Annotation, add_annotations, by_row, find_rows, read_annotations, served
 from labelwise.config import FinetuneSettings
 from labelwise.environment import now, this_user
 from labelwise.errors import DataError
@@ -36,11 +36,19 @@ def import_labels(run: RunDirectory, source: Path, who: str | None = None) -> st
 
     Raises:
         DataError: It cannot be read, matches no image, or says of an image what the page was told otherwise.
+        ResourceError: The run cannot be written to.
+        UsageError: A page asks about the run now, which would not see them.
     """
+    with served(run):
+        return _import_labels(run, source, who)
+
+
+def _import_labels(run: RunDirectory, source: Path, who: str | None) -> str:
     settings = FinetuneSettings.resolve({"run": run.path, "labels": source})
     images, cache = open_decoded(run, settings, read_spec(run.encoder), annotated=False)
     said = by_row(read_annotations(run), images.names, cache.keys)
-    locked = set(rundir.read_json(run.test_lock)["names"])
+    lock = rundir.read_json(run.test_lock)
+    locked = set(lock["names"])
     rows = [row for row, name in enumerate(images.names) if not name.startswith(OUTSIDE)]
     rows += [row for row, name in enumerate(images.names) if name in locked]
     own = {int(cache.keys[row]): row for row in rows}
@@ -56,7 +64,7 @@ def import_labels(run: RunDirectory, source: Path, who: str | None = None) -> st
             continue
         name, before = images.names[row], said.get(row)
         if before is None or before.label is None:
-            part = "test" if name in locked else "imported"
+            part = "test" if key in lock["keys"] else "imported"
             file = name if before is None else before.file  # it may have been moved since
             said[row] = Annotation(file, key, "label", label, part, who or this_user(), now(), None)
             fresh.append(said[row])
