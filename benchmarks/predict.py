@@ -66,7 +66,7 @@ def main() -> None:
             def work(some: np.ndarray) -> object:
                 return extract_features(network, some, np.arange(len(some)), normalization, place)
 
-            return seconds(lambda: list(map_in_streams(work, chunks, place))) / len(rows)
+            return seconds(lambda: list(map_in_streams([work], chunks, place))) / len(rows)
 
         figures = [
             compare("streams", streams, forward, 1.0),
@@ -83,7 +83,7 @@ def fill_from_memory(oracle, pixels: np.ndarray, names: list[str], out: Path) ->
         together = held_at_once(oracle.spec.image_size)
         chunks = [slice(start, start + together) for start in range(0, len(pixels), together)]
         answers = map_in_streams(
-            lambda some: oracle.tell(names[some], pixels[some]), (some for some in chunks), oracle.place
+            [lambda some: oracle.tell(names[some], pixels[some])], (some for some in chunks), oracle.place
         )
         for some, told in zip(chunks, answers, strict=True):
             parts.add(min(some.stop, len(pixels)), {name: told[name] for name in columns}, [])

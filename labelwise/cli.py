@@ -126,10 +126,11 @@ def scan(
 
 def _pretrain(recipe: Recipe = None, json: Json = False, **given: Any) -> None:
     """Train an encoder on a folder of unlabeled images (SimCLR). The same command again goes on."""
+    from labelwise.learning.precision import count_devices
     from labelwise.learning.ranks import is_rank
     from labelwise.reports.text import few_labels, has_few_labels
     from labelwise.rundir import read_json, read_jsonl
-    from labelwise.stages.launching import count_devices, launch
+    from labelwise.stages.launching import launch
     from labelwise.stages.pretraining import pretrain
 
     settings = _resolve(PretrainSettings, recipe, given)
@@ -216,6 +217,9 @@ def predict(
         ),
     ] = None,
     device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda or mps")] = "auto",
+    devices: Annotated[
+        str, typer.Option("--devices", help="GPUs of this machine that share the images, or all")
+    ] = "1",
     json: Json = False,
 ) -> None:
     """Classify new images with the classifier that `finetune` kept. The same command again goes on."""
@@ -224,7 +228,13 @@ def predict(
     from labelwise.stages.predicting import show
 
     document = run_predict(
-        open_run(run), images, out, probabilities=probabilities, coverage=coverage, device=device
+        open_run(run),
+        images,
+        out,
+        probabilities=probabilities,
+        coverage=coverage,
+        device=device,
+        devices=devices,
     )
     terminal.emit_json(document) if json else show(document)
 
@@ -237,6 +247,9 @@ def embed(
         "embeddings.parquet"
     ),
     device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda or mps")] = "auto",
+    devices: Annotated[
+        str, typer.Option("--devices", help="GPUs of this machine that share the images, or all")
+    ] = "1",
     json: Json = False,
 ) -> None:
     """Write the features that the encoder of a run gives to images."""
@@ -244,7 +257,7 @@ def embed(
     from labelwise.stages.embedding import embed as run_embed
     from labelwise.stages.embedding import show
 
-    document = run_embed(open_run(run), images, out, device)
+    document = run_embed(open_run(run), images, out, device, devices)
     terminal.emit_json(document) if json else show(document)
 
 

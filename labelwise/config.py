@@ -111,8 +111,13 @@ def _is_duration(text: str) -> str:
     return text
 
 
+def is_count_or_all(text: str) -> bool:
+    """Whether a text tells how many: a number, or all."""
+    return text == "all" or (text.isdecimal() and int(text) >= 1)
+
+
 def _is_count_or_all(text: str) -> str:
-    if text != "all" and not (text.isdecimal() and int(text) >= 1):
+    if not is_count_or_all(text):
         raise ValueError("give a number, or all")
     return text
 

@@ -45,6 +45,18 @@ def test_features_are_those_of_the_encoder_in_either_file(
     assert (document["images"], document["width"]) == expected.shape
 
 
+def test_several_devices_give_the_same_features(
+    pretrained: RunDirectory, digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    embed(pretrained, [digits], tmp_path / "one.npz")
+    monkeypatch.setattr("labelwise.images.cache._DECODED", (0, 8, 8))
+    monkeypatch.setattr("labelwise.stages.embedding.choose_devices", lambda *_: [torch.device("cpu")] * 3)
+    embed(pretrained, [digits], tmp_path / "three.npz", devices="3")
+    one, three = np.load(tmp_path / "one.npz"), np.load(tmp_path / "three.npz")
+    assert one["files"].tolist() == three["files"].tolist()
+    np.testing.assert_allclose(one["embeddings"], three["embeddings"], atol=1e-5)
+
+
 def test_what_cannot_be_read_is_left_out_by_name(
     pretrained: RunDirectory,
     tmp_path: Path,

@@ -2,7 +2,9 @@
 
 import json
 import time
+from collections import Counter
 from collections.abc import Generator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -357,6 +359,24 @@ def test_the_header_of_an_encoder_is_text_that_other_programs_can_read(tmp_path:
     }
 
 
+def test_each_device_is_asked_about_one_chunk_at_a_time() -> None:
+    at_work, most, shares = Counter[str](), Counter[str](), Counter[str]()
+
+    def work(name: str, number: int) -> int:
+        at_work[name] += 1
+        most[name] = max(most[name], at_work[name])
+        shares[name] += 1
+        time.sleep(0.02 if name == "slow" else 0.002)
+        at_work[name] -= 1
+        return number
+
+    works = [partial(work, "slow"), partial(work, "fast")]
+    found = map_in_streams(works, (number for number in range(40)), torch.device("cpu"))
+    assert list(found) == list(range(40))
+    assert most == {"slow": 1, "fast": 1}
+    assert shares["fast"] > shares["slow"] > 0
+
+
 @pytest.mark.parametrize("threads", [1, 3])
 def test_streams_give_what_comes_out_in_order_and_leave_torch_its_threads(threads: int) -> None:
     before = torch.get_num_threads()
@@ -373,14 +393,14 @@ def test_streams_give_what_comes_out_in_order_and_leave_torch_its_threads(thread
             yield number
 
     try:
-        found = map_in_streams(slow_at_first, given(), torch.device("cpu"))
+        found = map_in_streams([slow_at_first], given(), torch.device("cpu"))
         first = next(found)
         assert len(taken) <= threads + 1, "images that are not asked about yet are not held"
         assert [first, *found] == [(number, 1) for number in range(20)]
         assert torch.get_num_threads() == threads
         numbers = (number for number in range(5))
         with pytest.raises(ZeroDivisionError):
-            list(map_in_streams(lambda number: 1 // number, numbers, torch.device("cpu")))
+            list(map_in_streams([lambda number: 1 // number], numbers, torch.device("cpu")))
         assert list(numbers) == [], "closed, whatever still refers to it"
         assert torch.get_num_threads() == threads
     finally:

@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,7 @@ from labelwise.stages.benching import set_up_bench
 from labelwise.stages.exporting import export
 from labelwise.stages.finetuning import load_classifier, read_calibration
 from labelwise.stages.finetuning import predict as probabilities_of
+from labelwise.stages.oracle import Oracle
 from labelwise.stages.predicting import predict, show
 from labelwise.stages.repeating import finetune
 from labelwise.tables import TEXTS, Parts, open_table
@@ -91,6 +93,27 @@ def test_both_formats_say_the_same(run: RunDirectory, digits: Path, tmp_path: Pa
     np.testing.assert_allclose(
         [row["confidence"] for row in table], [float(row["confidence"]) for row in rows], atol=1e-6
     )
+
+
+def test_several_devices_say_what_one_says(
+    run: RunDirectory, digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    predict(run, [digits], tmp_path / "one.csv")
+    asked = Counter[int]()
+    tell = Oracle.tell
+
+    def noted(oracle: Oracle, names: list[str], pixels: Any) -> dict[str, Any]:
+        asked[id(oracle.speaker)] += 1
+        return tell(oracle, names, pixels)
+
+    monkeypatch.setattr(Oracle, "tell", noted)
+    monkeypatch.setattr("labelwise.images.cache._DECODED", (0, 8, 8))
+    monkeypatch.setattr("labelwise.stages.predicting.choose_devices", lambda *_: [torch.device("cpu")] * 3)
+    predict(run, [digits], tmp_path / "three.csv", devices="3")
+    assert len(asked) == 3, "each by a network of its own"
+    for one, other in zip(rows_of(tmp_path / "one.csv"), rows_of(tmp_path / "three.csv"), strict=True):
+        assert (one["file"], one["label"]) == (other["file"], other["label"])
+        assert float(one["confidence"]) == pytest.approx(float(other["confidence"]), abs=1e-5)
 
 
 def test_single_files_keep_the_names_they_were_given(

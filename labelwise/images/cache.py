@@ -179,21 +179,21 @@ def read_evaluations(
     shortest = max(decoding.SHORTEST, decoding.evaluation_short_side(size))
     arguments = {"size": size, "intensity_range": intensity_range, "shortest": shortest}
     kept: list[int] = []
-    pixels: list[Pixels] = []
+    pixels: list[bytes] = []
     together = held_at_once(size)
     with Readers("center", **arguments) as readers:
         asked = rows.tolist()
         for number, (row, answer) in enumerate(zip(asked, readers.map(asked, images.locate), strict=True), 1):
             if not isinstance(answer, UnreadableImage):
                 kept.append(row)
-                pixels.append(np.frombuffer(answer[1], np.uint8).reshape(size, size, 3))
+                pixels.append(answer[1])
             elif left_out is None:
                 raise DataError(f"{images.names[row]}: could be read before, and now not: {answer}")
             else:
                 left_out.append({"file": images.names[row], "reason": str(answer)})
             if number % together == 0 or number == len(asked):
-                none = np.zeros((0, size, size, 3), np.uint8)
-                yield np.array(kept, np.int64), np.stack(pixels) if pixels else none
+                whole = np.frombuffer(bytearray().join(pixels), np.uint8)
+                yield np.array(kept, np.int64), whole.reshape(-1, size, size, 3)
                 kept, pixels = [], []
 
 

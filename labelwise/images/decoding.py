@@ -67,7 +67,8 @@ def decode_image(
     with _reasons(data):
         image = _open(data)
         original = image.size
-        image.draft(None, (shortest, shortest))  # only JPEG has scales; others ignore this
+        if min(original) >= 2 * shortest:
+            image.draft(None, (shortest, shortest))  # only JPEG has scales; others ignore this
         is_scaled = image.size != original
         image.load()
         if image.mode in _DEEP_MODES:
@@ -160,7 +161,12 @@ def square_pixels(image: Image.Image, side: int) -> Pixels:
 
 
 def evaluation_pixels(image: Image.Image, size: int) -> Pixels:
-    """Show the middle of the image undistorted: what features and predictions are made from, (E, E, 3).
+    """Pixels of `evaluation_image`, (E, E, 3)."""
+    return np.asarray(evaluation_image(image, size))
+
+
+def evaluation_image(image: Image.Image, size: int) -> Image.Image:
+    """Show the middle of the image undistorted: what features and predictions are made from.
 
     Short side to `size` (up to 64 px) or `size` / 0.875, then the centre square.
 
@@ -182,7 +188,7 @@ def evaluation_pixels(image: Image.Image, size: int) -> Pixels:
     left, top = (target[0] - size) // 2, (target[1] - size) // 2
     if image.size != (size, size):
         image = image.crop((left, top, left + size, top + size))
-    return np.asarray(image)
+    return image
 
 
 def evaluation_short_side(size: int) -> int:

@@ -384,7 +384,7 @@ def _deep_range(data: bytes, row: int) -> Answer:
 def _center(data: bytes, row: int, *, size: int, intensity_range: Range | None, shortest: int) -> Answer:
     """Pixels for evaluation, (E, E, 3)."""
     image, _ = decoding.decode_image(data, intensity_range, shortest)
-    return None, decoding.evaluation_pixels(image, size).tobytes()
+    return None, decoding.evaluation_image(image, size).tobytes()
 
 
 def _picture(

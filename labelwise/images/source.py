@@ -28,7 +28,7 @@ from labelwise.images.shards import (
 from labelwise.rundir import is_utf8
 
 _IGNORED_FOLDERS = ("__MACOSX",)
-_READ = 8  # rows of a table at once; they may hold whole files
+_READ, _READ_NAMES = 8, 32  # rows of a table at once: which hold whole files, or only name them
 _TOGETHER = 10_000  # files put into a table at once
 
 
@@ -75,8 +75,9 @@ class ImageSet:
         """
         start, some = self._read
         if not start <= row < start + len(some):
-            start = row - row % _READ
-            some = self.table[start : start + _READ]["image"]
+            together = _READ_NAMES if some and all(each and each["bytes"] is None for each in some) else _READ
+            start = row - row % together
+            some = self.table[start : start + together]["image"]
             object.__setattr__(
                 self, "_read", (start, some)
             )  # rows are asked for one after the other, and one is as dear as some
@@ -84,7 +85,10 @@ class ImageSet:
         inside: bytes | None = image["bytes"]
         if inside is None and image["path"] is None:
             raise FileNotFoundError(errno.ENOENT, "no image in this row")
-        return inside if inside is not None else os.path.join(Path.cwd(), image["path"])
+        if inside is not None:
+            return inside
+        path: str = image["path"]
+        return path if path.startswith("/") else os.path.join(Path.cwd(), path)
 
 
 def open_images(

@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from labelwise.config import is_count_or_all
 from labelwise.errors import UsageError
 
 LAYOUTS = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_format}
@@ -59,6 +60,38 @@ def choose_device(wish: str) -> torch.device:
         names = ", ".join(name for name, is_there in there.items() if is_there)
         raise UsageError(f"--device {wish}: not available on this machine; available: {names}.")
     return torch.device(wish)
+
+
+def count_devices(devices: str, device: str) -> int:
+    """How many processes `--devices` asks for: `all` is one for each GPU.
+
+    Raises:
+        UsageError: There are not as many GPUs.
+    """
+    kind = choose_device(device).type
+    there = torch.cuda.device_count() if kind == "cuda" else 1
+    asked = there if devices == "all" else int(devices)
+    if asked > there and kind != "cpu":
+        raise UsageError(f"--devices {devices}: this machine has {there} of kind {kind}.")
+    return asked
+
+
+def choose_devices(devices: str, device: str) -> list[torch.device]:
+    """Pick the devices that images are shared among.
+
+    Args:
+        devices: A number, or `all`.
+        device: Of which kind.
+
+    Raises:
+        UsageError: They are not there, or it is no such number.
+    """
+    if not is_count_or_all(devices):
+        raise UsageError(f"--devices {devices}: give a number, or all.")
+    kind, count = choose_device(device), count_devices(devices, device)
+    if kind.type == "cpu" and count > 1:
+        raise UsageError(f"--devices {devices}: is for GPUs; on a CPU all its cores are used by themselves.")
+    return [kind] if count == 1 else [torch.device(kind.type, number) for number in range(count)]
 
 
 def compute_deterministically() -> None:

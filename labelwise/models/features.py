@@ -1,8 +1,9 @@
 """Frozen features of images, computed in evaluation mode."""
 
 from collections import deque
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from queue import SimpleQueue
 from typing import TypeVar
 
 import numpy as np
@@ -20,26 +21,40 @@ _Found = TypeVar("_Found")
 
 
 def map_in_streams(
-    work: Callable[[_Given], _Found], given: Generator[_Given, None, None], device: torch.device
+    works: Sequence[Callable[[_Given], _Found]], given: Generator[_Given, None, None], device: torch.device
 ) -> Iterator[_Found]:
     """Run a network over chunks of images in a few threads, which share torch's between them, and give what comes out in order.
 
     On a CPU two streams of one thread each did 15 % more than one of two beside which files were decoded (recipes/LOG.md): they do not
-    wait for each other after every layer. Other devices get one, beside which files are read.
+    wait for each other after every layer. Other devices get one each, beside which files are read.
 
     Args:
-        work: What to do with a chunk; releases the interpreter while it computes.
+        works: What to do with a chunk, on each device that is used; all do the same, and release the interpreter while they compute.
         given: The chunks; a few more are taken than were given back. Closed in the end.
-        device: Where `work` computes.
+        device: Where the first of `works` computes.
     """
-    threads = torch.get_num_threads()
-    most = min(_STREAMS, threads) if device.type == "cpu" else 1
-    streams = max(number for number in range(1, most + 1) if threads % number == 0)  # no thread is left over
-    pool = ThreadPoolExecutor(streams, initializer=torch.set_num_threads, initargs=(threads // streams,))
+    threads, streams = torch.get_num_threads(), len(works)
+    if device.type == "cpu" and streams == 1:
+        most = min(_STREAMS, threads)
+        streams = max(number for number in range(1, most + 1) if threads % number == 0)  # none is left over
+    free: SimpleQueue[Callable[[_Given], _Found]] = SimpleQueue()
+    for number in range(streams):
+        free.put(works[number % len(works)])
+
+    def run(chunk: _Given) -> _Found:
+        work = free.get()
+        try:
+            return work(chunk)
+        finally:
+            free.put(work)
+
+    pool = ThreadPoolExecutor(
+        streams, initializer=torch.set_num_threads, initargs=(max(1, threads // streams),)
+    )
     asked: deque[Future[_Found]] = deque()
     try:
         for each in given:
-            asked.append(pool.submit(work, each))
+            asked.append(pool.submit(run, each))
             if len(asked) > streams:
                 yield asked.popleft().result()
         while asked:

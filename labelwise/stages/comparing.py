@@ -22,6 +22,7 @@ from labelwise.errors import DataError, Interrupted, LabelwiseError, UsageError
 from labelwise.images.splits import hash_names
 from labelwise.interruption import stop_between_steps
 from labelwise.learning.optimization import Diverged
+from labelwise.learning.precision import count_devices
 from labelwise.learning.workers import side_by_side
 from labelwise.measures.linear import accuracy, macro_accuracy, one_of_each
 from labelwise.measures.statistics import FEWEST_DRAWS
@@ -45,7 +46,6 @@ from labelwise.stages.drawing import (
 )
 from labelwise.stages.encoders import sign
 from labelwise.stages.finetuning import Floats, Rows, read_calibration
-from labelwise.stages.launching import count_devices
 from labelwise.stages.methods import (
     STOPPED,
     TRIES,

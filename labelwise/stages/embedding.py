@@ -1,6 +1,8 @@
 """`labelwise embed` and `labelwise neighbours`: what the encoder of a run sees in images, and which of the run's are most like one."""
 
+import copy
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ from labelwise.images.cache import read_evaluations
 from labelwise.images.decoding import Pixels
 from labelwise.images.source import open_given
 from labelwise.interruption import stop_between_steps
-from labelwise.learning.precision import choose_device
+from labelwise.learning.precision import choose_device, choose_devices
 from labelwise.models.features import extract_features, map_in_streams
 from labelwise.models.weights import load_encoder
 from labelwise.rundir import RunDirectory
@@ -28,7 +30,9 @@ from labelwise.tables import open_embeddings
 _LISTED = 5
 
 
-def embed(run: RunDirectory, images: list[Path], out: Path, device: str = "auto") -> dict[str, Any]:
+def embed(
+    run: RunDirectory, images: list[Path], out: Path, device: str = "auto", devices: str = "1"
+) -> dict[str, Any]:
     """Write the features of images, h of the run's encoder as it was pretrained; those that cannot be read are left out by name.
 
     Args:
@@ -37,6 +41,7 @@ def embed(run: RunDirectory, images: list[Path], out: Path, device: str = "auto"
         out: A .parquet file (columns `file`, `embedding`), or a .npz file (arrays `files` and `embeddings`, which are held in
             memory meanwhile), that is not there yet.
         device: Where.
+        devices: How many of these share the images; a number, or `all`.
 
     Returns:
         `out`, `images` (rows written), `width` of a feature, `left_out` (file and reason).
@@ -52,7 +57,7 @@ def embed(run: RunDirectory, images: list[Path], out: Path, device: str = "auto"
     def write(fresh: Path) -> None:
         nonlocal width, written
         with stop_between_steps() as stop, open_embeddings(fresh, out.suffix) as table:
-            for names, features in _features_of(run, images, device, left_out):
+            for names, features in _features_of(run, images, choose_devices(devices, device), left_out):
                 stop.check(f"{out} was not written; the same command begins again.")
                 table(names, features.numpy())
                 width, written = features.shape[1], written + len(names)
@@ -89,7 +94,7 @@ def neighbours(
     )
     left_out: list[dict[str, str]] = []
     found = []
-    for names, features in _features_of(run, images, device, left_out):
+    for names, features in _features_of(run, images, [place], left_out):
         nearest = (F.normalize(features, dim=1) @ bank.T).topk(min(count, len(rows)), dim=1)
         for name, values, places in zip(
             names, nearest.values.tolist(), nearest.indices.tolist(), strict=True
@@ -123,7 +128,7 @@ def show_neighbours(found: list[dict[str, Any]]) -> None:
 
 
 def _features_of(
-    run: RunDirectory, images: list[Path], device: str, left_out: list[dict[str, str]]
+    run: RunDirectory, images: list[Path], places: list[torch.device], left_out: list[dict[str, str]]
 ) -> Iterator[tuple[list[str], Tensor]]:
     """Names and features of images, (B, F), some at a time.
 
@@ -131,24 +136,28 @@ def _features_of(
         DataError: There are none, or none can be read.
     """
     encoder, spec = load_encoder(run.path)
-    place = choose_device(device)
-    encoder.to(place)
+    encoders = [copy.deepcopy(encoder).to(place) for place in places]
     found = open_given(images)
     rows: npt.NDArray[np.int64] = np.arange(len(found.names))
     deep = rundir.read_json(run.data)["intensity_range"]
 
     def work(
-        chunk: tuple[npt.NDArray[np.int64], Pixels],
+        number: int, chunk: tuple[npt.NDArray[np.int64], Pixels]
     ) -> tuple[npt.NDArray[np.int64], Tensor]:
         some, pixels = chunk
-        return some, extract_features(encoder, pixels, np.arange(len(some)), spec.normalization, place)
+        rows_of_it = np.arange(len(some))
+        return some, extract_features(
+            encoders[number], pixels, rows_of_it, spec.normalization, places[number]
+        )
 
     with terminal.track("embedding", len(rows)) as bar:
         done = 0
         chunks = (
             each for each in read_evaluations(found, rows, spec.image_size, deep, left_out) if len(each[0])
         )
-        for chunk, features in map_in_streams(work, chunks, place):
+        for chunk, features in map_in_streams(
+            [partial(work, number) for number in range(len(places))], chunks, places[0]
+        ):
             if not torch.isfinite(features).all():
                 raise DataError(
                     f"{run.encoder}: its features are not numbers; pretrain anew with a lower --learning-rate."

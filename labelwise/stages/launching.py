@@ -7,7 +7,6 @@ import tempfile
 import uuid
 from typing import NoReturn
 
-import torch
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
@@ -15,24 +14,9 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from labelwise import terminal
 from labelwise.errors import CheckpointError, DataError, LostRankError, ResourceError, UsageError
 from labelwise.interruption import asking_to_end
-from labelwise.learning.precision import choose_device
 
 _RESTARTS = 3
 _SAID = (UsageError.exit_code, DataError.exit_code, CheckpointError.exit_code, ResourceError.exit_code)
-
-
-def count_devices(devices: str, device: str) -> int:
-    """How many processes `--devices` asks for: `all` is one for each GPU.
-
-    Raises:
-        UsageError: There are not as many GPUs.
-    """
-    kind = choose_device(device).type
-    there = torch.cuda.device_count() if kind == "cuda" else 1
-    asked = there if devices == "all" else int(devices)
-    if asked > there and kind != "cpu":
-        raise UsageError(f"--devices {devices}: this machine has {there} of kind {kind}.")
-    return asked
 
 
 def launch(count: int) -> NoReturn:

@@ -1,7 +1,8 @@
 """The kept classifier as it is asked about images: its classes, how sure it is, which sets it promises, and what it does not know."""
 
+import copy
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,10 @@ class Oracle:
     promise: Promise | None
     place: torch.device
     source: Path
+
+    def on(self, place: torch.device) -> "Oracle":
+        """The same on another device; what it says of an image does not depend on which."""
+        return replace(self, speaker=copy.deepcopy(self.speaker).to(place), place=place)
 
     def columns(self, *, probabilities: bool) -> Columns:
         """Of the table."""

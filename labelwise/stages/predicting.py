@@ -4,6 +4,7 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Generator
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from labelwise.images.cache import fingerprint, held_at_once, read_evaluations
 from labelwise.images.decoding import Pixels
 from labelwise.images.source import ImageSet, open_given
 from labelwise.interruption import stop_between_steps
-from labelwise.learning.precision import choose_device
+from labelwise.learning.precision import choose_devices
 from labelwise.models.features import map_in_streams
 from labelwise.models.weights import read_hash
 from labelwise.rundir import RunDirectory
@@ -54,6 +55,7 @@ def predict(
     probabilities: bool = False,
     coverage: float | None = None,
     device: str = "auto",
+    devices: str = "1",
 ) -> dict[str, Any]:
     """Classify images with the classifier of a run and write a table; images that cannot be read are left out by name.
 
@@ -66,6 +68,7 @@ def predict(
         probabilities: Add a column per class, `p_CLASS`.
         coverage: Share of images whose set shall hold the right class; default 0.9, where labels are enough for sets.
         device: Where.
+        devices: How many of these share the images; a number, or `all`.
 
     Returns:
         `out`, `images` (rows written), `labels` (how many of each), `abstained`, `far` (None where it is not known), `sets`
@@ -83,7 +86,9 @@ def predict(
     check_file(out, (".csv", ".parquet"), run, images)
     deep = rundir.read_json(run.data)["intensity_range"]
     calibration = read_calibration(run)
-    oracle = load_oracle(run, make_promise(run, calibration, coverage), choose_device(device))
+    places = choose_devices(devices, device)
+    oracle = load_oracle(run, make_promise(run, calibration, coverage), places[0])
+    oracles = [oracle, *(oracle.on(place) for place in places[1:])]
     results = rundir.read_jsonl(run.results)
     kept = kept_classifier(run, results)
     if kept is None:
@@ -98,7 +103,7 @@ def predict(
     ]
     identity = hashlib.sha256(json.dumps(deciding).encode()).hexdigest()
     with open_parts(out, columns, identity) as parts:
-        _fill(parts, oracle, found, deep, columns)
+        _fill(parts, oracles, found, deep, columns)
         summary = _finish(parts, out, columns)
     if not parts.rows:
         first = summary.left_out[0]
@@ -137,33 +142,38 @@ def _why_uncalibrated(run: RunDirectory, calibration: dict[str, Any] | None) -> 
     return f"the classifier is of an earlier version, or diverges on a part of its labels; `labelwise finetune --run {run.path}` tries anew"
 
 
-def _fill(parts: Parts, oracle: Oracle, images: ImageSet, deep: list[float] | None, columns: Columns) -> None:
-    """Ask about all images that were not asked about yet.
+def _fill(
+    parts: Parts, oracles: list[Oracle], images: ImageSet, deep: list[float] | None, columns: Columns
+) -> None:
+    """Ask the same oracle on each of some devices about all images that were not asked about yet.
 
     Raises:
         Interrupted: A signal came; all that is done is saved.
     """
     rows = np.arange(len(images.names))
     scale = (deep[0], deep[1]) if deep else None
-    together = held_at_once(oracle.spec.image_size)
+    size = oracles[0].spec.image_size
+    together = held_at_once(size)
     first = parts.done
 
     def chunks() -> Generator[tuple[list[str], Pixels, list[dict[str, str]]], None, None]:
         left_out: list[dict[str, str]] = []
-        for chunk, pixels in read_evaluations(images, rows[first:], oracle.spec.image_size, scale, left_out):
+        for chunk, pixels in read_evaluations(images, rows[first:], size, scale, left_out):
             yield [images.names[row] for row in chunk.tolist()], pixels, left_out.copy()
             left_out.clear()
             if stop:  # what is being asked is still kept
                 return
 
     def ask(
-        chunk: tuple[list[str], Pixels, list[dict[str, str]]],
+        oracle: Oracle, chunk: tuple[list[str], Pixels, list[dict[str, str]]]
     ) -> tuple[dict[str, Any], list[dict[str, str]]]:
         names, pixels, left_out = chunk
         return oracle.tell(names, pixels) if names else {name: [] for name in columns}, left_out
 
     with stop_between_steps() as stop, terminal.track("predicting", len(rows), done=parts.done) as bar:
-        for told, left_out in map_in_streams(ask, chunks(), oracle.place):
+        for told, left_out in map_in_streams(
+            [partial(ask, each) for each in oracles], chunks(), oracles[0].place
+        ):
             done = min(parts.done + together, len(rows))
             bar.advance(done - parts.done)
             parts.add(done, {name: told[name] for name in columns}, left_out)

@@ -13,12 +13,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from conftest import HERE, free_port
 from safetensors.numpy import load_file
 
 from labelwise.errors import LostRankError, UsageError
+from labelwise.learning.precision import choose_devices, count_devices
 from labelwise.rundir import RunDirectory, read_json, read_jsonl
-from labelwise.stages.launching import count_devices
 
 EPOCHS = 6
 RECIPE = """
@@ -367,6 +368,21 @@ def test_two_machines_under_torchrun(place: Workplace, undisturbed: dict[str, np
 def test_what_devices_asks_for() -> None:
     assert count_devices("all", "cpu") == 1
     assert count_devices("3", "cpu") == 3
+
+
+def test_which_devices_share_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert choose_devices("all", "cpu") == choose_devices("1", "cpu") == [torch.device("cpu")]
+    with pytest.raises(UsageError, match="--devices 2: is for GPUs; on a CPU all its cores are used"):
+        choose_devices("2", "cpu")
+    with pytest.raises(UsageError, match="--devices some: give a number, or all"):
+        choose_devices("some", "cpu")
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 3)
+    assert choose_devices("1", "auto") == [torch.device("cuda")]
+    assert choose_devices("all", "auto") == [torch.device("cuda", number) for number in range(3)]
+    assert choose_devices("2", "cuda") == [torch.device("cuda", number) for number in range(2)]
+    with pytest.raises(UsageError, match="--devices 4: this machine has 3 of kind cuda"):
+        choose_devices("4", "cuda")
 
 
 def test_python_is_told_to_start_processes_itself(tmp_path: Path) -> None:
