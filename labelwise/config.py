@@ -111,13 +111,8 @@ def _is_duration(text: str) -> str:
     return text
 
 
-def is_count_or_all(text: str) -> bool:
-    """Whether a text tells how many: a number, or all."""
-    return text == "all" or (text.isdecimal() and int(text) >= 1)
-
-
 def _is_count_or_all(text: str) -> str:
-    if not is_count_or_all(text):
+    if text != "all" and not (text.isdecimal() and int(text) >= 1):
         raise ValueError("give a number, or all")
     return text
 
@@ -540,6 +535,11 @@ class StudySettings(Settings):
         json_schema_extra={"panel": "Training"},
     )
     device: str = Field("auto", description="auto, cpu, cuda or mps", json_schema_extra={"panel": "Training"})
+    devices: Devices = Field(
+        "1",
+        description="GPUs of this machine to deal trials out to, or all; with --device cpu processes",
+        json_schema_extra={"panel": "Training"},
+    )
 
 
 class OwnWeights(BaseModel):

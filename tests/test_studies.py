@@ -216,6 +216,15 @@ def test_seeds_are_kept_where_smaller_trials_fit() -> None:
     assert {sized(seconds, epoch_step=4).epochs % 4 for seconds in (8, 30, 300, 1000)} == {0}
 
 
+def test_trials_at_once_are_larger_in_the_same_time() -> None:
+    trials, settings = [Trial(("a",)), Trial(("b",))], StudySettings(name="color", images=Path())
+    one, four = (
+        fit(trials, settings, 10_000, 2_000, Costs(1e-3, 0, {}), 100, 1, at_once) for at_once in (1, 4)
+    )
+    assert four.images > 1.5 * one.images
+    assert four.seconds <= 90
+
+
 def test_views_that_take_long_make_trials_smaller() -> None:
     slow = OneBranch(("noise",))
     trials = [Trial(("slow",), views=slow)]

@@ -15,7 +15,6 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from labelwise.config import is_count_or_all
 from labelwise.errors import UsageError
 
 LAYOUTS = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_format}
@@ -66,8 +65,10 @@ def count_devices(devices: str, device: str) -> int:
     """How many processes `--devices` asks for: `all` is one for each GPU.
 
     Raises:
-        UsageError: There are not as many GPUs.
+        UsageError: There are not as many GPUs, or it is no number.
     """
+    if devices != "all" and not (devices.isdecimal() and int(devices) >= 1):
+        raise UsageError(f"--devices {devices}: give a number, or all.")
     kind = choose_device(device).type
     there = torch.cuda.device_count() if kind == "cuda" else 1
     asked = there if devices == "all" else int(devices)
@@ -86,8 +87,6 @@ def choose_devices(devices: str, device: str) -> list[torch.device]:
     Raises:
         UsageError: They are not there, or it is no such number.
     """
-    if not is_count_or_all(devices):
-        raise UsageError(f"--devices {devices}: give a number, or all.")
     kind, count = choose_device(device), count_devices(devices, device)
     if kind.type == "cpu" and count > 1:
         raise UsageError(f"--devices {devices}: is for GPUs; on a CPU all its cores are used by themselves.")

@@ -110,6 +110,7 @@ def prepare(
     device: torch.device,
     deadline: float,
     before: dict[str, Any] | None,
+    at_once: int = 1,
 ) -> Prepared:
     """Open the images and decide how large the trials are.
 
@@ -119,6 +120,7 @@ def prepare(
         device: Where.
         deadline: On the clock of `time.monotonic`.
         before: The facts of the study that goes on.
+        at_once: Trials that run at the same time, each as fast as alone.
 
     Raises:
         DataError: The images or labels cannot be used, or are others than before.
@@ -156,7 +158,7 @@ def prepare(
         size, costs = Size(**before["size"]), Costs(before["image"], before["answer"], {})
     else:
         costs = _time(material_of(min(len(members), _PROBED), 1), plan, trials, module.ANSWERING)
-        size = fit(trials, settings, len(members), len(scored), costs, deadline - time.monotonic(), getattr(module, "EPOCH_STEP", 1))  # fmt: skip
+        size = fit(trials, settings, len(members), len(scored), costs, deadline - time.monotonic(), getattr(module, "EPOCH_STEP", 1), at_once)  # fmt: skip
     facts = {
         "size": dataclasses.asdict(size),
         "image": costs.image,
@@ -255,6 +257,7 @@ def fit(
     costs: Costs,
     seconds: float,
     epoch_step: int = 1,
+    at_once: int = 1,
 ) -> Size:
     """Choose images, epochs and seeds that fit: images and epochs shrink alike, and fewer seeds are run where even that is too much.
 
@@ -265,6 +268,7 @@ def fit(
         costs: Of training and answers.
         seconds: There are.
         epoch_step: What epochs are a multiple of.
+        at_once: Trials that run at the same time.
 
     Raises:
         UsageError: One trial of the smallest size does not fit.
@@ -277,7 +281,7 @@ def fit(
         return used, max(1, epochs // epoch_step) * epoch_step
 
     def needed(used: int, epochs: int) -> float:
-        return sum(costs.of(trial, used, epochs, min(scored, used)) for trial in trials)
+        return sum(costs.of(trial, used, epochs, min(scored, used)) for trial in trials) / at_once
 
     for seeds in sorted({settings.seeds, min(3, settings.seeds), 1}, reverse=True):
         factor = _ENOUGH if seeds > 1 else 1

@@ -1,28 +1,35 @@
 """`labelwise study NAME IMAGES`: run the trials of a study one by one, and write what came out."""
 
+import math
 import time
+from contextlib import closing, nullcontext
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import numpy as np
+import torch
 
 from labelwise import environment, rundir, terminal
 from labelwise.config import PretrainSettings, StudySettings, parse_duration, to_toml
 from labelwise.errors import Interrupted, UsageError
 from labelwise.images.shards import whole_path
-from labelwise.interruption import stop_between_steps
+from labelwise.interruption import StopRequest, stop_between_steps
 from labelwise.learning.memory import keep_freed_memory
 from labelwise.learning.optimization import Diverged
-from labelwise.learning.precision import choose_device, device_name
+from labelwise.learning.precision import choose_device, count_devices, device_name
+from labelwise.learning.workers import side_by_side
 from labelwise.ownership import beat, hold
 from labelwise.reports import study_page
 from labelwise.rundir import RunDirectory
 from labelwise.stages.beginning import with_whole_paths
+from labelwise.stages.processes import Processes
 from labelwise.studies import augmentations, batch, color, head, readout
 from labelwise.studies.findings import CAPTION, Findings
 from labelwise.studies.preparing import Prepared, prepare
-from labelwise.studies.trials import FOLDS, Answers, Outcomes
+from labelwise.studies.trials import FOLDS, Answers, Name, Outcomes, Trial
 
 STUDIES: dict[str, ModuleType] = {
     "augmentations": augmentations,
@@ -51,6 +58,7 @@ _OF_THE_STUDY = (
     "stream",
     "shuffle_buffer",
 )  # a recipe's are not used
+_ELSEWHERE = ("out", "devices")  # a study may go on with others
 _LIMIT_SHARE = 0.95  # of the time, start and trials; the rest is for the last trial and what is written
 _QUARTERS = 4  # an answer is a share of at most four versions of an image
 _OF_ONE_STUDY = {"symmetric": "augmentations", "pairs": "augmentations", "temperature": "batch"}
@@ -73,7 +81,7 @@ def study(settings: StudySettings, pretraining: dict[str, Any] | None = None) ->
     """
     started = time.monotonic()
     deadline = started + _LIMIT_SHARE * parse_duration(settings.time_limit)
-    device = choose_device(settings.device)
+    device, devices = choose_device(settings.device), count_devices(settings.devices, settings.device)
     recipe = {key: value for key, value in (pretraining or {}).items() if key not in _OF_THE_STUDY}
     small = _SMALL if device.type == "cpu" and "backbone" not in recipe else {}
     usual = PretrainSettings.resolve({key: getattr(settings, key) for key in _DATA}, {**small, **recipe})
@@ -84,7 +92,8 @@ def study(settings: StudySettings, pretraining: dict[str, Any] | None = None) ->
     run, is_new = _open(settings, asked)
     keep_freed_memory()
     before = None if is_new else rundir.read_json(run.environment)["plan"]
-    prepared = prepare(module, settings, usual, device, deadline, before)
+    at_once = 1 if device.type == "cpu" else devices  # processes on one CPU share it
+    prepared = prepare(module, settings, usual, device, deadline, before, at_once)
     with hold(run, is_new=is_new):
         if is_new:
             how = {key: prepared.facts[key] for key in ("layout", "reason")}
@@ -98,7 +107,7 @@ def study(settings: StudySettings, pretraining: dict[str, Any] | None = None) ->
         _announce(run, settings, prepared, is_new)
         outcomes, stopped = Outcomes(prepared.material.groups), None
         try:
-            _run(run, module, prepared, outcomes, deadline)
+            _run(run, _Asked(settings, usual, prepared.facts), prepared, outcomes, deadline, devices)
         except Interrupted as error:
             stopped = error
         environment.finish(run, time.monotonic() - started)
@@ -140,14 +149,16 @@ def _open(settings: StudySettings, asked: dict[str, Any]) -> tuple[RunDirectory,
 
 def _asked(settings: StudySettings, usual: PretrainSettings) -> dict[str, Any]:
     """What decides the trials of a study."""
-    asked = settings.model_dump(mode="json", exclude={"out"})
+    asked = settings.model_dump(mode="json", exclude=set(_ELSEWHERE))
     rest = usual.model_dump(mode="json", exclude={*_DATA, *_OF_THE_STUDY})
     return with_whole_paths({**asked, "pretrain": rest})
 
 
 def _with_defaults(asked: dict[str, Any]) -> dict[str, Any]:
     """What was asked for, and the defaults of settings that were not there yet."""
-    study = {name: field.default for name, field in StudySettings.model_fields.items() if name != "out"}
+    study = {
+        name: field.default for name, field in StudySettings.model_fields.items() if name not in _ELSEWHERE
+    }
     usual = PretrainSettings.model_fields.items()
     rest = {name: field.default for name, field in usual if name not in (*_DATA, *_OF_THE_STUDY)}
     return {**study, **asked, "pretrain": {**rest, **asked.get("pretrain", {})}}
@@ -183,8 +194,17 @@ def _made_smaller(settings: StudySettings, prepared: Prepared) -> list[str]:
     return [each for each, is_smaller in words.items() if is_smaller]
 
 
+@dataclass(frozen=True)
+class _Asked:
+    """What another process needs to know to prepare the same trials."""
+
+    settings: StudySettings
+    usual: PretrainSettings
+    facts: dict[str, Any]
+
+
 def _run(
-    run: RunDirectory, module: ModuleType, prepared: Prepared, outcomes: Outcomes, deadline: float
+    run: RunDirectory, asked: _Asked, prepared: Prepared, outcomes: Outcomes, deadline: float, devices: int
 ) -> None:
     """Run what is not there yet, seed by seed, as long as there is time."""
     material, size = prepared.material, prepared.size
@@ -193,38 +213,77 @@ def _run(
     for row in rows:
         outcomes.add(tuple(row["trial"]), row["seed"], _decode(row["answers"]))
     done = {(tuple(row["trial"]), row["seed"]) for row in rows}
-    jobs = prepared.jobs
-    spent = estimated = 0.0
+    waiting = [(trial, seed) for trial, seed in prepared.jobs if (trial.name, seed) not in done]
+    words_at_end = f"finished trials are in {run.path}; the same command goes on."
+    spent, estimated = 0.0, 0.0
+
+    def before_step() -> None:
+        stop.check(words_at_end)
+        beat(run)
+
+    def answer(job: tuple[Trial, int]) -> tuple[Answers, float, str] | None:
+        """Answers, seconds, and what is to be said; None where there is no time."""
+        nonlocal spent, estimated
+        trial, seed = job
+        seconds = prepared.costs.of(trial, size.images, size.epochs, len(material.scored))
+        pace = spent / estimated if estimated else 1.0
+        clock = time.monotonic()
+        if clock + seconds * pace > deadline:
+            return None
+        try:
+            if others is None:
+                answers = STUDIES[asked.settings.name].answer(material, trial, seed, before_step)
+            else:
+                answers = others.run(_answer, (trial.name, seed), before_step)
+            words = ", ".join(f"{question} {values.mean():.1%}" for question, values in answers.items())
+        except Diverged as error:
+            answers, words = {}, f"diverged, its cell stays empty: {error}"
+        took = time.monotonic() - clock
+        spent, estimated = spent + took, estimated + seconds
+        return answers, took, words
+
     with (
         stop_between_steps() as stop,
-        terminal.track("trials", len(jobs), done=len(done), unit="trials") as bar,
+        terminal.track("trials", len(prepared.jobs), done=len(done), unit="trials") as bar,
+        _processes(run, asked, material.device, devices if waiting else 1) as others,
+        closing(side_by_side(answer, waiting, devices)) as results,
     ):
-
-        def before_step() -> None:
-            stop.check(f"finished trials are in {run.path}; the same command goes on.")
-            beat(run)
-
-        for trial, seed in jobs:
-            if (trial.name, seed) in done:
+        for (trial, seed), outcome in results:
+            if outcome is None:
                 continue
-            seconds = prepared.costs.of(trial, size.images, size.epochs, len(material.scored))
-            pace = spent / estimated if estimated else 1.0
-            if time.monotonic() + seconds * pace > deadline:
-                continue
-            clock = time.monotonic()
-            words, answers = "", {}
-            try:
-                answers = module.answer(material, trial, seed, before_step)
-                words = ", ".join(f"{asked} {values.mean():.1%}" for asked, values in answers.items())
-            except Diverged as error:
-                words = f"diverged, its cell stays empty: {error}"
-            spent, estimated = spent + time.monotonic() - clock, estimated + seconds
+            answers, took, words = outcome
             outcomes.add(trial.name, seed, answers)
-            row = {"trial": list(trial.name), "seed": seed, "seconds": round(time.monotonic() - clock, 2)}
+            row = {"trial": list(trial.name), "seed": seed, "seconds": round(took, 2)}
             rundir.append_jsonl(file, {**row, "answers": _encode(answers)})
             bar.advance()
             bar.note(f"{' '.join(trial.name)}, seed {seed}: {words}")
-            stop.check(f"finished trials are in {run.path}; the same command goes on.")
+            stop.check(words_at_end)
+
+
+def _processes(
+    run: RunDirectory, asked: _Asked, device: torch.device, devices: int
+) -> Processes | nullcontext[None]:
+    if devices == 1:
+        return nullcontext()
+    ended = f"{run.path}: a process that ran trials was ended; finished trials are kept, and the same command goes on."
+    return Processes(devices, device, partial(_prepare_again, asked), ended)
+
+
+def _prepare_again(
+    asked: _Asked, device: torch.device, stop: StopRequest
+) -> tuple[Prepared, StopRequest, str]:
+    """In another process: what the command prepared."""
+    module = STUDIES[asked.settings.name]
+    prepared = prepare(module, asked.settings, asked.usual, device, math.inf, asked.facts)
+    return prepared, stop, asked.settings.name
+
+
+def _answer(opened: tuple[Prepared, StopRequest, str], name: Name, seed: int) -> Answers:
+    """In another process: run a trial."""
+    prepared, stop, study_name = opened
+    trial = next(each for each in prepared.trials if each.name == name)
+    answers: Answers = STUDIES[study_name].answer(prepared.material, trial, seed, lambda: stop.check(""))
+    return answers
 
 
 def _encode(answers: Answers) -> dict[str, str]:

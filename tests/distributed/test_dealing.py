@@ -1,5 +1,6 @@
 """A comparison dealt out to processes gives the numbers of one process, and loses nothing when one of them ends."""
 
+import json
 import os
 import shutil
 import signal
@@ -141,3 +142,45 @@ def test_what_is_finished_is_kept_and_the_same_command_goes_on(pretrained: Path,
     assert again.wait(200) == 0, said
     assert kept <= trained()
     assert len(trained()) == 12
+
+
+def study(folder: Path, out: Path, *more: object) -> subprocess.Popen[str]:
+    small = ("--most-images", 128, "--epochs", 1, "--seeds", 1, "--time-limit", "1h", "--device", "cpu")
+    recipe = folder / "study.toml"
+    recipe.write_text(PRETRAIN.split("[finetune]", maxsplit=1)[0].replace("epochs = 1\n", ""))
+    return labelwise(
+        folder, "study", "head", folder / "digits", "--recipe", recipe, "--out", out, *small, *more
+    )
+
+
+def trials_of(out: Path) -> dict[tuple[str, ...], dict[str, str]]:
+    return {(*row["trial"], row["seed"]): row["answers"] for row in read_jsonl(out / "trials.jsonl")}
+
+
+def test_trials_of_a_study_in_two_processes_are_those_of_one(pretrained: Path) -> None:
+    one, two = pretrained / "study-one", pretrained / "study-two"
+    command = study(pretrained, one)
+    words = words_of(command)
+    assert command.returncode == 0, words
+    command = study(pretrained, two, "--devices", 2)
+    wait_until(lambda: command.poll() is not None or len(trials_of(two)) >= 2)
+    children = children_of(command.pid)
+    assert len(children) == 2, command.poll()
+    os.killpg(command.pid, signal.SIGINT)
+    said = words_of(command)
+    assert command.returncode == 130, said
+    assert "Traceback" not in said
+    wait_until(lambda: not any(Path(f"/proc/{child}").exists() for child in children), 20)
+    assert 2 <= len(trials_of(two)) < len(trials_of(one))
+    command = study(pretrained, two, "--devices", 3)
+    wait_until(lambda: command.poll() is not None or len(children_of(command.pid)) == 3)
+    os.kill(children_of(command.pid)[0], signal.SIGKILL)
+    said = words_of(command)
+    assert command.returncode == 1, said
+    assert "a process that ran trials was ended; finished trials are kept" in " ".join(said.split())
+    command = study(pretrained, two)  # and with one again
+    words = words_of(command)
+    assert command.returncode == 0, words
+    assert trials_of(two) == trials_of(one)
+    first, second = (json.loads((out / "study.json").read_text()) for out in (one, two))
+    assert first == second
