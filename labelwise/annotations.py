@@ -3,7 +3,6 @@
 import dataclasses
 import errno
 import fcntl
-import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -109,16 +108,13 @@ def keep_classes(run: RunDirectory, classes: Iterable[str]) -> None:
 
 
 def add_annotations(run: RunDirectory, said: Iterable[Annotation]) -> None:
-    """Put answers on the disk, all before this returns.
+    """Put answers on the disk, all before this returns; the run is `served`, which makes the file.
 
     Raises:
         CheckpointError: The run is gone.
     """
     _check_is_there(run)
-    is_new = not run.annotations.exists()
     rundir.append_jsonl(run.annotations, *map(dataclasses.asdict, said))
-    if is_new:
-        rundir.flush(run.path)
 
 
 def _check_is_there(run: RunDirectory) -> None:
@@ -135,21 +131,18 @@ def served(run: RunDirectory) -> Iterator[None]:
         UsageError: Another page asks already.
     """
     try:  # a file that nothing replaces: file systems over a network know no lock of a folder
-        file = os.open(run.annotations, os.O_RDWR | os.O_CREAT, 0o644)
-        rundir.flush(run.path)
+        file = run.annotations.open("ab")
     except OSError as error:
         raise ResourceError(
             f"{run.annotations}: cannot be written ({error.strerror}); copy the run to a place that can be, and name the copy with --run."
         ) from None
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        if error.errno == errno.EWOULDBLOCK:  # other errors: a file system without locks
-            os.close(file)
-            raise UsageError(
-                f"{run.path}: another `labelwise annotate` asks about it already; several people can open its address."
-            ) from None
-    try:
+    with file:
+        rundir.flush(run.path)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno == errno.EWOULDBLOCK:  # other errors: a file system without locks
+                raise UsageError(
+                    f"{run.path}: another `labelwise annotate` asks about it already; several people can open its address."
+                ) from None
         yield
-    finally:
-        os.close(file)

@@ -60,8 +60,8 @@ class OutdatedError(ValueError):
 class Session:
     """Questions and answers of one start of the command; its methods may be called from several threads.
 
-    Several browsers may have the page open, each with a name of its own, which it sends as `page`: while one shows an image others
-    are asked about other ones, if there are any, and each takes back its own answers.
+    Several browsers may have the page open, each with a name of its own for all its tabs, which it sends as `page`: while one shows
+    an image others are asked about other ones, if there are any, and each takes back its own answers.
 
     Args:
         run: Where answers are kept.
@@ -122,7 +122,7 @@ class Session:
 
         Raises:
             CheckpointError: The run is gone.
-            OutdatedError: Another image has this number now, or another page answered.
+            OutdatedError: Another image has this number now, or it is answered already.
             ValueError: It answers nothing that is asked.
         """
         number, answer, seconds = given.get("number"), given.get("answer"), given.get("seconds")

@@ -11,7 +11,6 @@ from labelwise import rundir
 from labelwise.config import FinetuneSettings
 from labelwise.errors import DataError
 from labelwise.images.splits import hash_names
-from labelwise.interruption import StopRequest
 from labelwise.stages.alternatives import Alternative, add_alternative
 from labelwise.stages.benching import set_up_bench
 from labelwise.stages.finetuning import Floats, Rows
@@ -80,14 +79,13 @@ def _train(
     return run_method(method, bench, rows, draw)
 
 
-def _set_up(work: _Work, device: torch.device, stop: StopRequest) -> Bench:
+def _set_up(work: _Work, device: torch.device) -> Bench:
     settings = work.settings.model_copy(update={"device": str(device)})
     bench = set_up_bench(rundir.open_run(settings.run), settings)
     if _contents(bench) != work.contents:
         raise DataError(
             f"{bench.run.path}: its images or labels changed while classifiers were trained; run the same command again."
         )
-    bench.stop = stop
     return bench
 
 

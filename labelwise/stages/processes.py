@@ -9,7 +9,6 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from multiprocessing.queues import Queue
-from multiprocessing.synchronize import Event
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
@@ -18,10 +17,9 @@ import torch
 from labelwise import terminal
 from labelwise.environment import processors
 from labelwise.errors import LabelwiseError
-from labelwise.interruption import StopRequest
 
 Result = TypeVar("Result")
-SetUp = Callable[[torch.device, StopRequest], Any]
+SetUp = Callable[[torch.device], Any]
 
 _ASKED_SECONDS = 0.2  # how often it is asked whether to stop
 _FOR_THE_COMMAND = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}  # it decides, and tells the others
@@ -33,17 +31,17 @@ class Processes:
     Args:
         count: Processes.
         kind: Of device; each has its own GPU, and on a CPU its share of the cores.
-        set_up: Device and request to stop to what work is done on; can be pickled.
+        set_up: Device to what work is done on; can be pickled.
         ended: What to say when one was ended from outside.
     """
 
     def __init__(self, count: int, kind: torch.device, set_up: SetUp, ended: str) -> None:
         there = multiprocessing.get_context("spawn")
-        self._ended, self._stopped = ended, there.Event()
+        self._ended = ended
         devices: Queue[str] = there.Queue()
         for number in range(count):
             devices.put(f"cuda:{number}" if kind.type == "cuda" else kind.type)
-        given = (set_up, max(1, processors() // count), devices, self._stopped)
+        given = (set_up, max(1, processors() // count), devices)
         self._pool = ProcessPoolExecutor(count, there, _begin, given)
 
     def run(
@@ -83,23 +81,13 @@ class Processes:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._stopped.set()
+        if kind is not None:  # they write nothing, so nothing is lost, and nobody waits for what they do
+            for each in multiprocessing.active_children():
+                each.kill()
         self._pool.shutdown(cancel_futures=True)
 
 
 # --- in the processes
-
-
-class _Told(StopRequest):
-    """Stops this process between two steps when the command says so."""
-
-    def __init__(self, stopped: Event) -> None:
-        super().__init__()
-        self._stopped = stopped
-
-    def check(self, words: str) -> None:
-        if self._stopped.is_set():
-            raise RuntimeError(words)  # nobody waits for this any more
 
 
 @dataclass
@@ -107,7 +95,6 @@ class _Place:
     """Where this process works, and on what, once that is open."""
 
     device: torch.device
-    stop: StopRequest
     set_up: SetUp
     opened: Any = None
 
@@ -115,11 +102,11 @@ class _Place:
 _places: list[_Place] = []  # one
 
 
-def _begin(set_up: SetUp, threads: int, devices: "Queue[str]", stopped: Event) -> None:
+def _begin(set_up: SetUp, threads: int, devices: "Queue[str]") -> None:
     terminal.mute()
     torch.set_num_threads(threads)
     threading.Thread(target=_end_with_the_command, daemon=True).start()
-    _places.append(_Place(torch.device(devices.get()), _Told(stopped), set_up))
+    _places.append(_Place(torch.device(devices.get()), set_up))
 
 
 def _end_with_the_command() -> None:
@@ -134,5 +121,5 @@ def _work(work: Callable[..., Result], given: tuple[Any, ...]) -> Result:
     if place.opened is None:
         if place.device.type == "cuda":
             torch.cuda.set_device(place.device)
-        place.opened = place.set_up(place.device, place.stop)
+        place.opened = place.set_up(place.device)
     return work(place.opened, *given)

@@ -48,7 +48,7 @@ def _import_labels(run: RunDirectory, source: Path, who: str | None) -> str:
     images, cache = open_decoded(run, settings, read_spec(run.encoder), annotated=False)
     said = by_row(read_annotations(run), images.names, cache.keys)
     lock = rundir.read_json(run.test_lock)
-    locked = set(lock["names"])
+    locked, locked_keys = set(lock["names"]), set(lock["keys"])
     rows = [row for row, name in enumerate(images.names) if not name.startswith(OUTSIDE)]
     rows += [row for row, name in enumerate(images.names) if name in locked]
     own = {int(cache.keys[row]): row for row in rows}
@@ -64,7 +64,7 @@ def _import_labels(run: RunDirectory, source: Path, who: str | None) -> str:
             continue
         name, before = images.names[row], said.get(row)
         if before is None or before.label is None:
-            part = "test" if key in lock["keys"] else "imported"
+            part = "test" if key in locked_keys else "imported"
             file = name if before is None else before.file  # it may have been moved since
             said[row] = Annotation(file, key, "label", label, part, who or this_user(), now(), None)
             fresh.append(said[row])

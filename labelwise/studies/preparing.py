@@ -120,7 +120,7 @@ def prepare(
         device: Where.
         deadline: On the clock of `time.monotonic`.
         before: The facts of the study that goes on.
-        at_once: Trials that run at the same time, each as fast as alone.
+        at_once: Trials that run at the same time, on a GPU each.
 
     Raises:
         DataError: The images or labels cannot be used, or are others than before.
@@ -154,7 +154,8 @@ def prepare(
         return Material(usual, sized, spec, pool, *asked_about, epochs, device)
 
     if before:
-        plan = dataclasses.replace(plan, layout=before["layout"], reason=before["reason"])
+        known = {name: before[name] for name in ("layout", "reason", "micro_batch_size") if name in before}
+        plan = dataclasses.replace(plan, **known)
         size, costs = Size(**before["size"]), Costs(before["image"], before["answer"], {})
     else:
         costs = _time(material_of(min(len(members), _PROBED), 1), plan, trials, module.ANSWERING)
@@ -166,6 +167,7 @@ def prepare(
         "precision": plan.precision,
         "layout": plan.layout,
         "reason": plan.reason,
+        "micro_batch_size": plan.micro_batch_size,
         "images_sha256": hash_names([names[member] for member in members[: size.images]]),
     }
     if before and before["images_sha256"] != facts["images_sha256"]:
@@ -173,7 +175,8 @@ def prepare(
             f"{settings.images}: its images or labels changed since this study was begun; put them back, or choose another --out."
         )
     material = material_of(size.images, size.epochs)
-    material = dataclasses.replace(material, pool=keep_on_device(material.pool, device))
+    if at_once == 1:
+        material = dataclasses.replace(material, pool=keep_on_device(material.pool, device))
     trials = [trial for trial in trials if trial.changed.get("batch_size", 0) <= size.images / 2]
     return Prepared(material, size, trials, costs, facts, len(lock["names"]))
 
@@ -283,12 +286,17 @@ def fit(
     def needed(used: int, epochs: int) -> float:
         return sum(costs.of(trial, used, epochs, min(scored, used)) for trial in trials) / at_once
 
+    def waited(used: int, epochs: int) -> float:
+        """At the end for the longest trial, at most, while others have nothing to do any more (Graham's bound)."""
+        longest = max(costs.of(trial, used, epochs, min(scored, used)) for trial in trials)
+        return (1 - 1 / at_once) * longest
+
     for seeds in sorted({settings.seeds, min(3, settings.seeds), 1}, reverse=True):
         factor = _ENOUGH if seeds > 1 else 1
         for step in range(100):
             used, epochs = sized(0.95**step, factor)
-            if seeds * needed(used, epochs) <= time_left:
-                return Size(used, epochs, seeds, seeds * needed(used, epochs), images)
+            if (seconds := seeds * needed(used, epochs) + waited(used, epochs)) <= time_left:
+                return Size(used, epochs, seeds, seconds, images)
     used, epochs = sized(0.0, 1)
     one = costs.of(trials[0], used, epochs, min(scored, used))
     if one > time_left:

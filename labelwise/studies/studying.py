@@ -1,7 +1,8 @@
-"""`labelwise study NAME IMAGES`: run the trials of a study one by one, and write what came out."""
+"""`labelwise study NAME IMAGES`: run the trials of a study, and write what came out."""
 
 import math
 import time
+from collections.abc import Callable
 from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -16,7 +17,7 @@ from labelwise import environment, rundir, terminal
 from labelwise.config import PretrainSettings, StudySettings, parse_duration, to_toml
 from labelwise.errors import Interrupted, UsageError
 from labelwise.images.shards import whole_path
-from labelwise.interruption import StopRequest, stop_between_steps
+from labelwise.interruption import stop_between_steps
 from labelwise.learning.memory import keep_freed_memory
 from labelwise.learning.optimization import Diverged
 from labelwise.learning.precision import choose_device, count_devices, device_name
@@ -29,7 +30,7 @@ from labelwise.stages.processes import Processes
 from labelwise.studies import augmentations, batch, color, head, readout
 from labelwise.studies.findings import CAPTION, Findings
 from labelwise.studies.preparing import Prepared, prepare
-from labelwise.studies.trials import FOLDS, Answers, Name, Outcomes, Trial
+from labelwise.studies.trials import FOLDS, Answers, Material, Name, Outcomes, Trial
 
 STUDIES: dict[str, ModuleType] = {
     "augmentations": augmentations,
@@ -223,7 +224,6 @@ def _run(
 
     def answer(job: tuple[Trial, int]) -> tuple[Answers, float, str] | None:
         """Answers, seconds, and what is to be said; None where there is no time."""
-        nonlocal spent, estimated
         trial, seed = job
         seconds = prepared.costs.of(trial, size.images, size.epochs, len(material.scored))
         pace = spent / estimated if estimated else 1.0
@@ -232,14 +232,13 @@ def _run(
             return None
         try:
             if others is None:
-                answers = STUDIES[asked.settings.name].answer(material, trial, seed, before_step)
+                answers, took = _timed(asked.settings.name, material, trial, seed, before_step)
             else:
-                answers = others.run(_answer, (trial.name, seed), before_step)
+                answers, took = others.run(_answer, (trial.name, seed), before_step)
             words = ", ".join(f"{question} {values.mean():.1%}" for question, values in answers.items())
         except Diverged as error:
-            answers, words = {}, f"diverged, its cell stays empty: {error}"
-        took = time.monotonic() - clock
-        spent, estimated = spent + took, estimated + seconds
+            answers, took = {}, time.monotonic() - clock
+            words = f"diverged, its cell stays empty: {error}"
         return answers, took, words
 
     with (
@@ -252,6 +251,8 @@ def _run(
             if outcome is None:
                 continue
             answers, took, words = outcome
+            spent += took
+            estimated += prepared.costs.of(trial, size.images, size.epochs, len(material.scored))
             outcomes.add(trial.name, seed, answers)
             row = {"trial": list(trial.name), "seed": seed, "seconds": round(took, 2)}
             rundir.append_jsonl(file, {**row, "answers": _encode(answers)})
@@ -265,25 +266,32 @@ def _processes(
 ) -> Processes | nullcontext[None]:
     if devices == 1:
         return nullcontext()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()  # what was timed here is theirs now
     ended = f"{run.path}: a process that ran trials was ended; finished trials are kept, and the same command goes on."
     return Processes(devices, device, partial(_prepare_again, asked), ended)
 
 
-def _prepare_again(
-    asked: _Asked, device: torch.device, stop: StopRequest
-) -> tuple[Prepared, StopRequest, str]:
+def _prepare_again(asked: _Asked, device: torch.device) -> tuple[str, Prepared]:
     """In another process: what the command prepared."""
-    module = STUDIES[asked.settings.name]
-    prepared = prepare(module, asked.settings, asked.usual, device, math.inf, asked.facts)
-    return prepared, stop, asked.settings.name
+    name = asked.settings.name
+    return name, prepare(STUDIES[name], asked.settings, asked.usual, device, math.inf, asked.facts)
 
 
-def _answer(opened: tuple[Prepared, StopRequest, str], name: Name, seed: int) -> Answers:
-    """In another process: run a trial."""
-    prepared, stop, study_name = opened
+def _answer(opened: tuple[str, Prepared], name: Name, seed: int) -> tuple[Answers, float]:
+    """In another process: run a trial, until it is done or the process is killed."""
+    study_name, prepared = opened
     trial = next(each for each in prepared.trials if each.name == name)
-    answers: Answers = STUDIES[study_name].answer(prepared.material, trial, seed, lambda: stop.check(""))
-    return answers
+    return _timed(study_name, prepared.material, trial, seed, lambda: None)
+
+
+def _timed(
+    study_name: str, material: Material, trial: Trial, seed: int, before_step: Callable[[], None]
+) -> tuple[Answers, float]:
+    """Run a trial: its answers, and seconds."""
+    clock = time.monotonic()
+    answers: Answers = STUDIES[study_name].answer(material, trial, seed, before_step)
+    return answers, time.monotonic() - clock
 
 
 def _encode(answers: Answers) -> dict[str, str]:

@@ -184,3 +184,35 @@ def test_trials_of_a_study_in_two_processes_are_those_of_one(pretrained: Path) -
     assert trials_of(two) == trials_of(one)
     first, second = (json.loads((out / "study.json").read_text()) for out in (one, two))
     assert first == second
+
+
+def test_nobody_waits_for_processes_that_still_prepare(tmp_path: Path) -> None:
+    (tmp_path / "slow.py").write_text(
+        "import time, pathlib\n"
+        "def prepare(device):\n"
+        "    pathlib.Path('begun').touch()\n"
+        "    time.sleep(600)\n"
+        "def work(opened): return opened\n"
+    )
+    (tmp_path / "command.py").write_text(
+        "import torch, slow\n"
+        "from labelwise.errors import Interrupted\n"
+        "from labelwise.interruption import stop_between_steps\n"
+        "from labelwise.stages.processes import Processes\n"
+        "if __name__ == '__main__':\n"
+        "    try:\n"
+        "        with stop_between_steps() as stop, Processes(2, torch.device('cpu'), slow.prepare, '') as others:\n"
+        "            others.run(slow.work, (), lambda: stop.check('stopped'))\n"
+        "    except Interrupted: print('stopped')\n"
+    )
+    command = subprocess.Popen(
+        [sys.executable, "command.py"],
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    wait_until((tmp_path / "begun").exists)
+    os.killpg(command.pid, signal.SIGINT)
+    assert command.communicate(timeout=20)[0] == "stopped\n"
+    assert command.returncode == 0
