@@ -36,6 +36,7 @@ app.add_typer(runs_app, name="runs")
 
 S = TypeVar("S", bound=Settings)
 Json = Annotated[bool, typer.Option("--json", help="print one JSON document on stdout")]
+Sharing = Annotated[str, typer.Option("--devices", help="GPUs of this machine that share the images, or all")]
 Recipe = Annotated[
     str | None,
     typer.Option("--recipe", help="recipe name or TOML file", rich_help_panel="Data", show_default=False),
@@ -217,9 +218,7 @@ def predict(
         ),
     ] = None,
     device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda or mps")] = "auto",
-    devices: Annotated[
-        str, typer.Option("--devices", help="GPUs of this machine that share the images, or all")
-    ] = "1",
+    devices: Sharing = "1",
     json: Json = False,
 ) -> None:
     """Classify new images with the classifier that `finetune` kept. The same command again goes on."""
@@ -247,9 +246,7 @@ def embed(
         "embeddings.parquet"
     ),
     device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda or mps")] = "auto",
-    devices: Annotated[
-        str, typer.Option("--devices", help="GPUs of this machine that share the images, or all")
-    ] = "1",
+    devices: Sharing = "1",
     json: Json = False,
 ) -> None:
     """Write the features that the encoder of a run gives to images."""

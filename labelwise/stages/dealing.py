@@ -23,7 +23,6 @@ class _Work:
     """What a process needs to know, once; `contents` is a hash of what rows mean."""
 
     settings: FinetuneSettings
-    alternatives: dict[str, Alternative]
     contents: str
 
 
@@ -42,7 +41,7 @@ class Dealer:
     ) -> None:
         self._bench = bench
         same_run = settings.model_copy(update={"run": bench.run.path})  # runs/latest may become another
-        set_up = partial(_set_up, _Work(same_run, alternatives, _contents(bench)))
+        set_up = partial(_set_up, _Work(same_run, _contents(bench)))
         ended = f"{bench.run.path}: a process that trained classifiers was ended; {STOPPED}"
         self._processes = Processes(count, bench.device, set_up, ended)
         self._alternatives = alternatives

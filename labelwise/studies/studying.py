@@ -222,13 +222,15 @@ def _run(
         stop.check(words_at_end)
         beat(run)
 
+    def estimate(trial: Trial) -> float:
+        return prepared.costs.of(trial, size.images, size.epochs, len(material.scored))
+
     def answer(job: tuple[Trial, int]) -> tuple[Answers, float, str] | None:
         """Answers, seconds, and what is to be said; None where there is no time."""
         trial, seed = job
-        seconds = prepared.costs.of(trial, size.images, size.epochs, len(material.scored))
         pace = spent / estimated if estimated else 1.0
         clock = time.monotonic()
-        if clock + seconds * pace > deadline:
+        if clock + estimate(trial) * pace > deadline:
             return None
         try:
             if others is None:
@@ -252,7 +254,7 @@ def _run(
                 continue
             answers, took, words = outcome
             spent += took
-            estimated += prepared.costs.of(trial, size.images, size.epochs, len(material.scored))
+            estimated += estimate(trial)
             outcomes.add(trial.name, seed, answers)
             row = {"trial": list(trial.name), "seed": seed, "seconds": round(took, 2)}
             rundir.append_jsonl(file, {**row, "answers": _encode(answers)})
