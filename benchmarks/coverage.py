@@ -20,7 +20,7 @@ from labelwise.models.features import extract_features
 from labelwise.rundir import open_run
 from labelwise.stages.benching import remember_sources, set_up_bench
 from labelwise.stages.calibrating import FEWEST_SCORED, _cut, _nonconformity, _score_out_of_fold
-from labelwise.stages.finetuning import chances_of
+from labelwise.stages.classifier import chances_of
 from labelwise.stages.methods import Bench, train_pretrained, trials_to_keep
 from labelwise.stages.oracle import COVERAGE
 

@@ -21,7 +21,7 @@ from labelwise.learning.memory import keep_freed_memory
 from labelwise.learning.precision import choose_device
 from labelwise.models.features import extract_features, map_in_streams
 from labelwise.rundir import open_run, read_json
-from labelwise.stages.finetuning import read_calibration
+from labelwise.stages.classifier import read_calibration
 from labelwise.stages.oracle import load_oracle, make_promise
 from labelwise.stages.predicting import predict
 from labelwise.tables import open_parts, open_table

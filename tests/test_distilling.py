@@ -22,9 +22,9 @@ from labelwise.reports.text import distilled_in_words
 from labelwise.rundir import RunDirectory
 from labelwise.stages import distilling
 from labelwise.stages.benching import remember_sources, set_up_bench
+from labelwise.stages.classifier import load_classifier
+from labelwise.stages.classifier import predict as probabilities_of
 from labelwise.stages.distilling import distill, show
-from labelwise.stages.finetuning import load_classifier
-from labelwise.stages.finetuning import predict as probabilities_of
 from labelwise.stages.predicting import predict
 from labelwise.stages.predicting import show as show_predicted
 from labelwise.stages.pretraining import pretrain

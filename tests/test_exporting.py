@@ -23,8 +23,8 @@ from labelwise.models.heads import create_head
 from labelwise.models.outside import TOLERANCE, as_timm, write_onnx
 from labelwise.models.weights import load_encoder, load_module
 from labelwise.rundir import RunDirectory
+from labelwise.stages.classifier import load_classifier
 from labelwise.stages.exporting import export, show
-from labelwise.stages.finetuning import load_classifier
 from labelwise.stages.predicting import predict
 
 STATISTICS = (0.4, 0.5, 0.6), (0.2, 0.3, 0.25)

@@ -35,9 +35,9 @@ from labelwise.models.weights import read_metadata, save_module
 from labelwise.rundir import RunDirectory
 from labelwise.stages import calibrating, comparing, predicting
 from labelwise.stages.benching import set_up_bench
+from labelwise.stages.classifier import load_classifier, read_calibration
+from labelwise.stages.classifier import predict as probabilities_of
 from labelwise.stages.exporting import export
-from labelwise.stages.finetuning import load_classifier, read_calibration
-from labelwise.stages.finetuning import predict as probabilities_of
 from labelwise.stages.oracle import Oracle
 from labelwise.stages.predicting import predict, show
 from labelwise.stages.repeating import finetune

@@ -38,7 +38,7 @@ def fill(root: Path, photo: Photo, *names: str) -> None:
 
 
 def by_name(images: ImageSet, values: list[str | None]) -> dict[str, str | None]:
-    assert len(set(images.names)) == len(images.names) == len(images.table)
+    assert len(set(images.names)) == len(images.names) == sum(part.count for part in images.parts)
     return dict(zip(images.names, values, strict=True))
 
 
@@ -488,4 +488,4 @@ def test_whole_paths_of_all_files_are_never_held_at_once(tmp_path: Path) -> None
     finally:
         tracemalloc.stop()
     assert images.locate(19_999) == str(file)
-    assert peak < 200 * len(files)  # names alone are half of it
+    assert peak < 100 * len(files)  # of it 50 for each name

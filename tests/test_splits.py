@@ -9,14 +9,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import datasets
 import numpy as np
 import numpy.typing as npt
 import pytest
 
 from labelwise.errors import DataError, UsageError
 from labelwise.images.duplicates import exact_duplicates
-from labelwise.images.source import ImageSet
+from labelwise.images.source import Files, ImageSet
 from labelwise.images.splits import draw_labels, hash_names, lock_test, pool_indices
 
 Keys = npt.NDArray[np.uint64]
@@ -27,8 +26,8 @@ def listed(
 ) -> ImageSet:
     """A set known by name only; splitting looks at no pixel."""
     none: list[str | None] = [None] * len(names)
-    table = datasets.Dataset.from_dict({"image": names})
-    return ImageSet(Path("photos"), names, labels or none, splits or none, "flat folder", {}, [], table)
+    files = Files(Path("photos"), len(names))
+    return ImageSet(files.folder, names, labels or none, splits or none, "flat folder", {}, [], [files])
 
 
 def classes(**sizes: int) -> ImageSet:

@@ -19,7 +19,6 @@ import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from itertools import repeat
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +29,8 @@ from labelwise import terminal
 from labelwise.errors import DataError, ResourceError
 from labelwise.images import decoding
 from labelwise.images.decoding import Pixels, Range, UnreadableImage
-from labelwise.images.labels import OUTSIDE
 from labelwise.images.readers import Readers
-from labelwise.images.source import ImageSet
+from labelwise.images.source import Files, ImageSet, Rows
 from labelwise.rundir import cache_root, check_cache_outside, flush, write_json
 
 _VERSION = 6  # of what the files in a cache mean
@@ -450,33 +448,24 @@ def _open_cache(folder: Path, forms: dict[str, Form]) -> ImageCache:
 
 def _folders(images: ImageSet) -> list[Path]:
     """The image folder, and those outside it that test or labeled images came from."""
-    found = {images.root}
-    if any(name.startswith(OUTSIDE) for name in images.names):
-        for name, path in zip(images.names, _paths(images), strict=True):
-            if path and name.startswith(OUTSIDE):
-                found.add(Path(path.removesuffix(name.partition(":")[2])))
-    return sorted(found)
+    return sorted({images.root} | {part.folder for part in images.parts if isinstance(part, Files)})
 
 
 def fingerprint(images: ImageSet, side: int, evaluation_size: int) -> str:
     """Hash of what the files are and what is made of them."""
+    tables = [part.fingerprint for part in images.parts if isinstance(part, Rows)]
     digest = hashlib.sha256(
-        f"{_VERSION} {decoding.HAS_HEIF} {side} {evaluation_size} {images.table._fingerprint if images.layout.startswith('dataset') else ''}".encode()
+        f"{_VERSION} {decoding.HAS_HEIF} {side} {evaluation_size} {' '.join(tables)}".encode()
     )
     digest.update(str(images.root.resolve()).encode("utf-8", "surrogateescape"))
-    for name, path in zip(images.names, _paths(images), strict=True):
-        stat = os.stat(path) if path and os.path.exists(path) else None
-        digest.update(f"\0{name}\0{stat.st_size if stat else 0}\0{stat.st_mtime_ns if stat else 0}".encode())
+    for name, path in zip(images.names, images.paths(), strict=True):
+        size = changed = 0
+        with suppress(OSError, ValueError):
+            if path:
+                stat = os.stat(path)
+                size, changed = stat.st_size, stat.st_mtime_ns
+        digest.update(f"\0{name}\0{size}\0{changed}".encode())
     return digest.hexdigest()[:24]
-
-
-def _paths(images: ImageSet) -> Iterator[str | None]:
-    """Where each file lies; None where a table holds the images."""
-    if images.layout == "dataset":
-        yield from repeat(None, len(images.names))
-    else:
-        for some in images.table.iter(_CHUNK):
-            yield from ((image or {}).get("path") for image in some["image"])
 
 
 def _written(fresh: Path) -> int:

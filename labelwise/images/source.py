@@ -2,11 +2,13 @@
 
 import errno
 import glob
+import itertools
 import os
 import re
 import sys
 import unicodedata
 from collections import Counter, defaultdict
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -28,8 +30,53 @@ from labelwise.images.shards import (
 from labelwise.rundir import is_utf8
 
 _IGNORED_FOLDERS = ("__MACOSX",)
-_READ, _READ_NAMES = 8, 32  # rows of a table at once: which hold whole files, or only name them
-_TOGETHER = 10_000  # files put into a table at once
+_TOGETHER = 8  # rows of a table read at once; they may hold whole files
+
+
+@dataclass(frozen=True)
+class Files:
+    """Images that are files below one folder, by name."""
+
+    folder: Path
+    count: int
+    prefix: str = ""  # of their names in the set
+
+    def path(self, name: str) -> str:
+        """Whole path of the image that the set calls so, or from the folder one is in."""
+        return os.path.join(self.folder, name.removeprefix(self.prefix))
+
+
+@dataclass
+class Rows:
+    """Images that are rows of a table, which `datasets` reads."""
+
+    table: datasets.Dataset  # column `image`, not decoded
+    _start: int = 0
+    _read: list[dict[str, Any] | None] = field(default_factory=list)
+
+    @property
+    def count(self) -> int:
+        """How many."""
+        return len(self.table)
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of what is in them."""
+        return str(self.table._fingerprint)
+
+    def locate(self, row: int) -> str | bytes:
+        """As `ImageSet.locate`."""
+        if not self._start <= row < self._start + len(self._read):
+            self._start = row - row % _TOGETHER  # rows are asked for in order, and one is as dear as some
+            self._read = self.table[self._start : self._start + _TOGETHER]["image"]
+        image = self._read[row - self._start] or {"bytes": None, "path": None}
+        inside: bytes | None = image["bytes"]
+        if inside is not None:
+            return inside
+        path: str | None = image["path"]
+        if path is None:
+            raise FileNotFoundError(errno.ENOENT, "no image in this row")
+        return path
 
 
 @dataclass(frozen=True)
@@ -44,7 +91,7 @@ class ImageSet:
         layout: How labels and splits were found, in words.
         ignored: Files that are not images, counted by suffix.
         notes: What a person should know.
-        table: Column `image`, not decoded.
+        parts: Where they are, in order.
         groups: What may not be torn apart, such as the images of one patient; None where nothing is known.
         shards: Where all the images are, of which these are a sample; None where these are all.
     """
@@ -56,12 +103,9 @@ class ImageSet:
     layout: str
     ignored: dict[str, int]
     notes: list[str]
-    table: datasets.Dataset = field(repr=False)
+    parts: list[Files | Rows] = field(repr=False)
     groups: list[str | None] = field(default_factory=list)
     shards: Shards | None = None
-    _read: tuple[int, list[dict[str, Any] | None]] = field(
-        default=(0, []), init=False, repr=False, compare=False
-    )
 
     def __post_init__(self) -> None:
         if not self.groups:
@@ -73,22 +117,23 @@ class ImageSet:
         Raises:
             FileNotFoundError: The table holds neither.
         """
-        start, some = self._read
-        if not start <= row < start + len(some):
-            together = _READ_NAMES if some and all(each and each["bytes"] is None for each in some) else _READ
-            start = row - row % together
-            some = self.table[start : start + together]["image"]
-            object.__setattr__(
-                self, "_read", (start, some)
-            )  # rows are asked for one after the other, and one is as dear as some
-        image: dict[str, Any] = some[row - start] or {"bytes": None, "path": None}
-        inside: bytes | None = image["bytes"]
-        if inside is None and image["path"] is None:
-            raise FileNotFoundError(errno.ENOENT, "no image in this row")
-        if inside is not None:
-            return inside
-        path: str = image["path"]
-        return path if path.startswith("/") else os.path.join(Path.cwd(), path)
+        name = self.names[row]
+        for part in self.parts:
+            if row < part.count:
+                break
+            row -= part.count
+        found = part.path(name) if isinstance(part, Files) else part.locate(row)
+        if isinstance(found, bytes) or found.startswith("/"):
+            return found
+        return os.path.join(Path.cwd(), found)
+
+    def paths(self) -> Iterator[str | None]:
+        """Path of each file, whole or from the folder one is in; None for rows of a table."""
+        start = 0
+        for part in self.parts:
+            names = itertools.islice(self.names, start, start + part.count)
+            yield from map(part.path, names) if isinstance(part, Files) else (None for _ in names)
+            start += part.count
 
 
 def open_images(
@@ -191,7 +236,7 @@ def open_files(files: list[Path]) -> ImageSet:
 def _as_files(names: list[str]) -> ImageSet:
     """Files by name, there or not."""
     none: list[str | None] = [None] * len(names)
-    return ImageSet(Path(), names, none, none, "files", {}, [], _table(names, Path()))
+    return ImageSet(Path(), names, none, none, "files", {}, [], [Files(Path(), len(names))])
 
 
 def _read_list(given: str) -> list[str]:
@@ -218,7 +263,9 @@ def _open_sample(root: Path) -> ImageSet:
     names, labels = list(table["name"]), list(table["label"])
     images = table.select_columns("image").cast_column("image", datasets.Image(decode=False))
     none: list[str | None] = [None] * len(names)
-    return ImageSet(root, names, labels, none, "dataset", {}, list(shards.notes), images, shards=shards)
+    return ImageSet(
+        root, names, labels, none, "dataset", {}, list(shards.notes), [Rows(images)], shards=shards
+    )
 
 
 def _open_folder(root: Path, group_column: str | None = None) -> ImageSet:
@@ -256,8 +303,9 @@ def _open_folder(root: Path, group_column: str | None = None) -> ImageSet:
             f"found {found or 'nothing'}." + "".join(f" {note}." for note in notes)
         )
     labels, splits, layout, layout_notes = _read_layout(names)
-    table = _table(names, root)
-    return ImageSet(root, names, labels, splits, layout, ignored, notes + layout_notes, table)
+    return ImageSet(
+        root, names, labels, splits, layout, ignored, notes + layout_notes, [Files(root, len(names))]
+    )
 
 
 def _parquet_splits(root: Path, files: list[str]) -> dict[str, list[str]]:
@@ -268,16 +316,6 @@ def _parquet_splits(root: Path, files: list[str]) -> dict[str, list[str]]:
         split = next((SPLITS[word] for word in words if word in SPLITS), "train")
         splits.setdefault(split, []).append(glob.escape(file))
     return splits
-
-
-def _table(names: list[str], root: Path) -> datasets.Dataset:
-    """Table of files, made some at a time: whole paths of a million, as Python holds them, are 150 MB."""
-    pieces = []
-    for start in range(0, max(1, len(names)), _TOGETHER):
-        paths = [os.path.join(root, name) for name in names[start : start + _TOGETHER]]
-        piece = datasets.Dataset.from_dict({"image": paths})
-        pieces.append(piece.cast_column("image", datasets.Image(decode=False)))
-    return datasets.concatenate_datasets(pieces)
 
 
 def _walk(root: Path) -> tuple[list[str], dict[str, int], list[str]]:
@@ -371,7 +409,7 @@ def _from_datasets(
             .cast_column("image", datasets.Image(decode=False))
         )
     return ImageSet(
-        root, names, labels, splits, "dataset", {}, [], datasets.concatenate_datasets(tables), groups
+        root, names, labels, splits, "dataset", {}, [], [Rows(datasets.concatenate_datasets(tables))], groups
     )
 
 
@@ -452,5 +490,6 @@ def _append(images: ImageSet, more: ImageSet, split: str | None, words: str) -> 
         groups=images.groups + more.groups,
         layout=f"{images.layout}, {words}",
         notes=images.notes + more.notes,
-        table=datasets.concatenate_datasets([images.table, more.table]),
+        parts=images.parts
+        + [replace(part, prefix=prefix) if isinstance(part, Files) else part for part in more.parts],
     )

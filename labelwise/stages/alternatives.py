@@ -20,7 +20,7 @@ from labelwise.images.cache import read_evaluations
 from labelwise.models.encoder import EncoderSpec, create_encoder, keep_resolution, pretrained_spec
 from labelwise.models.features import extract_features
 from labelwise.models.weights import load_backbone
-from labelwise.stages.finetuning import Rows
+from labelwise.stages.classifier import Rows
 from labelwise.stages.methods import Bench, Start
 
 DINOV2 = "vit_small_patch14_dinov2.lvd142m"

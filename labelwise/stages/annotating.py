@@ -28,7 +28,7 @@ from labelwise.rundir import RunDirectory
 from labelwise.serving import Reply, choose_token, is_loopback, refuse, reply_json, serve
 from labelwise.stages.asking import Hints, Item, OutdatedError, Session, check_class
 from labelwise.stages.benching import open_separated, remember_sources
-from labelwise.stages.finetuning import chances_of, load_classifier
+from labelwise.stages.classifier import chances_of, load_classifier
 from labelwise.stages.suggesting import suggest
 
 _MOST_NEIGHBOURS = 5000  # labeled images that neighbours are looked for among

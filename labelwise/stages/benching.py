@@ -23,7 +23,7 @@ from labelwise.measures.linear import one_of_each
 from labelwise.models.encoder import EncoderSpec
 from labelwise.models.weights import load_encoder
 from labelwise.rundir import RunDirectory
-from labelwise.stages.finetuning import Rows
+from labelwise.stages.classifier import Rows
 from labelwise.stages.methods import (
     Bench,
     is_unbalanced,

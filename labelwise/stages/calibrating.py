@@ -17,7 +17,8 @@ from labelwise.measures.linear import one_of_each, stratified_folds
 from labelwise.models.familiar import Familiar, save_familiar
 from labelwise.models.features import extract_features
 from labelwise.models.weights import read_hash
-from labelwise.stages.finetuning import Floats, Rows, Trial, chances_of, load_classifier
+from labelwise.stages.classifier import Floats, Rows, chances_of, load_classifier
+from labelwise.stages.finetuning import Trial
 from labelwise.stages.methods import Bench, train_pretrained, trials_to_keep, workers_for
 
 FOLDS = 5

@@ -35,6 +35,7 @@ from labelwise.stages.alternatives import Alternative, add_alternative, find_alt
 from labelwise.stages.benching import remember_sources, set_up_bench
 from labelwise.stages.calibrating import calibrate, steps_to_calibrate
 from labelwise.stages.checking import check_labels, check_lookalikes
+from labelwise.stages.classifier import Floats, Rows, read_calibration
 from labelwise.stages.dealing import Dealer
 from labelwise.stages.drawing import (
     Job,
@@ -45,7 +46,6 @@ from labelwise.stages.drawing import (
     series_of,
 )
 from labelwise.stages.encoders import sign
-from labelwise.stages.finetuning import Floats, Rows, read_calibration
 from labelwise.stages.methods import (
     STOPPED,
     TRIES,

@@ -13,7 +13,7 @@ from labelwise.errors import DataError
 from labelwise.images.splits import hash_names
 from labelwise.stages.alternatives import Alternative, add_alternative
 from labelwise.stages.benching import set_up_bench
-from labelwise.stages.finetuning import Floats, Rows
+from labelwise.stages.classifier import Floats, Rows
 from labelwise.stages.methods import STOPPED, Bench, run_method
 from labelwise.stages.processes import Processes
 

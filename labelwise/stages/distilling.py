@@ -42,8 +42,8 @@ from labelwise.ownership import beat, hold
 from labelwise.reports import text
 from labelwise.rundir import RunDirectory
 from labelwise.stages.benching import MOST_FOLDS, remember_sources, set_up_bench
+from labelwise.stages.classifier import Classifier, Floats, Rows, load_classifier, predict
 from labelwise.stages.comparing import signature_of
-from labelwise.stages.finetuning import Classifier, Floats, Rows, load_classifier, predict
 from labelwise.stages.methods import (
     PROBE_STRENGTHS,
     Bench,
@@ -266,7 +266,7 @@ def _keep(bench: Bench, kept: dict[str, Any], student: Probe, document: dict[str
     """Write the distilled classifier over the kept one, which `finetune` trains again."""
     network = frozen_network(bench, "network")
     classifier = Classifier(network, student.weight.shape[1], len(bench.classes)).to(bench.device)
-    classifier.start_from(student)
+    classifier.start_from(*student.folded())
     facts = {
         **{key: kept[key] for key in ("classes", "labels", "encoder", "steps", "way")},
         "method": "distilled",

@@ -10,7 +10,7 @@ from labelwise.config import MOST_DRAWS, FinetuneSettings
 from labelwise.errors import UsageError
 from labelwise.images.splits import draw_labels, hash_names
 from labelwise.rundir import MIXED, RANDOM, SUGGESTED
-from labelwise.stages.finetuning import Rows
+from labelwise.stages.classifier import Rows
 from labelwise.stages.methods import Bench, tested_in
 
 Job = tuple[str, int, int]  # method, number of labels, draw

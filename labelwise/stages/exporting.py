@@ -15,7 +15,7 @@ from labelwise.models.outside import as_timm, write_onnx
 from labelwise.models.weights import load_encoder, save_module
 from labelwise.reports.text import pretrained_on
 from labelwise.rundir import RunDirectory
-from labelwise.stages.finetuning import load_classifier, read_calibration
+from labelwise.stages.classifier import load_classifier, read_calibration
 from labelwise.stages.planning import is_run
 from labelwise.stages.targets import check_folder
 

@@ -38,16 +38,8 @@ from labelwise.models.heads import has_kept_layer, keep_first_layer
 from labelwise.models.weights import load_encoder, read_metadata
 from labelwise.ownership import beat
 from labelwise.rundir import RunDirectory
-from labelwise.stages.finetuning import (
-    Classifier,
-    Floats,
-    Rows,
-    Trial,
-    class_weights,
-    predict,
-    strengthen,
-    train_classifier,
-)
+from labelwise.stages.classifier import Classifier, Floats, Rows, predict
+from labelwise.stages.finetuning import Trial, class_weights, strengthen, train_classifier
 from labelwise.views.draws import Policy
 
 FEW_PER_CLASS = 5  # up to here folds are so small that they choose by chance
@@ -424,7 +416,7 @@ def _pretrained_classifier(method: str, bench: Bench, rows: Rows) -> Classifier:
         network, width = _pretrained_network(bench, start)
         classifier = Classifier(network, width, len(bench.classes)).to(bench.device)
     kind = "network" if start is None else method
-    classifier.start_from(_fit_probe(bench, kind, rows, PROBE_STRENGTHS[0]))
+    classifier.start_from(*_fit_probe(bench, kind, rows, PROBE_STRENGTHS[0]).folded())
     return classifier
 
 

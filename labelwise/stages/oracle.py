@@ -20,7 +20,7 @@ from labelwise.models.familiar import Familiar, load_familiar
 from labelwise.models.features import extract_features
 from labelwise.models.weights import read_hash
 from labelwise.rundir import RunDirectory
-from labelwise.stages.finetuning import Classifier, chances_of, load_classifier
+from labelwise.stages.classifier import Classifier, chances_of, load_classifier
 from labelwise.tables import FLAG, NUMBER, TEXT, TEXTS, Columns
 
 COVERAGE = 0.9

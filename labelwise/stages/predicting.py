@@ -21,7 +21,7 @@ from labelwise.learning.precision import choose_devices
 from labelwise.models.features import map_in_streams
 from labelwise.models.weights import read_hash
 from labelwise.rundir import RunDirectory
-from labelwise.stages.finetuning import read_calibration
+from labelwise.stages.classifier import read_calibration
 from labelwise.stages.oracle import DOUBTFUL, Oracle, load_oracle, make_promise
 from labelwise.stages.reporting import kept_classifier
 from labelwise.stages.targets import check_file

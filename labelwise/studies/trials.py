@@ -26,7 +26,8 @@ from labelwise.measures.statistics import Interval, accuracy_interval, paired_di
 from labelwise.models.encoder import EncoderSpec, create_encoder
 from labelwise.models.features import SETTLING, extract_features, settle_statistics
 from labelwise.stages import finetuning
-from labelwise.stages.finetuning import Classifier, class_weights, predict, train_classifier
+from labelwise.stages.classifier import Classifier, predict
+from labelwise.stages.finetuning import class_weights, train_classifier
 from labelwise.stages.planning import Plan, make_learner, view_policy
 from labelwise.stages.pooling import Pool
 from labelwise.views.pipeline import Views, make_views

@@ -193,7 +193,7 @@ def test_a_test_lock_tears_no_group_apart(tally: Callable[..., None], is_long: b
         count = len(groups)
         names = [f"{number:03}.png" for number in range(count)]
         labels: list[str | None] = [f"c{number % classes}" if classes else None for number in range(count)]
-        images = ImageSet(Path("x"), names, labels, [None] * count, "flat folder", {}, [], None)  # type: ignore[arg-type]
+        images = ImageSet(Path("x"), names, labels, [None] * count, "flat folder", {}, [], [])
         keys, readable = np.arange(1, count + 1, dtype=np.uint64), np.ones(count, bool)
         try:
             lock = lock_test(images, keys, readable, share, seed, groups=np.array(groups))
