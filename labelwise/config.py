@@ -162,6 +162,11 @@ class PretrainSettings(Settings):
         description="stream: images that are shuffled among each other",
         json_schema_extra={"panel": "Data"},
     )
+    keep_decoded: bool = Field(
+        False,
+        description="stream: keep its images decoded on this disk; each process keeps those that it reads",
+        json_schema_extra={"panel": "Data"},
+    )
     labels: Path | None = Field(
         None,
         description="label file (CSV, TSV, JSONL) or folder of class folders",

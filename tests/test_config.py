@@ -31,6 +31,7 @@ TYPED: dict[type[Settings], dict[str, tuple[str | None, Any]]] = {
         "out": ("runs/x", Path("runs/x")),
         "stream": (None, True),
         "shuffle_buffer": ("500", 500),
+        "keep_decoded": (None, True),
         "labels": ("labels.csv", Path("labels.csv")),
         "labels_root": ("photos", Path("photos")),
         "group_column": ("patient id", "patient id"),

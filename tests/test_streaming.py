@@ -1,5 +1,7 @@
 """Shards, here or behind a server, and batches that are put together from them again and again."""
 
+import dataclasses
+import errno
 import functools
 import http.server
 import json
@@ -22,10 +24,11 @@ import pytest
 import torch
 from PIL import Image
 
-from labelwise.errors import DataError, LabelwiseError, UsageError
+from labelwise.errors import DataError, LabelwiseError, ResourceError, UsageError
 from labelwise.images.cache import list_caches
+from labelwise.images.decoded import DecodedShards
 from labelwise.images.decoding import content_key, decode_image
-from labelwise.images.shards import Shards, address_of, open_shards, read_shard
+from labelwise.images.shards import Record, Shards, address_of, open_shards, read_shard
 from labelwise.images.source import open_images
 from labelwise.images.streaming import Batch, Lane, Stream, choose_lanes
 
@@ -551,9 +554,10 @@ print(len(copied.names), sorted(Counter(copied.splits).items()), sorted(Counter(
 def made_of(counts: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> Shards:
     """Shards whose images are their numbers."""
 
-    def read(shards: Shards, number: int, start: int = 0) -> Iterator[int]:
+    def read(shards: Shards, number: int, start: int = 0) -> Iterator[Record]:
         first = sum(counts[:number])
-        yield from range(first + start, first + counts[number])
+        for image in range(first + start, first + counts[number]):
+            yield Record(str(image), b"", None)
 
     monkeypatch.setattr("labelwise.images.streaming.read_shard", read)
     return Shards("tar", tuple(f"{number}.tar" for number in range(len(counts))), counts)
@@ -563,7 +567,7 @@ def made_of(counts: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> Shards:
 def test_a_lane_gives_every_image_once_in_each_pass(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
     shards = made_of((5, 100, 9, 100, 6), monkeypatch)  # those of the other lane never come
     lane, own = Lane(shards, 0, 2, block, 1, 0), {*range(5), *range(105, 114), *range(214, 220)}
-    taken = [int(record) for record in lane.take(60)]
+    taken = [int(image.record.name) for image in lane.take(60) if image.record]
     assert Counter(taken) == dict.fromkeys(own, 3) if 20 % block == 0 or block > 20 else set(taken) == own
     passes = [taken[:20], taken[20:40], taken[40:]]
     assert passes[0] != passes[1] != passes[2]
@@ -579,10 +583,12 @@ def test_a_lane_begins_anywhere_as_if_it_had_come_there(block: int, monkeypatch:
         assert Lane(shards, 0, 1, block, 1, start).take(30) == whole[start : start + 30]
 
 
-def stream(shards: Shards, *, own: range = range(4), step: int = 0, locked: frozenset[int] = frozenset(), part: int = 16) -> Stream:  # fmt: skip
+def stream(
+    shards: Shards, *, own: range = range(4), step: int = 0, locked: frozenset[int] = frozenset(), part: int = 16, kept: DecodedShards | None = None
+) -> Stream:  # fmt: skip
     return Stream(
         shards, lanes=4, own=own, batch_size=16, part_size=part, buffer=20, seed=3, side=12, intensity_range=None,
-        shortest=512, locked=locked, step=step,
+        shortest=512, locked=locked, step=step, kept=kept,
     )  # fmt: skip
 
 
@@ -690,3 +696,177 @@ def test_lanes_share_batch_and_ranks_evenly(files: int, part: int, ranks: int, l
 def test_fewer_shards_than_ranks_are_refused() -> None:
     with pytest.raises(UsageError, match="3 shards cannot be dealt to 4 devices or processes"):
         choose_lanes(Shards("tar", ("x",) * 3, (1,) * 3), 256, 4)
+
+
+# --- kept decoded
+
+
+def kept_in(shards: Shards, own: range = range(4), *, processes: int = 1, side: int = 12) -> DecodedShards:
+    return DecodedShards(shards, own, processes=processes, side=side, intensity_range=None, shortest=512)
+
+
+def kept_batches(shards: Shards, steps: range, own: range = range(4), step: int = 0) -> list[Batch]:
+    with kept_in(shards, own) as kept:
+        return batches(stream(shards, own=own, step=step, kept=kept), steps)
+
+
+def same(one: list[Batch], other: list[Batch]) -> bool:
+    return len(one) == len(other) and all(
+        torch.equal(first.pixels, second.pixels)
+        and (first.keys == second.keys).all()
+        and (first.true_sizes == second.true_sizes).all()
+        for first, second in zip(one, other, strict=True)
+    )
+
+
+@pytest.fixture
+def no_more_reading(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    """From when it is called, a shard that is read or an image that is decoded ends the test."""
+
+    def read(shards: Shards, number: int, start: int = 0) -> Iterator[Record]:
+        raise AssertionError(f"shard {number} is read")
+        yield
+
+    return lambda: monkeypatch.setattr("labelwise.images.streaming.read_shard", read)
+
+
+def test_what_is_kept_decoded_is_what_is_decoded_and_the_shards_are_not_read_again(
+    shards: Path, no_more_reading: Callable[[], None]
+) -> None:
+    found, _ = open_shards(shards)
+    plain = batches(stream(found), range(20))
+    assert same(kept_batches(found, range(20)), plain)
+    names = sorted(file.name for file in kept_in(found).folder.iterdir())
+    assert names == ["000000.npz", "000000.pixels", "000001.npz", "000001.pixels", "000002.npz", "000002.pixels", "000003.npz", "000003.pixels", "facts.json"]  # fmt: skip
+    no_more_reading()
+    assert same(kept_batches(found, range(20)), plain)
+    assert same(kept_batches(found, range(13, 20), step=13), plain[13:])
+
+
+def test_each_process_keeps_the_shards_of_its_own_lanes(
+    shards: Path, no_more_reading: Callable[[], None]
+) -> None:
+    found, _ = open_shards(shards)
+    whole = batches(stream(found), range(20))
+    folder = kept_in(found).folder
+    for number, own in enumerate((range(2), range(2, 4))):
+        kept_batches(found, range(20), own)
+        assert len(list(folder.glob("*.npz"))) == 2 * (number + 1)
+    no_more_reading()
+    assert same(kept_batches(found, range(20)), whole), "what two kept one goes on with"
+
+
+def test_a_stream_that_begins_within_a_shard_keeps_it_in_its_next_pass(shards: Path) -> None:
+    found, _ = open_shards(shards)
+    whole = batches(stream(found), range(40))
+    assert same(kept_batches(found, range(1, 2), step=1), whole[1:2])
+    folder = kept_in(found).folder
+    assert [file.name for file in folder.iterdir()] == ["facts.json"], "none is whole, and none is left"
+    assert same(kept_batches(found, range(2, 30), step=2), whole[2:30])
+    assert len(list(folder.glob("*.npz"))) == 4
+
+
+def test_images_that_cannot_be_used_are_kept_as_such(
+    tmp_path: Path, files: list[Path], write_shards: Callable[..., Path], no_more_reading: Callable[[], None]
+) -> None:
+    files[5].write_bytes(b"no image")
+    found, _ = open_shards(write_shards(tmp_path / "shards", "tar", files, 4))
+    locked = frozenset({content_key(np.asarray(decode_image(files[20].read_bytes())[0]))})
+    plain = batches(stream(found, locked=locked), range(20))
+    for _ in range(2):
+        with kept_in(found) as kept:
+            opened = stream(found, locked=locked, kept=kept)
+            assert same(batches(opened, range(20)), plain)
+        assert opened.left_out == {"shard-000.tar/00000005.png": "not an image we can read"}
+        no_more_reading()
+
+
+def test_what_a_killed_process_was_at_work_on_is_deleted_and_what_another_is_stays(shards: Path) -> None:
+    found, _ = open_shards(shards)
+    with kept_in(found) as kept:
+        batches(stream(found, kept=kept), range(1))
+        at_work = {*kept.folder.glob(".*.pixels")}
+        assert len(at_work) == 4
+        left = kept.folder / ".000001-of-a-killed-one.pixels"
+        left.write_bytes(b"some")
+        with kept_in(found):
+            assert not left.exists()
+            assert {*kept.folder.glob(".*.pixels")} == at_work
+
+
+@pytest.mark.parametrize("damage", ["a pixel", "cut", "facts", "facts gone", "other facts"])
+def test_what_was_kept_and_is_damaged_is_decoded_again(shards: Path, damage: str) -> None:
+    found, _ = open_shards(shards)
+    plain = kept_batches(found, range(20))
+    folder = kept_in(found).folder
+    pixels, facts = folder / "000002.pixels", folder / "000002.npz"
+    if damage == "a pixel":
+        content = bytearray(pixels.read_bytes())
+        content[500] ^= 1
+        pixels.write_bytes(content)
+        with pytest.raises(ResourceError, match="a decoded image is damaged; the same command goes on"):
+            kept_batches(found, range(20))
+        assert not pixels.exists()
+    elif damage == "cut":
+        os.truncate(pixels, 100)
+    elif damage == "facts":
+        facts.write_bytes(facts.read_bytes()[:-30])
+    elif damage == "facts gone":
+        facts.unlink()
+    else:
+        shutil.copy(folder / "000003.npz", facts)  # a shard of fewer images
+    assert same(kept_batches(found, range(20)), plain)
+    assert facts.exists()
+
+
+def test_kept_images_that_are_deleted_under_a_run_end_it_in_words(shards: Path) -> None:
+    found, _ = open_shards(shards)
+    kept_batches(found, range(20))
+    with kept_in(found) as kept, stream(found, kept=kept) as opened:
+        opened.draw(0, 60)
+        shutil.rmtree(kept.folder)
+        with pytest.raises(ResourceError, match="deleted while they were in use; the same command goes on"):
+            for step in range(1, 9):
+                opened.draw(step, 60)
+
+
+def test_without_room_for_what_is_kept_it_is_said_before(
+    shards: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found, _ = open_shards(shards)
+    room = 50 * 3 * 12**2
+    monkeypatch.setattr("shutil.disk_usage", lambda _: shutil._ntuple_diskusage(0, 0, room))  # type: ignore[attr-defined]
+    kept_in(found)
+    with pytest.raises(ResourceError, match=r"need 0\.0 GiB .* leave out --keep-decoded, or use a smaller"):
+        kept_in(found, processes=2)
+    kept_batches(found, range(20))
+    kept_in(found, processes=2)  # nothing is missing
+
+
+def test_a_disk_that_is_full_while_images_are_kept_ends_in_words(
+    shards: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found, _ = open_shards(shards)
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("os.posix_fallocate", full)
+    with pytest.raises(ResourceError, match="no space is left for decoded images"):
+        kept_batches(found, range(1))
+    assert not list(kept_in(found).folder.glob(".*")), "what was begun is deleted"
+
+
+def test_files_of_unknown_age_are_not_kept(shards: Path) -> None:
+    found, _ = open_shards(shards)
+    with pytest.raises(UsageError, match="tells neither size nor date of its files"):
+        kept_in(dataclasses.replace(found, digest=""))
+
+
+def test_other_files_or_sizes_are_kept_elsewhere(shards: Path, photo: Photo, files: list[Path]) -> None:
+    found, _ = open_shards(shards)
+    places = {kept_in(found).folder, kept_in(found, side=13).folder}
+    os.utime(found.files[1], (1, 1))
+    places.add(kept_in(open_shards(shards)[0]).folder)
+    assert len(places) == 3
+    assert {path for path, _, images in list_caches() if images == 50} >= places

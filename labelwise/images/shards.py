@@ -17,7 +17,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -64,12 +64,14 @@ class Shards:
         files: Paths or addresses.
         counts: Images in each.
         notes: What a person should know.
+        digest: Hash of what they are; empty where their place says neither how large nor how old they are.
     """
 
     kind: str
     files: tuple[str, ...]
     counts: tuple[int, ...]
     notes: tuple[str, ...] = ()
+    digest: str = ""
 
     @functools.cached_property
     def folder(self) -> str:
@@ -139,14 +141,16 @@ def open_shards(root: Path) -> tuple[Shards, Path]:
     folder = rundir.cache_root() / f"sample-{digest}"
     folder.mkdir(parents=True, exist_ok=True)
     sample, facts = folder / "sample.parquet", folder / "facts.json"
-    with _alone_in(folder):  # of several processes one counts and copies
-        if all(marks.values()) and (known := _read_facts(facts, sample)):
-            return known, sample
+    with alone_in(folder):  # of several processes one counts and copies
+        is_known = all(marks.values())
+        if is_known and (known := _read_facts(facts, sample)):
+            return replace(known, digest=digest), sample
         counts = _count_all(kind, marks)
         filled = [(file, count) for file, count in zip(marks, counts, strict=True) if count]
         if not filled:
             raise DataError(f"{root}: {len(marks)} .{kind} shards, and no image in them.")
-        shards = Shards(kind, tuple(file for file, _ in filled), tuple(count for _, count in filled), notes)
+        names, counted = zip(*filled, strict=True)
+        shards = Shards(kind, names, counted, notes, digest if is_known else "")
         rundir.write_atomically(sample, lambda fresh: _write_sample(shards, fresh))
         rows = pq.ParquetFile(sample).metadata.num_rows
         rundir.write_json(facts, {**asdict(shards), "images": rows, "sha256": _hash(sample)})
@@ -246,7 +250,8 @@ def _hash(file: Path) -> str:
 
 
 @contextmanager
-def _alone_in(folder: Path) -> Iterator[None]:
+def alone_in(folder: Path) -> Iterator[None]:
+    """While no other process is; wait for one that is."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)

@@ -21,8 +21,9 @@ from torch import Tensor
 
 from labelwise import seeding
 from labelwise.errors import DataError, UsageError
+from labelwise.images.decoded import DecodedShards
 from labelwise.images.decoding import Range, UnreadableImage
-from labelwise.images.readers import Readers
+from labelwise.images.readers import Answer, Readers
 from labelwise.images.shards import Record, Shards, read_shard
 
 Rows = npt.NDArray[np.int64]
@@ -89,12 +90,26 @@ def _unevenness(shards: Shards, lanes: int) -> float:
 
 
 @dataclass(frozen=True)
+class Place:
+    """Where an image of a stream is: shard and row, and what was read there; None where it is kept decoded."""
+
+    shard: int
+    row: int
+    record: Record | None
+
+
+@dataclass(frozen=True)
 class _Decoded:
     """What one lane gives to a batch."""
 
     pixels: npt.NDArray[np.uint8]
     sizes: npt.NDArray[np.int32]
     keys: Keys
+
+
+def own_shards(shards: Shards, number: int, lanes: int) -> range:
+    """Numbers of the shards that a lane reads."""
+    return range(number, len(shards.files), lanes)
 
 
 class Lane:
@@ -105,20 +120,23 @@ class Lane:
         lanes: Of all.
         block: Images that are shuffled among each other.
         start: Images that were taken before.
+        kept: What was decoded before.
     """
 
-    def __init__(self, shards: Shards, number: int, lanes: int, block: int, seed: int, start: int) -> None:
-        self._shards, self._number, self._seed = shards, number, seed
-        self._own = range(number, len(shards.files), lanes)
+    def __init__(
+        self, shards: Shards, number: int, lanes: int, block: int, seed: int, start: int, kept: DecodedShards | None = None
+    ) -> None:  # fmt: skip
+        self._shards, self._number, self._seed, self._kept = shards, number, seed, kept
+        self._own = own_shards(shards, number, lanes)
         self.total = sum(shards.counts[each] for each in self._own)
         self._size = min(block, self.total)
         self._done, self._place = divmod(start, self._size)
         self._records = self.read(self._done * self._size)
-        self._next: list[Record] = []
+        self._next: list[Place] = []
         self._begin([next(self._records) for _ in range(self._size)])
         self._next = [next(self._records) for _ in range(self._place)]
 
-    def take(self, count: int) -> list[Record]:
+    def take(self, count: int) -> list[Place]:
         """The next images; as many are read for the block after this one."""
         taken = []
         for _ in range(count):
@@ -130,7 +148,7 @@ class Lane:
             self._next.append(next(self._records))
         return taken
 
-    def _begin(self, records: list[Record]) -> None:
+    def _begin(self, records: list[Place]) -> None:
         order = seeding.generator(self._seed, "block", self._number, self._done).permutation(self._size)
         self._block = [records[place] for place in order.tolist()]
         self._next = []
@@ -138,16 +156,20 @@ class Lane:
     def __str__(self) -> str:
         return f"{self._shards.files[self._own[0]]} and {len(self._own) - 1:,} shards more"
 
-    def read(self, start: int = 0) -> Iterator[Record]:
+    def read(self, start: int = 0) -> Iterator[Place]:
         """Its images before they are shuffled, from one of them on, pass by pass."""
         passed, place = divmod(start, self.total)
         while True:
             for shard in (
                 seeding.generator(self._seed, "shards", self._number, passed).permutation(self._own).tolist()
             ):
-                if place < self._shards.counts[shard]:
-                    yield from read_shard(self._shards, shard, place)
-                place = max(0, place - self._shards.counts[shard])
+                count = self._shards.counts[shard]
+                if place < count and self._kept is not None and self._kept.has(shard):
+                    yield from (Place(shard, row, None) for row in range(place, count))
+                elif place < count:
+                    for row, record in enumerate(read_shard(self._shards, shard, place), place):
+                        yield Place(shard, row, record)
+                place = max(0, place - count)
             passed += 1
 
 
@@ -167,11 +189,12 @@ class Stream:
         shortest: See `decoding.decode_image`.
         locked: Content keys of images that are not to be trained on.
         step: The first one.
+        kept: Where images are kept once they are decoded, if they are.
     """
 
     def __init__(
         self, shards: Shards, *, lanes: int, own: range, batch_size: int, part_size: int, buffer: int, seed: int,
-        side: int, intensity_range: Range | None, shortest: int, locked: frozenset[int], step: int,
+        side: int, intensity_range: Range | None, shortest: int, locked: frozenset[int], step: int, kept: DecodedShards | None = None,
     ) -> None:  # fmt: skip
         self.left_out: dict[str, str] = {}  # reasons by name, of the first ones
         self._shards, self._side, self._locked = shards, side, locked
@@ -182,8 +205,15 @@ class Stream:
         ]  # of each lane
         self._batch_size = batch_size
         self._begin = functools.partial(
-            Lane, shards, lanes=lanes, block=max(1, buffer // lanes), seed=seed, start=step * self._each
+            Lane,
+            shards,
+            lanes=lanes,
+            block=max(1, buffer // lanes),
+            seed=seed,
+            start=step * self._each,
+            kept=kept,
         )
+        self._kept = kept
         self._own = own
         self._lanes: list[Lane] = []
         self._spare: dict[Lane, _Decoded] = {}
@@ -240,19 +270,36 @@ class Stream:
         )
         return Batch(torch.from_numpy(pixels), sizes, keys, places)
 
-    def _decode(self, records: list[Record]) -> "_Decoded":
-        """Decode images; those that cannot be used have key 0."""
+    def _decode(self, images: list[Place]) -> "_Decoded":
+        """Decode images, or take what is kept of them; those that cannot be used have key 0."""
         pixels = np.zeros((self._each, self._side, self._side, 3), np.uint8)
         found = _Decoded(pixels, np.ones((self._each, 2), np.int32), np.zeros(self._each, np.uint64))
-        for row, answer in enumerate(self._readers.map(range(len(records)), lambda row: records[row].image)):
+        for row, (name, answer) in enumerate(self._answers(images)):
             if isinstance(answer, UnreadableImage):
-                self._leave_out(records[row].name, str(answer))
+                self._leave_out(name, str(answer))
                 continue
             (size, key), squares = answer
             if key not in self._locked:
                 found.keys[row], found.sizes[row] = key, size
                 found.pixels[row] = np.frombuffer(squares, np.uint8).reshape(self._side, self._side, 3)
         return found
+
+    def _answers(self, images: list[Place]) -> Iterator[tuple[str, Answer | UnreadableImage]]:
+        """Name of each image, empty where it is kept and can be used, and what is found in it."""
+        kept = self._kept
+        before = [None if kept is None else kept.take(image.shard, image.row) for image in images]
+        asked = [image.record for image, known in zip(images, before, strict=True) if known is None]
+        records = [record for record in asked if record is not None]  # all: what is not kept has been read
+        answers = self._readers.map(range(len(asked)), lambda number: records[number].image)
+        fresh = zip(records, answers, strict=True)
+        for image, known in zip(images, before, strict=True):
+            if known is not None:
+                yield known
+                continue
+            record, answer = next(fresh)
+            if kept is not None:
+                kept.keep(image.shard, image.row, record.name, answer)
+            yield record.name, answer
 
     def _find(self, lane: Lane) -> "_Decoded":
         """The first images of a lane among which one can be used, for where none of those that it gave can.

@@ -24,7 +24,7 @@ from labelwise.rundir import RunDirectory
 from labelwise.stages.planning import Plan, is_run
 from labelwise.stages.pooling import Pool
 
-_OF_THE_MACHINE = ("devices", "rank_timeout", "tracker")  # a run goes on with others
+_OF_THE_MACHINE = ("devices", "rank_timeout", "tracker", "keep_decoded")  # a run goes on with others
 
 
 def find_run(settings: PretrainSettings) -> tuple[RunDirectory, bool]:

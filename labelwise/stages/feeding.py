@@ -1,8 +1,9 @@
 """What each step of pretraining trains on: images of the pool in an order of the epoch, or what a stream brings."""
 
 import functools
+import itertools
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,8 @@ import numpy as np
 from labelwise import seeding
 from labelwise.config import PretrainSettings
 from labelwise.images import decoding
-from labelwise.images.streaming import Batch, Rows, Stream
+from labelwise.images.decoded import DecodedShards
+from labelwise.images.streaming import Batch, Rows, Stream, own_shards
 from labelwise.learning.checkpoint import Position
 from labelwise.learning.ranks import Ranks
 from labelwise.stages.planning import Plan
@@ -42,20 +44,33 @@ def feed(
         yield draw, {}
         return
     each = plan.lanes // ranks.count
-    with Stream(
-        pool.shards,
-        lanes=plan.lanes,
-        own=range(ranks.number * each, (ranks.number + 1) * each),
-        batch_size=plan.batch_size,
-        part_size=plan.micro_batch_size,
-        buffer=settings.shuffle_buffer,
-        seed=settings.seed,
-        side=plan.cache_side,
-        intensity_range=pool.cache.intensity_range,
-        shortest=decoding.shortest_for(plan.cache_side, plan.image_size),
-        locked=frozenset((*lock["keys"], *lock["excluded_groups_keys"], *lock["earlier_keys"])),
-        step=step,
-    ) as stream:
+    own = range(ranks.number * each, (ranks.number + 1) * each)
+    form: dict[str, Any] = {
+        "side": plan.cache_side,
+        "intensity_range": pool.cache.intensity_range,
+        "shortest": decoding.shortest_for(plan.cache_side, plan.image_size),
+    }
+    shards = itertools.chain.from_iterable(own_shards(pool.shards, lane, plan.lanes) for lane in own)
+    with (
+        (
+            DecodedShards(pool.shards, shards, processes=ranks.local_count, **form)
+            if settings.keep_decoded
+            else nullcontext()
+        ) as kept,
+        Stream(
+            pool.shards,
+            lanes=plan.lanes,
+            own=own,
+            batch_size=plan.batch_size,
+            part_size=plan.micro_batch_size,
+            buffer=settings.shuffle_buffer,
+            seed=settings.seed,
+            **form,
+            locked=frozenset((*lock["keys"], *lock["excluded_groups_keys"], *lock["earlier_keys"])),
+            step=step,
+            kept=kept,
+        ) as stream,
+    ):
         members = np.arange(plan.batch_size)
 
         def wait(at: Position) -> tuple[Batch, Rows] | None:

@@ -411,6 +411,9 @@ def announce(
             f"stream     {len(pool.shards.files):,} {pool.shards.kind} shards in {plan.lanes} lanes, {settings.shuffle_buffer:,} images shuffled "
             f"at a time; {len(images.names):,} kept as a sample, in which test images and their near-copies are looked for"
         )
+        if settings.keep_decoded:
+            size = 3 * plan.cache_side**2 * pool.shards.images
+            terminal.say(f"decoded    {size / 2**30:.1f} GiB of images will be kept in {rundir.cache_root()}")
     if pool.cache.quarantined:
         first = pool.cache.quarantined[0]
         terminal.warn(

@@ -141,6 +141,8 @@ def _pretrain(settings: PretrainSettings, ranks: Ranks) -> RunDirectory:
         raise UsageError(
             "--time-limit: is for images that are decoded once; how long a stream takes to read is not known. Give --epochs."
         )
+    if settings.keep_decoded and not settings.stream:
+        raise UsageError("--keep-decoded: is for --stream; without it all images are kept decoded.")
     device = device_of(ranks, choose_device(settings.device))
     if settings.deterministic:
         compute_deterministically()

@@ -58,6 +58,7 @@ _OF_THE_STUDY = (
     "tracker",
     "stream",
     "shuffle_buffer",
+    "keep_decoded",
 )  # a recipe's are not used
 _ELSEWHERE = ("out", "devices")  # a study may go on with others
 _LIMIT_SHARE = 0.95  # of the time, start and trials; the rest is for the last trial and what is written
