@@ -4,6 +4,7 @@ import os
 import random
 import tracemalloc
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import datasets
@@ -304,6 +305,16 @@ def test_parquet_files_of_other_programs_are_read_too(root: Path) -> None:
     images = open_images(root)
     assert images.labels == ["001"]
     assert shows(images, pictures[:1])
+
+
+def test_rows_are_located_by_many_threads_at_once(root: Path) -> None:
+    rows = [{"image": {"bytes": b"image %d" % number, "path": None}} for number in range(500)]
+    table = datasets.Dataset.from_list(rows, features=datasets.Features({"image": datasets.Image()}))
+    table.to_parquet(root / "data.parquet")
+    images = open_images(root)
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(images.locate, [*range(500)] * 4))
+    assert found == [row["image"]["bytes"] for row in rows] * 4
 
 
 def test_parquet_files_in_a_folder_with_brackets_are_found(tmp_path: Path) -> None:

@@ -51,8 +51,7 @@ class Rows:
     """Images that are rows of a table, which `datasets` reads."""
 
     table: datasets.Dataset  # column `image`, not decoded
-    _start: int = 0
-    _read: list[dict[str, Any] | None] = field(default_factory=list)
+    _read: tuple[int, list[dict[str, Any] | None]] = (0, [])  # first row, and some from there on
 
     @property
     def count(self) -> int:
@@ -66,10 +65,12 @@ class Rows:
 
     def locate(self, row: int) -> str | bytes:
         """As `ImageSet.locate`."""
-        if not self._start <= row < self._start + len(self._read):
-            self._start = row - row % _TOGETHER  # rows are asked for in order, and one is as dear as some
-            self._read = self.table[self._start : self._start + _TOGETHER]["image"]
-        image = self._read[row - self._start] or {"bytes": None, "path": None}
+        start, some = self._read
+        if not start <= row < start + len(some):
+            start = row - row % _TOGETHER  # rows are asked for in order, and one is as dear as some
+            some = self.table[start : start + _TOGETHER]["image"]
+            self._read = start, some  # at once, as several threads ask
+        image = some[row - start] or {"bytes": None, "path": None}
         inside: bytes | None = image["bytes"]
         if inside is not None:
             return inside

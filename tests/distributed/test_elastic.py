@@ -282,16 +282,18 @@ def test_a_stream_is_dealt_to_ranks_and_back_and_ends_as_it_does_alone(
         place.finish(tmp_path / "alone", "--batch-size", 64, *options)
         run = tmp_path / "run"
         for devices, until in ((2, 6), (1, 14)):
-            job = place.start(run, "--batch-size", 64, *options, "--devices", devices)
+            job = place.start(run, "--batch-size", 64, *options, "--keep-decoded", "--devices", devices)
             wait_until(lambda until=until: steps_done(run) >= until, job)
             os.kill(job.ranks()[-1] if devices > 1 else job.process.pid, signal.SIGKILL)
             if devices > 1:
                 wait_until(lambda job=job: "start again from the last save" in job.words, job, 30)
                 job.process.send_signal(signal.SIGTERM)
             job.wait(60)
-        job = place.finish(run, "--batch-size", 64, *options, "--devices", 2)
+        job = place.finish(run, "--batch-size", 64, *options, "--keep-decoded", "--devices", 2)
         assert "going on after step" in job.words
         assert farthest(run, load_file(tmp_path / "alone" / "encoder.safetensors")) < 1e-5
+        assert len(list((tmp_path / "cache").glob("stream-*/*.npz"))) == 4
+        assert not list((tmp_path / "cache").glob("stream-*/.*")), "what killed ranks were at work on is gone"
     finally:
         place.end()
 
