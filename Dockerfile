@@ -29,7 +29,7 @@ RUN pip install --require-hashes --requirement requirements.txt
 COPY pyproject.toml README.md LICENSE ./
 COPY labelwise ./labelwise
 COPY recipes ./recipes
-RUN pip install --no-deps .
+RUN pip install --no-deps --no-build-isolation .
 
 USER 10001
 WORKDIR /

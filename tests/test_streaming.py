@@ -286,6 +286,17 @@ def test_shards_may_be_links_as_they_are_in_the_cache_of_a_hub(shards: Path, tmp
     assert open_shards(tmp_path / "links")[0].images == COUNT
 
 
+@pytest.mark.parametrize("name", ["a::b", "a/b::c.tar"])
+def test_names_that_fsspec_would_take_apart_are_refused(
+    tmp_path: Path, files: list[Path], write_shards: Callable[..., Path], name: str
+) -> None:
+    folder = write_shards(tmp_path / name.partition("/")[0], "tar", files, 2)
+    if "/" in name:
+        (folder / "shard-001.tar").rename(tmp_path / name)
+    with pytest.raises(DataError, match="chains addresses for fsspec; rename it"):
+        open_shards(folder)
+
+
 def test_images_of_one_name_are_told_apart(
     tmp_path: Path, files: list[Path], write_shards: Callable[..., Path]
 ) -> None:

@@ -189,6 +189,7 @@ def find_shards(root: Path) -> tuple[str, dict[str, dict[str, str]]]:
     if address is None and not root.is_dir():
         raise DataError(f"{root}: no such folder.")
     place = address or str(root.resolve())
+    _check_name(place)
     try:
         system, below = url_to_fs(place)
     except (ImportError, ValueError) as error:
@@ -207,8 +208,7 @@ def find_shards(root: Path) -> tuple[str, dict[str, dict[str, str]]]:
         raise DataError(f"{place}: holds .parquet and .tar shards; name a folder with one kind.")
     ((kind, files),) = by_kind.items()
     for file in files:
-        if not rundir.is_utf8(file):
-            raise DataError(f"{file}: its name is not UTF-8; rename it.")
+        _check_name(file)
     whole = {file: system.unstrip_protocol(file).removeprefix("file://") for file in sorted(files)}
 
     def mark(file: str) -> str:
@@ -223,6 +223,15 @@ def find_shards(root: Path) -> tuple[str, dict[str, dict[str, str]]]:
         split = next((SPLITS[word] for word in words if word in SPLITS), "train")
         splits.setdefault(split, {})[there] = marks[file]
     return kind, splits
+
+
+def _check_name(place: str) -> None:
+    if not rundir.is_utf8(place):
+        raise DataError(f"{place}: its name is not UTF-8; rename it.")
+    if "::" in place:
+        raise DataError(
+            f"{place}: '::' in a name chains addresses for fsspec; rename it, or link to it by another name."
+        )
 
 
 def _mark(facts: dict[str, Any], system: Any) -> str:
