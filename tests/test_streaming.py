@@ -1,6 +1,5 @@
 """Shards, here or behind a server, and batches that are put together from them again and again."""
 
-import dataclasses
 import errno
 import functools
 import http.server
@@ -13,7 +12,7 @@ import tarfile
 import threading
 import tracemalloc
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import datasets
@@ -27,7 +26,8 @@ from PIL import Image
 from labelwise.errors import DataError, LabelwiseError, ResourceError, UsageError
 from labelwise.images.cache import list_caches
 from labelwise.images.decoded import DecodedShards
-from labelwise.images.decoding import content_key, decode_image
+from labelwise.images.decoding import UnreadableImage, UnreadableNow, content_key, decode_image
+from labelwise.images.readers import Answer, Readers
 from labelwise.images.shards import Record, Shards, address_of, open_shards, read_shard
 from labelwise.images.source import open_images
 from labelwise.images.streaming import Batch, Lane, Stream, choose_lanes
@@ -712,8 +712,14 @@ def test_fewer_shards_than_ranks_are_refused() -> None:
 # --- kept decoded
 
 
-def kept_in(shards: Shards, own: range = range(4), *, processes: int = 1, side: int = 12) -> DecodedShards:
-    return DecodedShards(shards, own, processes=processes, side=side, intensity_range=None, shortest=512)
+def kept_in(shards: Shards, own: range = range(4), *, side: int = 12) -> DecodedShards:
+    return DecodedShards(shards, own, side=side, intensity_range=None, shortest=512)
+
+
+def whole_ones(folder: Path) -> list[str]:
+    """Names of what is kept of whole shards; nobody may be at work any more."""
+    assert not list(folder.glob(".*"))
+    return sorted(file.stem for file in folder.glob("*.npz"))
 
 
 def kept_batches(shards: Shards, steps: range, own: range = range(4), step: int = 0) -> list[Batch]:
@@ -747,7 +753,9 @@ def test_what_is_kept_decoded_is_what_is_decoded_and_the_shards_are_not_read_aga
     found, _ = open_shards(shards)
     plain = batches(stream(found), range(20))
     assert same(kept_batches(found, range(20)), plain)
-    names = sorted(file.name for file in kept_in(found).folder.iterdir())
+    with kept_in(found) as kept:
+        folder = kept.folder
+    names = sorted(file.name for file in folder.iterdir())
     assert names == ["000000.npz", "000000.pixels", "000001.npz", "000001.pixels", "000002.npz", "000002.pixels", "000003.npz", "000003.pixels", "facts.json"]  # fmt: skip
     no_more_reading()
     assert same(kept_batches(found, range(20)), plain)
@@ -771,7 +779,8 @@ def test_a_stream_that_begins_within_a_shard_keeps_it_in_its_next_pass(shards: P
     found, _ = open_shards(shards)
     whole = batches(stream(found), range(40))
     assert same(kept_batches(found, range(1, 2), step=1), whole[1:2])
-    folder = kept_in(found).folder
+    with kept_in(found) as kept:
+        folder = kept.folder
     assert [file.name for file in folder.iterdir()] == ["facts.json"], "none is whole, and none is left"
     assert same(kept_batches(found, range(2, 30), step=2), whole[2:30])
     assert len(list(folder.glob("*.npz"))) == 4
@@ -796,16 +805,94 @@ def test_what_a_killed_process_was_at_work_on_is_deleted_and_what_another_is_sta
     found, _ = open_shards(shards)
     with kept_in(found) as kept:
         batches(stream(found, kept=kept), range(1))
-        at_work = {*kept.folder.glob(".*.pixels")}
+        at_work = {*kept.folder.glob(".*/*")}
         assert len(at_work) == 4
-        left = kept.folder / ".000001-of-a-killed-one.pixels"
-        left.write_bytes(b"some")
+        left = kept.folder / ".at-work-and-killed"
+        left.mkdir()
+        (left / "000001.pixels").write_bytes(b"some")
         with kept_in(found):
             assert not left.exists()
-            assert {*kept.folder.glob(".*.pixels")} == at_work
+            assert {*kept.folder.glob(".*/*")} >= at_work
+    assert whole_ones(kept.folder) == []
 
 
-@pytest.mark.parametrize("damage", ["a pixel", "cut", "facts", "facts gone", "other facts"])
+@pytest.mark.parametrize("lag", range(1, 8))
+def test_two_runs_at_once_keep_the_same(shards: Path, lag: int, no_more_reading: Callable[[], None]) -> None:
+    found, _ = open_shards(shards)
+    plain = batches(stream(found), range(20))
+    with kept_in(found) as one, kept_in(found) as other, stream(found, kept=one) as slow:
+        first = [slow.draw(step, 60) for step in range(lag)]
+        fast = batches(stream(found, kept=other), range(20))
+        rest = [slow.draw(step, 60) for step in range(lag, 20)]
+    slow_ones = [batch for batch in first + rest if batch is not None]
+    assert same(fast, plain)
+    assert same(slow_ones, plain)
+    assert whole_ones(one.folder) == ["000000", "000001", "000002", "000003"]
+    no_more_reading()
+    assert same(kept_batches(found, range(20)), plain)
+
+
+def test_an_image_that_is_neither_read_nor_kept_ends_the_stream(
+    shards: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found, _ = open_shards(shards)
+    monkeypatch.setattr(DecodedShards, "has", lambda *_: True)
+    with (
+        kept_in(found) as kept,
+        stream(found, kept=kept) as opened,
+        pytest.raises(AssertionError, match="is neither read nor kept"),
+    ):
+        opened.draw(0, 60)
+
+
+def test_a_failure_that_may_pass_is_not_kept(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found, _ = open_shards(shards)
+    plain = batches(stream(found), range(20))
+    real, failed = Readers.map, [False]
+
+    def fail_once(self: Readers, rows: Sequence[int], locate: Callable[[int], str | bytes]) -> Iterator[Answer | UnreadableImage]:  # fmt: skip
+        for answer in real(self, rows, locate):
+            yield answer if failed[0] else UnreadableNow("takes more than 60 s to read")
+            failed[0] = True
+
+    monkeypatch.setattr(Readers, "map", fail_once)
+    with kept_in(found) as kept:
+        opened = stream(found, kept=kept)
+        assert not same(batches(opened, range(2)), plain[:2])
+        assert list(opened.left_out.values()) == ["takes more than 60 s to read"]
+    assert same(kept_batches(found, range(20)), plain)
+    assert len(whole_ones(kept.folder)) == 4
+
+
+def test_an_error_of_the_system_deletes_nothing(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found, _ = open_shards(shards)
+    plain = kept_batches(found, range(20))
+    with kept_in(found) as kept, monkeypatch.context() as patch:
+
+        def fail(_: Path) -> bytes:
+            raise OSError(errno.EMFILE, "Too many open files")
+
+        patch.setattr(Path, "read_bytes", fail)
+        with pytest.raises(
+            ResourceError, match=r"cannot be kept there \(Too many open files\); name another"
+        ):
+            kept.has(1)
+    assert len(whole_ones(kept.folder)) == 4
+    assert same(kept_batches(found, range(20)), plain)
+
+
+def test_a_run_takes_one_descriptor_however_many_shards_are_begun(
+    tmp_path: Path, files: list[Path], write_shards: Callable[..., Path]
+) -> None:
+    found, _ = open_shards(write_shards(tmp_path / "shards", "tar", files, 25))
+    with kept_in(found, range(25)) as kept:
+        before = len(os.listdir("/proc/self/fd"))
+        for shard in range(25):
+            kept.keep(shard, 0, "name", (((1, 1), 5), bytes(3 * 12**2)))
+        assert len(os.listdir("/proc/self/fd")) == before
+
+
+@pytest.mark.parametrize("damage", ["a pixel", "cut", "facts", "facts cut", "facts gone", "other facts"])
 def test_what_was_kept_and_is_damaged_is_decoded_again(shards: Path, damage: str) -> None:
     found, _ = open_shards(shards)
     plain = kept_batches(found, range(20))
@@ -820,8 +907,13 @@ def test_what_was_kept_and_is_damaged_is_decoded_again(shards: Path, damage: str
         assert not pixels.exists()
     elif damage == "cut":
         os.truncate(pixels, 100)
-    elif damage == "facts":
+    elif damage == "facts cut":
         facts.write_bytes(facts.read_bytes()[:-30])
+    elif damage == "facts":
+        content = bytearray(facts.read_bytes())
+        content[6] ^= 1  # a flag of the archive, at which zipfile raises what it likes
+        content[content.index(b"PK\x01\x02") + 8] ^= 1
+        facts.write_bytes(content)
     elif damage == "facts gone":
         facts.unlink()
     else:
@@ -845,13 +937,16 @@ def test_without_room_for_what_is_kept_it_is_said_before(
     shards: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     found, _ = open_shards(shards)
-    room = 50 * 3 * 12**2
+    room = 25 * 3 * 12**2  # of 24 images in the first and the last shard
     monkeypatch.setattr("shutil.disk_usage", lambda _: shutil._ntuple_diskusage(0, 0, room))  # type: ignore[attr-defined]
-    kept_in(found)
     with pytest.raises(ResourceError, match=r"need 0\.0 GiB .* leave out --keep-decoded, or use a smaller"):
-        kept_in(found, processes=2)
-    kept_batches(found, range(20))
-    kept_in(found, processes=2)  # nothing is missing
+        kept_in(found)
+    kept_batches(found, range(20), range(1))
+    kept_batches(found, range(20), range(3, 4))
+    with pytest.raises(ResourceError):
+        kept_in(found)
+    kept_batches(found, range(20), range(1, 2))
+    kept_in(found)  # one shard is missing
 
 
 def test_a_disk_that_is_full_while_images_are_kept_ends_in_words(
@@ -865,13 +960,25 @@ def test_a_disk_that_is_full_while_images_are_kept_ends_in_words(
     monkeypatch.setattr("os.posix_fallocate", full)
     with pytest.raises(ResourceError, match="no space is left for decoded images"):
         kept_batches(found, range(1))
-    assert not list(kept_in(found).folder.glob(".*")), "what was begun is deleted"
+    with kept_in(found) as kept:
+        pass
+    assert whole_ones(kept.folder) == []
 
 
-def test_files_of_unknown_age_are_not_kept(shards: Path) -> None:
-    found, _ = open_shards(shards)
-    with pytest.raises(UsageError, match="tells neither size nor date of its files"):
-        kept_in(dataclasses.replace(found, digest=""))
+def test_files_of_unknown_age_are_not_kept(address: str) -> None:
+    found, _ = open_shards(Path(address))  # the server tells fsspec nothing but sizes
+    with pytest.raises(UsageError, match="does not tell how old each of its files is"):
+        kept_in(found)
+
+
+def test_a_link_is_as_old_as_what_it_leads_to(shards: Path, tmp_path: Path) -> None:
+    links = tmp_path / "links"
+    links.mkdir()
+    for file in shards.iterdir():
+        (links / file.name).symlink_to(file)
+    before = open_shards(links)[0].digest
+    os.utime(next(shards.iterdir()), (1, 1))
+    assert before != open_shards(links)[0].digest != ""
 
 
 def test_other_files_or_sizes_are_kept_elsewhere(shards: Path, photo: Photo, files: list[Path]) -> None:

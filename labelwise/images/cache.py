@@ -30,7 +30,7 @@ from labelwise.errors import DataError, ResourceError
 from labelwise.images import decoding
 from labelwise.images.decoding import Pixels, Range, UnreadableImage
 from labelwise.images.readers import Readers
-from labelwise.images.source import Files, ImageSet, Rows
+from labelwise.images.source import Files, ImageSet, TableRows
 from labelwise.rundir import cache_root, check_cache_outside, flush, write_json
 
 _VERSION = 6  # of what the files in a cache mean
@@ -88,13 +88,20 @@ def list_caches() -> list[tuple[Path, int, int]]:
     """Folder, bytes and number of images of each cache."""
     found = []
     for facts in sorted(cache_root().glob(f"[!.]*/{_FACTS}")):
-        size = sum(file.stat().st_size for file in facts.parent.iterdir())
+        size = sum(map(_size, facts.parent.rglob("*")))
         try:
             images = int(_parse(facts)["images"])  # of an earlier version too
         except _DAMAGE:
             images = 0  # damaged; it is made again when it is needed
         found.append((facts.parent, size, images))
     return found
+
+
+def _size(file: Path) -> int:
+    try:
+        return file.stat().st_size
+    except FileNotFoundError:  # a process at work has just moved it
+        return 0
 
 
 def build_cache(
@@ -453,7 +460,7 @@ def _folders(images: ImageSet) -> list[Path]:
 
 def fingerprint(images: ImageSet, side: int, evaluation_size: int) -> str:
     """Hash of what the files are and what is made of them."""
-    tables = [part.fingerprint for part in images.parts if isinstance(part, Rows)]
+    tables = [part.fingerprint for part in images.parts if isinstance(part, TableRows)]
     digest = hashlib.sha256(
         f"{_VERSION} {decoding.HAS_HEIF} {side} {evaluation_size} {' '.join(tables)}".encode()
     )

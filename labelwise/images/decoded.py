@@ -1,12 +1,13 @@
 """Images of a stream, decoded once: each process keeps those of its own lanes on the disk of its machine.
 
-A shard is kept once all its images have been decoded, and is read from here from then on. What is kept of one that a process
-was at work on when it ended is deleted by the next.
+A shard is kept once all its images have been decoded, and is read from here from then on. What a process has of others lies in a
+folder of its own, which the next process deletes when it is gone. Several processes and runs may share what is kept.
 """
 
 import errno
 import fcntl
 import hashlib
+import io
 import json
 import os
 import shutil
@@ -17,8 +18,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Self
-from zipfile import BadZipFile
+from typing import Self
 
 import numpy as np
 import numpy.typing as npt
@@ -26,18 +26,19 @@ import numpy.typing as npt
 from labelwise import rundir
 from labelwise.errors import ResourceError, UsageError
 from labelwise.images import decoding
-from labelwise.images.decoding import Range, UnreadableImage
+from labelwise.images.decoding import Range, UnreadableImage, UnreadableNow
 from labelwise.images.readers import Answer
 from labelwise.images.shards import Shards, alone_in
 
 _VERSION = 1  # of what is kept
 _FACTS = "facts.json"
+_AT_WORK = ".at-work-"
 _ADVICE = "free some, name another place in LABELWISE_CACHE, or leave out --keep-decoded"
 
 
-@dataclass
+@dataclass(frozen=True)
 class _Kept:
-    """What is known of the images of a shard."""
+    """What is known of the images of a shard; a row has a key, or a reason, or is not known."""
 
     sizes: npt.NDArray[np.int32]
     keys: npt.NDArray[np.uint64]
@@ -51,10 +52,18 @@ class _Kept:
         return cls(sizes, keys, np.zeros(count, np.uint32))
 
     @classmethod
-    def load(cls, file: Path) -> Self:
-        with file.open("rb") as stream, np.load(stream) as found:
+    def load(cls, content: bytes, count: int) -> Self:
+        """Read what `save` wrote of a whole shard; raises anything where it is not that."""
+        with np.load(io.BytesIO(content)) as found:
             reasons = {int(row): tuple(said) for row, said in json.loads(str(found["reasons"])).items()}
-            return cls(found["sizes"], found["keys"], found["checksums"], reasons)
+            kept = cls(found["sizes"], found["keys"], found["checksums"], reasons)
+        if not (
+            kept.sizes.shape == (count, 2)
+            and kept.keys.shape == kept.checksums.shape == (count,)
+            and kept.is_whole
+        ):
+            raise ValueError("of another shard")
+        return kept
 
     def save(self, file: Path) -> None:
         with file.open("wb") as stream:
@@ -74,22 +83,12 @@ class _Kept:
         return int(np.count_nonzero(self.keys)) + len(self.reasons) == len(self.keys)
 
 
-@dataclass(frozen=True)
-class _Begun:
-    """A shard of which not all images are decoded yet; the lock on its file says that somebody is at work on it."""
-
-    kept: _Kept
-    path: Path
-    file: IO[bytes]
-
-
 class DecodedShards:
-    """Squares of the images of shards, on this disk.
+    """Squares of the images of shards, on this disk. A context manager; what is begun ends with it.
 
     Args:
         shards: All of them.
-        own: Numbers of those that this process reads.
-        processes: As many share this disk.
+        own: Numbers of those that the processes on this machine read.
         side, intensity_range, shortest: See `Stream`.
 
     Raises:
@@ -98,55 +97,63 @@ class DecodedShards:
     """
 
     def __init__(
-        self, shards: Shards, own: Iterable[int], *, processes: int, side: int, intensity_range: Range | None, shortest: int
-    ) -> None:  # fmt: skip
+        self, shards: Shards, own: Iterable[int], *, side: int, intensity_range: Range | None, shortest: int
+    ) -> None:
         if not shards.digest:
             raise UsageError(
-                f"--keep-decoded: {shards.folder} tells neither size nor date of its files, so that files that changed could not be told from what was kept."
+                f"--keep-decoded: {shards.folder} does not tell how old each of its files is, so that files that changed could not be told from what was kept."
             )
         made = [_VERSION, decoding.HAS_HEIF, shards.digest, side, intensity_range, shortest]
         digest = hashlib.sha256(json.dumps(made).encode()).hexdigest()[:24]
         self.folder = rundir.cache_root() / f"stream-{digest}"
-        self._shards, self._side, self._bytes = shards, side, 3 * side**2
+        self._counts, self._bytes = shards.counts, 3 * side**2
         self._kept: dict[int, _Kept] = {}
-        self._begun: dict[int, _Begun] = {}
-        self._at_work = threading.Lock()  # a stream that is closed may still be reading ahead
-        self._is_closed = False
-        try:
+        self._begun: dict[int, _Kept] = {}
+        self._lock = threading.Lock()  # a stream that is closed may still be reading ahead
+        self._work = self.folder / f"{_AT_WORK}{uuid.uuid4().hex}"
+        self._mine: int | None = None  # descriptor of that folder, whose lock says that its process lives
+        with self._in_words():
             self.folder.mkdir(parents=True, exist_ok=True)
             with alone_in(self.folder):
                 self._delete_abandoned()
+                self._work.mkdir()
+                self._mine = os.open(self._work, os.O_RDONLY)
+                fcntl.flock(self._mine, fcntl.LOCK_EX)
                 if not (self.folder / _FACTS).exists():
-                    rundir.write_json(self.folder / _FACTS, {"images": shards.images})
-        except OSError as error:
-            raise self._failure(error) from None
-        missing = sum(shards.counts[number] for number in own if not self.has(number))
-        needed, free = missing * self._bytes * processes, shutil.disk_usage(self.folder).free
+                    rundir.write_json(self._work / _FACTS, {"images": shards.images})
+                    (self._work / _FACTS).replace(self.folder / _FACTS)
+        missing = sum(self._counts[number] for number in own if not self._files(number)[1].exists())
+        needed, free = missing * self._bytes, shutil.disk_usage(self.folder).free
         if needed > free:
+            self.__exit__()
             raise ResourceError(
                 f"{self.folder}: decoded images need {needed / 2**30:.1f} GiB and {free / 2**30:.1f} GiB are free; {_ADVICE}, or use a smaller --image-size."
             )
 
     def has(self, shard: int) -> bool:
-        """Whether all images of a shard are here; one that is damaged is deleted."""
-        if shard not in self._kept:
+        """Whether all images of a shard are here; one that is damaged is deleted.
+
+        Raises:
+            ResourceError: It cannot be read.
+        """
+        with self._open():
+            if shard in self._kept:
+                return True
             pixels, facts = self._files(shard)
-            try:
-                kept = _Kept.load(facts)
-                count = self._shards.counts[shard]
-                if (
-                    len(kept.keys) != count
-                    or not kept.is_whole
-                    or pixels.stat().st_size != count * self._bytes
-                ):
-                    raise ValueError(f"{facts}: not what was written")
-            except FileNotFoundError:
+            if not facts.exists():
                 return False
-            except (OSError, ValueError, KeyError, TypeError, EOFError, BadZipFile):
+            content, size = facts.read_bytes(), pixels.stat().st_size
+            try:
+                kept = _Kept.load(content, self._counts[shard])
+            except Exception:  # noqa: BLE001 - whatever reading damaged bytes may raise
+                kept = None
+            if kept is None or size != self._counts[shard] * self._bytes:
                 self._delete(shard)
                 return False
             self._kept[shard] = kept
-        return True
+            if self._begun.pop(shard, None) is not None:  # another run was faster
+                self._path(shard).unlink()
+            return True
 
     def take(self, shard: int, row: int) -> tuple[str, Answer | UnreadableImage] | None:
         """Name of an image, empty where it can be used, and what `Readers("square")` answered about it; None where nothing is kept.
@@ -155,122 +162,116 @@ class DecodedShards:
             ResourceError: What was kept is damaged, or was deleted.
         """
         with self._open():
-            return self._take(shard, row)
-
-    def _take(self, shard: int, row: int) -> tuple[str, Answer | UnreadableImage] | None:
-        begun = self._begun.get(shard)
-        kept = self._kept.get(shard) if begun is None else begun.kept
-        if kept is None or not kept.knows(row):
-            return None
-        if row in kept.reasons:
-            name, why = kept.reasons[row]
-            return name, UnreadableImage(why)
-        pixels = self._read(shard, row)
-        if zlib.crc32(pixels) != kept.checksums[row]:
-            self._delete(shard)
-            raise ResourceError(
-                f"{self.folder}: a decoded image is damaged; the same command goes on and decodes it again."
-            )
-        return "", ((kept.sizes[row].tolist(), int(kept.keys[row])), pixels)
+            kept = self._kept.get(shard) or self._begun.get(shard)
+            if kept is None or not kept.knows(row):
+                return None
+            if row in kept.reasons:
+                name, why = kept.reasons[row]
+                return name, UnreadableImage(why)
+            path = self._files(shard)[0] if shard in self._kept else self._path(shard)
+            with path.open("rb") as file:
+                pixels = os.pread(file.fileno(), self._bytes, row * self._bytes)
+            if zlib.crc32(pixels) != kept.checksums[row]:
+                self._delete(shard)
+                raise ResourceError(
+                    f"{self.folder}: a decoded image is damaged; the same command goes on and decodes it again."
+                )
+            return "", ((kept.sizes[row].tolist(), int(kept.keys[row])), pixels)
 
     def keep(self, shard: int, row: int, name: str, answer: Answer | UnreadableImage) -> None:
-        """Keep what `Readers("square")` answered about an image.
+        """Keep what `Readers("square")` answered about an image, unless it may answer otherwise another time.
 
         Raises:
             ResourceError: The disk is full.
         """
         with self._open():
-            self._keep(shard, row, name, answer)
-
-    def _keep(self, shard: int, row: int, name: str, answer: Answer | UnreadableImage) -> None:
-        if shard in self._kept:  # an image that came twice in the last batch that was missing
-            return
-        try:
-            begun = self._begun.get(shard) or self._begin(shard)
-            kept = begun.kept
+            if shard in self._kept or isinstance(answer, UnreadableNow):
+                return
+            if shard not in self._begun:
+                self._begin(shard)
+            kept = self._begun[shard]
+            if kept.knows(row):  # twice in one batch
+                return
             if isinstance(answer, UnreadableImage):
                 kept.reasons[row] = name, str(answer)
             else:
                 (size, key), pixels = answer
-                os.pwrite(begun.file.fileno(), pixels, row * self._bytes)
+                with self._path(shard).open("r+b") as file:
+                    file.seek(row * self._bytes)
+                    file.write(pixels)
                 kept.sizes[row], kept.keys[row], kept.checksums[row] = size, key, zlib.crc32(pixels)
             if kept.is_whole:
-                self._finish(shard, begun)
-        except OSError as error:
-            raise self._failure(error) from None
+                self._finish(shard, kept)
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *raised: object) -> None:
-        """Delete what is kept of shards that are not whole."""
-        with self._at_work:
-            self._is_closed = True
-            for begun in self._begun.values():
-                begun.path.unlink(missing_ok=True)
-                begun.file.close()
+        """Delete what is not whole."""
+        with self._lock:
+            shutil.rmtree(self._work, ignore_errors=True)
+            if self._mine is not None:
+                os.close(self._mine)
+            self._mine = None
 
     @contextmanager
     def _open(self) -> Iterator[None]:
-        with self._at_work:
-            if self._is_closed:
+        with self._lock, self._in_words():
+            if self._mine is None:
                 raise ValueError("what is kept of the stream is closed")
             yield
 
+    @contextmanager
+    def _in_words(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                why = f"no space is left for decoded images; {_ADVICE}."
+            elif error.errno == errno.ENOENT:
+                why = "decoded images were deleted while they were in use; the same command goes on."
+            else:
+                why = f"decoded images cannot be kept there ({error.strerror}); name another place in LABELWISE_CACHE, or leave out --keep-decoded."
+            raise ResourceError(f"{self.folder}: {why}") from None
+
     def _files(self, shard: int) -> tuple[Path, Path]:
+        """Pixels of a shard, row after row, and what is known of them."""
         return self.folder / f"{shard:06}.pixels", self.folder / f"{shard:06}.npz"
 
-    def _read(self, shard: int, row: int) -> bytes:
-        begun = self._begun.get(shard)
-        if begun is not None:
-            return os.pread(begun.file.fileno(), self._bytes, row * self._bytes)
-        try:
-            with self._files(shard)[0].open("rb") as file:
-                return os.pread(file.fileno(), self._bytes, row * self._bytes)
-        except OSError as error:
-            raise self._failure(error) from None
+    def _path(self, shard: int) -> Path:
+        """Pixels of a shard that is begun."""
+        return self._work / self._files(shard)[0].name
 
-    def _begin(self, shard: int) -> _Begun:
-        size = self._shards.counts[shard] * self._bytes
-        path = self.folder / f".{shard:06}-{uuid.uuid4().hex}.pixels"
-        with alone_in(self.folder):  # nobody takes it for abandoned before it is locked
-            file = path.open("x+b")
-            begun = self._begun[shard] = _Begun(_Kept.none(self._shards.counts[shard]), path, file)
-            fcntl.flock(file, fcntl.LOCK_EX)
-        os.ftruncate(file.fileno(), size)
-        if hasattr(os, "posix_fallocate"):
-            os.posix_fallocate(file.fileno(), 0, size)
-        return begun
+    def _begin(self, shard: int) -> None:
+        size = self._counts[shard] * self._bytes
+        with self._path(shard).open("xb") as file:
+            os.ftruncate(file.fileno(), size)
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(file.fileno(), 0, size)
+        self._begun[shard] = _Kept.none(self._counts[shard])
 
-    def _finish(self, shard: int, begun: _Begun) -> None:
-        pixels, facts = self._files(shard)
-        rundir.flush(begun.path)
-        with alone_in(self.folder):  # another run on the same images may have kept it by now: the same bytes
-            begun.path.replace(pixels)
-            rundir.write_atomically(facts, begun.kept.save)
-        begun.file.close()
-        del self._begun[shard]
-        self._kept[shard] = begun.kept
+    def _finish(self, shard: int, kept: _Kept) -> None:
+        begun = self._path(shard), self._work / self._files(shard)[1].name
+        kept.save(begun[1])
+        for file in begun:
+            rundir.flush(file)
+        with alone_in(self.folder):  # another run may have kept it by now: the same bytes
+            for file, target in zip(begun, self._files(shard), strict=True):
+                file.replace(target)
+        self._kept[shard] = self._begun.pop(shard)
 
     def _delete(self, shard: int) -> None:
         self._kept.pop(shard, None)
-        for file in self._files(shard):
-            with suppress(OSError):
+        with alone_in(self.folder), suppress(OSError):
+            for file in reversed(self._files(shard)):  # without facts there are no pixels
                 file.unlink(missing_ok=True)
 
     def _delete_abandoned(self) -> None:
-        for file in self.folder.glob(".*.pixels"):
-            with suppress(OSError), file.open("rb") as opened:
-                fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)  # nobody is at work on it
-                file.unlink()
-
-    def _failure(self, error: OSError) -> ResourceError:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            return ResourceError(f"{self.folder}: no space is left for decoded images; {_ADVICE}.")
-        if error.errno == errno.ENOENT:
-            return ResourceError(
-                f"{self.folder}: decoded images were deleted while they were in use; the same command goes on."
-            )
-        return ResourceError(
-            f"{self.folder}: decoded images cannot be kept there ({error.strerror}); {_ADVICE}."
-        )
+        for folder in self.folder.glob(f"{_AT_WORK}*"):
+            with suppress(OSError):
+                descriptor = os.open(folder, os.O_RDONLY)
+                try:
+                    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    shutil.rmtree(folder)
+                finally:
+                    os.close(descriptor)

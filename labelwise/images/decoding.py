@@ -45,6 +45,10 @@ class UnreadableImage(Exception):
     """The bytes are not an image we can use; the message is the reason, in a few words."""
 
 
+class UnreadableNow(UnreadableImage):
+    """They may be one another time, or to another machine."""
+
+
 def decode_image(
     data: bytes, intensity_range: Range | None = None, shortest: int = SHORTEST
 ) -> tuple[Image.Image, tuple[int, int]]:
@@ -228,7 +232,7 @@ def _reasons(data: bytes) -> Iterator[None]:
     except UnreadableImage:
         raise
     except MemoryError:
-        raise UnreadableImage("too large for the memory") from None
+        raise UnreadableNow("too large for the memory") from None
     except Exception as error:  # noqa: BLE001 - one bad file must never stop a run
         raise UnreadableImage(_reason(data, error)) from None
 

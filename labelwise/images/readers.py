@@ -36,7 +36,7 @@ import numpy as np
 
 from labelwise.environment import free_memory, processors
 from labelwise.images import decoding
-from labelwise.images.decoding import Pixels, Range, UnreadableImage
+from labelwise.images.decoding import Pixels, Range, UnreadableImage, UnreadableNow
 
 Contents = str | bytes  # where a file lies, or what is in it
 File = tuple[int, Contents]  # row of the image
@@ -133,7 +133,7 @@ class Readers:
         if answers is None and child.process.wait() != -signal.SIGALRM:
             child = _Child()
             answers = self._ask(child, [file])
-        return answers[0] if answers else UnreadableImage(child.how_it_ended())
+        return answers[0] if answers else UnreadableNow(child.how_it_ended())
 
     def _ask(self, child: "_Child", files: Sequence[File]) -> list[Answer | UnreadableImage] | None:
         """Ask a child; None when it dies over it."""
@@ -203,7 +203,7 @@ class _Child:
             _raise_failure(answers["failed"])
         ends = iter(accumulate(lengths))
         return [
-            UnreadableImage(answer["reason"])
+            (UnreadableNow if answer["now"] else UnreadableImage)(answer["reason"])
             if "reason" in answer
             else (answer["value"], bytes(pixels[(end := next(ends)) - answer["pixels"] : end]))
             for answer in answers
@@ -275,7 +275,7 @@ def _locate(row: int, locate: Callable[[int], Contents]) -> Contents | Unreadabl
     try:
         return locate(row)
     except OSError as error:
-        return UnreadableImage(_cannot_be_read(error))
+        return UnreadableNow(_cannot_be_read(error))
 
 
 def _cannot_be_read(error: OSError) -> str:
@@ -344,14 +344,14 @@ def _answer(request: dict[str, Any], row: int, contents: Contents) -> tuple[dict
                 with open(contents, "rb", buffering=0) as file:
                     data = file.read()
             else:
-                return {"reason": "not a regular file"}, b""
+                return {"reason": "not a regular file", "now": False}, b""
         except OSError as error:
-            return {"reason": _cannot_be_read(error)}, b""
+            return {"reason": _cannot_be_read(error), "now": True}, b""
         value, pixels = JOBS[request["job"]](data, row, **request["arguments"])
     except UnreadableImage as error:
-        return {"reason": str(error)}, b""
+        return {"reason": str(error), "now": isinstance(error, UnreadableNow)}, b""
     except MemoryError:
-        return {"reason": _TOO_LARGE}, b""
+        return {"reason": _TOO_LARGE, "now": True}, b""
     return {"value": value, "pixels": len(pixels)}, pixels
 
 

@@ -45,6 +45,8 @@ _MARKS = (
     "etag",
     "LastModified",
     "last_modified",
+    "Content-MD5",
+    "Digest",
     "blob_id",
 )  # as file systems name them
 _KINDS = {".parquet": "parquet", ".tar": "tar"}
@@ -64,7 +66,7 @@ class Shards:
         files: Paths or addresses.
         counts: Images in each.
         notes: What a person should know.
-        digest: Hash of what they are; empty where their place says neither how large nor how old they are.
+        digest: Hash of what they are; empty where their place does not say of each how old it is.
     """
 
     kind: str
@@ -142,15 +144,16 @@ def open_shards(root: Path) -> tuple[Shards, Path]:
     folder.mkdir(parents=True, exist_ok=True)
     sample, facts = folder / "sample.parquet", folder / "facts.json"
     with alone_in(folder):  # of several processes one counts and copies
+        dated = digest if all(mark and json.loads(mark).keys() - {"size"} for mark in marks.values()) else ""
         is_known = all(marks.values())
         if is_known and (known := _read_facts(facts, sample)):
-            return replace(known, digest=digest), sample
+            return replace(known, digest=dated), sample
         counts = _count_all(kind, marks)
         filled = [(file, count) for file, count in zip(marks, counts, strict=True) if count]
         if not filled:
             raise DataError(f"{root}: {len(marks)} .{kind} shards, and no image in them.")
         names, counted = zip(*filled, strict=True)
-        shards = Shards(kind, names, counted, notes, digest if is_known else "")
+        shards = Shards(kind, names, counted, notes, dated)
         rundir.write_atomically(sample, lambda fresh: _write_sample(shards, fresh))
         rows = pq.ParquetFile(sample).metadata.num_rows
         rundir.write_json(facts, {**asdict(shards), "images": rows, "sha256": _hash(sample)})
@@ -238,6 +241,8 @@ def _mark(facts: dict[str, Any], system: Any) -> str:
     """What a place says of a file that would be another if the file were."""
     if facts.get("size") is None:  # a web server is asked for each
         facts = {**facts, **system.info(facts["name"])}
+    if facts.get("islink"):  # fsspec tells how large its target is, and how old the link
+        facts = {**facts, "mtime": os.stat(facts["name"]).st_mtime}
     said = {name: facts.get(name) for name in _MARKS if facts.get(name) is not None}
     return json.dumps(said, default=str, sort_keys=True) if said else ""
 

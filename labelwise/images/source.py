@@ -47,7 +47,7 @@ class Files:
 
 
 @dataclass
-class Rows:
+class TableRows:
     """Images that are rows of a table, which `datasets` reads."""
 
     table: datasets.Dataset  # column `image`, not decoded
@@ -82,7 +82,7 @@ class Rows:
 
 @dataclass(frozen=True)
 class ImageSet:
-    """Images by name, not yet decoded. Rows agree across all lists.
+    """Images by name, not yet decoded. TableRows agree across all lists.
 
     Attributes:
         root: The folder the user gave.
@@ -104,7 +104,7 @@ class ImageSet:
     layout: str
     ignored: dict[str, int]
     notes: list[str]
-    parts: list[Files | Rows] = field(repr=False)
+    parts: list[Files | TableRows] = field(repr=False)
     groups: list[str | None] = field(default_factory=list)
     shards: Shards | None = None
 
@@ -265,7 +265,7 @@ def _open_sample(root: Path) -> ImageSet:
     images = table.select_columns("image").cast_column("image", datasets.Image(decode=False))
     none: list[str | None] = [None] * len(names)
     return ImageSet(
-        root, names, labels, none, "dataset", {}, list(shards.notes), [Rows(images)], shards=shards
+        root, names, labels, none, "dataset", {}, list(shards.notes), [TableRows(images)], shards=shards
     )
 
 
@@ -410,7 +410,15 @@ def _from_datasets(
             .cast_column("image", datasets.Image(decode=False))
         )
     return ImageSet(
-        root, names, labels, splits, "dataset", {}, [], [Rows(datasets.concatenate_datasets(tables))], groups
+        root,
+        names,
+        labels,
+        splits,
+        "dataset",
+        {},
+        [],
+        [TableRows(datasets.concatenate_datasets(tables))],
+        groups,
     )
 
 

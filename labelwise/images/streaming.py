@@ -97,6 +97,12 @@ class Place:
     row: int
     record: Record | None
 
+    @property
+    def read(self) -> Record:
+        """What was read there."""
+        assert self.record is not None, f"row {self.row} of shard {self.shard} is neither read nor kept"
+        return self.record
+
 
 @dataclass(frozen=True)
 class _Decoded:
@@ -288,10 +294,9 @@ class Stream:
         """Name of each image, empty where it is kept and can be used, and what is found in it."""
         kept = self._kept
         before = [None if kept is None else kept.take(image.shard, image.row) for image in images]
-        asked = [image.record for image, known in zip(images, before, strict=True) if known is None]
-        records = [record for record in asked if record is not None]  # all: what is not kept has been read
-        answers = self._readers.map(range(len(asked)), lambda number: records[number].image)
-        fresh = zip(records, answers, strict=True)
+        missing = [image.read for image, known in zip(images, before, strict=True) if known is None]
+        answers = self._readers.map(range(len(missing)), lambda number: missing[number].image)
+        fresh = zip(missing, answers, strict=True)
         for image, known in zip(images, before, strict=True):
             if known is not None:
                 yield known

@@ -50,13 +50,11 @@ def feed(
         "intensity_range": pool.cache.intensity_range,
         "shortest": decoding.shortest_for(plan.cache_side, plan.image_size),
     }
-    shards = itertools.chain.from_iterable(own_shards(pool.shards, lane, plan.lanes) for lane in own)
+    first = (ranks.number - ranks.local) * each  # of the lanes of this machine
+    machine = range(first, first + ranks.local_count * each)
+    shards = itertools.chain.from_iterable(own_shards(pool.shards, lane, plan.lanes) for lane in machine)
     with (
-        (
-            DecodedShards(pool.shards, shards, processes=ranks.local_count, **form)
-            if settings.keep_decoded
-            else nullcontext()
-        ) as kept,
+        DecodedShards(pool.shards, shards, **form) if settings.keep_decoded else nullcontext() as kept,
         Stream(
             pool.shards,
             lanes=plan.lanes,

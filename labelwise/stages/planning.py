@@ -413,7 +413,9 @@ def announce(
         )
         if settings.keep_decoded:
             size = 3 * plan.cache_side**2 * pool.shards.images
-            terminal.say(f"decoded    {size / 2**30:.1f} GiB of images will be kept in {rundir.cache_root()}")
+            terminal.say(
+                f"decoded    {size / 2**30:.1f} GiB of images in all; each process keeps its own in {rundir.cache_root()}"
+            )
     if pool.cache.quarantined:
         first = pool.cache.quarantined[0]
         terminal.warn(
