@@ -816,7 +816,7 @@ def test_what_a_killed_process_was_at_work_on_is_deleted_and_what_another_is_sta
     assert whole_ones(kept.folder) == []
 
 
-@pytest.mark.parametrize("lag", range(1, 8))
+@pytest.mark.parametrize("lag", [1, 3])
 def test_two_runs_at_once_keep_the_same(shards: Path, lag: int, no_more_reading: Callable[[], None]) -> None:
     found, _ = open_shards(shards)
     plain = batches(stream(found), range(20))
