@@ -315,6 +315,16 @@ def check_space(folder: Path, needed: int, what: str) -> None:
         )
 
 
+def folder_bytes(folder: Path) -> int:
+    """Bytes of the files in a folder and below, of which a process at work may move some meanwhile."""
+    total = 0
+    for below, _, names in os.walk(folder):  # a folder that is gone by then is left out
+        for name in names:
+            with suppress(FileNotFoundError):
+                total += os.stat(os.path.join(below, name)).st_size
+    return total
+
+
 def flush(path: Path) -> None:
     """Wait until a file or folder is on the disk."""
     descriptor = os.open(path, os.O_RDONLY)

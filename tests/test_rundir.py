@@ -296,3 +296,12 @@ def test_what_a_kill_left_half_written_is_no_foreign_file(tmp_path: Path) -> Non
     (out / ".bashrc").write_text("")
     with pytest.raises(UsageError, match=r"it holds \.bashrc"):
         rundir.check_output_folder(out, tmp_path / "photos")
+
+
+def test_bytes_of_a_folder_are_those_of_what_is_there_still(tmp_path: Path) -> None:
+    (tmp_path / "below").mkdir()
+    (tmp_path / "a").write_bytes(bytes(5))
+    (tmp_path / "below" / "b").write_bytes(bytes(7))
+    (tmp_path / "moved").symlink_to(tmp_path / "by another process")
+    assert rundir.folder_bytes(tmp_path) == 12
+    assert rundir.folder_bytes(tmp_path / "deleted by another process") == 0

@@ -31,7 +31,7 @@ from labelwise.images import decoding
 from labelwise.images.decoding import Pixels, Range, UnreadableImage
 from labelwise.images.readers import Readers
 from labelwise.images.source import Files, ImageSet, TableRows
-from labelwise.rundir import cache_root, check_cache_outside, flush, write_json
+from labelwise.rundir import cache_root, check_cache_outside, flush, folder_bytes, write_json
 
 _VERSION = 6  # of what the files in a cache mean
 _SAMPLED = 10_000  # images whose mean and spread stand for the set's
@@ -88,20 +88,13 @@ def list_caches() -> list[tuple[Path, int, int]]:
     """Folder, bytes and number of images of each cache."""
     found = []
     for facts in sorted(cache_root().glob(f"[!.]*/{_FACTS}")):
-        size = sum(map(_size, facts.parent.rglob("*")))
+        size = folder_bytes(facts.parent)
         try:
             images = int(_parse(facts)["images"])  # of an earlier version too
         except _DAMAGE:
             images = 0  # damaged; it is made again when it is needed
         found.append((facts.parent, size, images))
     return found
-
-
-def _size(file: Path) -> int:
-    try:
-        return file.stat().st_size
-    except FileNotFoundError:  # a process at work has just moved it
-        return 0
 
 
 def build_cache(

@@ -82,7 +82,7 @@ class TableRows:
 
 @dataclass(frozen=True)
 class ImageSet:
-    """Images by name, not yet decoded. TableRows agree across all lists.
+    """Images by name, not yet decoded. Rows agree across all lists.
 
     Attributes:
         root: The folder the user gave.

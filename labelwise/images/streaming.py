@@ -137,10 +137,10 @@ class Lane:
         self.total = sum(shards.counts[each] for each in self._own)
         self._size = min(block, self.total)
         self._done, self._place = divmod(start, self._size)
-        self._records = self.read(self._done * self._size)
+        self._images = self.read(self._done * self._size)
         self._next: list[Place] = []
-        self._begin([next(self._records) for _ in range(self._size)])
-        self._next = [next(self._records) for _ in range(self._place)]
+        self._begin([next(self._images) for _ in range(self._size)])
+        self._next = [next(self._images) for _ in range(self._place)]
 
     def take(self, count: int) -> list[Place]:
         """The next images; as many are read for the block after this one."""
@@ -151,12 +151,12 @@ class Lane:
                 self._begin(self._next)
             taken.append(self._block[self._place])
             self._place += 1
-            self._next.append(next(self._records))
+            self._next.append(next(self._images))
         return taken
 
-    def _begin(self, records: list[Place]) -> None:
+    def _begin(self, images: list[Place]) -> None:
         order = seeding.generator(self._seed, "block", self._number, self._done).permutation(self._size)
-        self._block = [records[place] for place in order.tolist()]
+        self._block = [images[place] for place in order.tolist()]
         self._next = []
 
     def __str__(self) -> str:

@@ -220,7 +220,7 @@ def _describe(run: RunDirectory) -> dict[str, Any]:
         "backbone": record["asked"]["backbone"],
         "epochs": record["plan"]["epochs"],
         "seconds": record["seconds"],
-        "bytes": _size(run),
+        "bytes": rundir.folder_bytes(run.path),
     }
 
 
@@ -231,13 +231,8 @@ def _describe_study(run: RunDirectory) -> dict[str, Any]:
         "path": str(run.path),
         **{key: found[key] for key in ("study", "trials", "missing")},
         "seconds": record["seconds"],
-        "bytes": _size(run),
+        "bytes": rundir.folder_bytes(run.path),
     }
-
-
-def _size(run: RunDirectory) -> int:
-    """Of its files, in bytes."""
-    return sum(file.stat().st_size for file in run.path.rglob("*") if file.is_file())
 
 
 def _means(summary: list[dict[str, Any]], key: str) -> dict[tuple[int, str, int, str], float]:

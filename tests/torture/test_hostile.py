@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from browser import find_browser
 from commands import FINETUNE_RECIPE, RECIPE, Server
 
 from labelwise.rundir import RunDirectory
@@ -136,9 +137,7 @@ def test_the_page_holds_nothing_that_could_run(attacked: tuple[Path, dict[str, A
 
 
 def test_a_browser_runs_nothing_of_it(attacked: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
-    browser = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-    if browser is None:
-        pytest.skip("no Chromium here")
+    browser = find_browser()
     page = RunDirectory(attacked[0] / "run").report_html
     control = tmp_path / "control.html"
     control.write_text(f"<!doctype html><script>{STRIKE}</script>")
